@@ -1,0 +1,1 @@
+"""DéjàVu: the client library and the command line."""
