@@ -1,0 +1,283 @@
+"""What services say to each other, grouped by who receives: `RouterInboxMessage` and `StageInboxMessage`.
+
+One ZeroMQ message is the encoded struct, followed by an optional payload frame (hidden states of a `Step`).
+Whatever depends on who owns a pipeline carries that pipeline's epoch; older epochs are refused at the door.
+A *sequence* is one choice of a request (`sequence_id` = "request_id/choice"); an *attempt* counts how often its
+KV cache was built (first prefill, again after a preemption or a failure), so that late messages are told apart.
+Token ids travel as little-endian int32 bytes (`pack_ids`).
+"""
+
+from __future__ import annotations
+
+import array
+import sys
+from collections.abc import Iterable
+
+import msgspec
+
+from dejavu.params import SamplingParams
+from dejavu.wire import WireError
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token ids as little-endian int32 bytes."""
+    packed = array.array("i", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """Inverse of `pack_ids`. Raises `ValueError` where the length is no multiple of 4."""
+    packed = array.array("i")
+    packed.frombytes(data)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tolist()
+
+
+class Drawn(msgspec.Struct, frozen=True, array_like=True):
+    """One sampled token with the log-probabilities that were asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] = []
+
+
+# ---------------------------------------------------------------- to a router
+
+
+class PipelineReady(msgspec.Struct, frozen=True, array_like=True, tag="pipeline_ready"):
+    """A pipeline's driver reports that all its stages run this epoch, and how much KV fits."""
+
+    pipeline: str
+    epoch: int
+    capacity_tokens: int
+
+
+class Granted(msgspec.Struct, frozen=True, array_like=True, tag="granted"):
+    """A token pipeline lends `blocks` for the sequence's prompt, its `forced` output ids and one token more."""
+
+    pipeline: str
+    epoch: int
+    sequence_id: str
+    attempt: int
+    blocks: list[int]
+    forced: bytes
+
+
+class ProducedToken(msgspec.Struct, frozen=True, array_like=True):
+    """`finish_reason` is set on a sequence's last token; the driver has let go of the sequence then."""
+
+    sequence_id: str
+    index: int
+    drawn: Drawn
+    finish_reason: str | None = None
+
+
+class TokensProduced(msgspec.Struct, frozen=True, array_like=True, tag="tokens_produced"):
+    pipeline: str
+    epoch: int
+    tokens: list[ProducedToken]
+
+
+class SequenceFailed(msgspec.Struct, frozen=True, array_like=True, tag="sequence_failed"):
+    pipeline: str
+    epoch: int
+    sequence_id: str
+    error: WireError
+
+
+class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"):
+    """A service's own figures for `status`: msgpack map of strings and numbers (nested maps allowed)."""
+
+    query_id: int
+    name: str
+    stats: bytes
+
+
+RouterInboxMessage = PipelineReady | Granted | TokensProduced | SequenceFailed | StatsReply
+
+# ---------------------------------------------------------------- to a stage
+
+
+class StatsQuery(msgspec.Struct, frozen=True, array_like=True, tag="stats_query"):
+    query_id: int
+    reply_to: str
+
+
+class StageReady(msgspec.Struct, frozen=True, array_like=True, tag="stage_ready"):
+    """A stage tells its pipeline's driver that it runs this epoch with `num_blocks` KV blocks."""
+
+    epoch: int
+    stage_index: int
+    num_blocks: int
+
+
+class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
+    """Router to token driver: queue this sequence. `forced` are output ids that are known already."""
+
+    epoch: int
+    sequence_id: str
+    choice: int
+    prompt: bytes
+    forced: bytes
+    params: SamplingParams
+
+
+class CancelSequence(msgspec.Struct, frozen=True, array_like=True, tag="cancel_sequence"):
+    sequence_id: str
+
+
+class Handoff(msgspec.Struct, frozen=True, array_like=True):
+    """Where a prefill's KV goes: the granted blocks of a token pipeline at an epoch."""
+
+    pipeline: str
+    epoch: int
+    blocks: list[int]
+
+
+class Prefill(msgspec.Struct, frozen=True, array_like=True, tag="prefill"):
+    """Router to prompt driver. `token_ids` = prompt + forced output; the next token is drawn from it."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    choice: int
+    num_prompt_tokens: int
+    token_ids: bytes
+    params: SamplingParams
+    handoff: Handoff
+
+
+class CancelPrefill(msgspec.Struct, frozen=True, array_like=True, tag="cancel_prefill"):
+    sequence_id: str
+    attempt: int
+
+
+class FirstToken(msgspec.Struct, frozen=True, array_like=True, tag="first_token"):
+    """Prompt driver to token driver: the token that the prefill drew."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    drawn: Drawn
+
+
+class KvArrived(msgspec.Struct, frozen=True, array_like=True, tag="kv_arrived"):
+    """Prompt stage to token stage: these tokens' KV of `layers` (absolute, end exclusive) lies in your pool.
+
+    `token_hash` is the hash of the token ids up to the range's end; it is part of what `checksum` binds.
+    """
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    layers: tuple[int, int]
+    start: int
+    num_tokens: int
+    blocks: list[int]
+    token_hash: bytes
+    checksum: int
+
+
+class KvConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="kv_confirmed"):
+    """Token stage to its driver: `num_cells` = tokens x layers of the sequence verified (or found corrupt)."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    num_cells: int
+    intact: bool
+
+
+class HandoffEnded(msgspec.Struct, frozen=True, array_like=True, tag="handoff_ended"):
+    """Prompt stage to token driver: it will write nothing more for this attempt; `error` if a write failed."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    stage_index: int
+    num_stages: int
+    error: str | None = None
+
+
+class SequenceOpen(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence enters a pipeline: every stage keeps its ids and block table until it is closed."""
+
+    sequence_id: str
+    attempt: int
+    choice: int
+    num_prompt_tokens: int
+    token_ids: bytes
+    params: SamplingParams
+    blocks: list[int]
+    handoff: Handoff | None = None
+
+
+class ChunkWork(msgspec.Struct, frozen=True, array_like=True):
+    """The next `num_tokens` tokens of a sequence, from `start`; `new_blocks` lengthen its block table.
+    `appended` is the last drawn token, which stages but the last do not know yet (None: nothing new)."""
+
+    sequence_id: str
+    start: int
+    num_tokens: int
+    new_blocks: list[int]
+    appended: int | None
+    draws: bool
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """One pass through a pipeline: first the closes, then the opens, then the chunks. Every stage sees the steps
+    in the same order, so their tables agree."""
+
+    epoch: int
+    step: int
+    closes: list[str]
+    opens: list[SequenceOpen]
+    chunks: list[ChunkWork]
+
+
+class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
+    """Last stage to driver: what the drawing chunks of the step drew, in their order."""
+
+    epoch: int
+    step: int
+    drawn: list[Drawn]
+
+
+StageInboxMessage = (
+    StatsQuery
+    | StageReady
+    | Admit
+    | CancelSequence
+    | Prefill
+    | CancelPrefill
+    | FirstToken
+    | KvArrived
+    | KvConfirmed
+    | HandoffEnded
+    | Step
+    | StepDone
+)
+
+Message = RouterInboxMessage | StageInboxMessage
+
+_encoder = msgspec.msgpack.Encoder()
+_router_decoder = msgspec.msgpack.Decoder(RouterInboxMessage)
+_stage_decoder = msgspec.msgpack.Decoder(StageInboxMessage)
+
+
+def encode(message: Message) -> bytes:
+    """The message's first frame."""
+    return _encoder.encode(message)
+
+
+def decode_router_inbox(frame: bytes | memoryview) -> RouterInboxMessage:
+    """A message to a router. Raises `msgspec.DecodeError`."""
+    return _router_decoder.decode(frame)
+
+
+def decode_stage_inbox(frame: bytes | memoryview) -> StageInboxMessage:
+    """A message to a stage. Raises `msgspec.DecodeError`."""
+    return _stage_decoder.decode(frame)

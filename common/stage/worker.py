@@ -1,0 +1,140 @@
+"""What every stage of every pipeline does with a step: keep the table, run the layers, draw tokens if it is last.
+
+Runs on the compute thread. The table follows the steps alone, so every stage of a pipeline holds the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from common.kv.pool import KvPool
+from common.messages import ChunkWork, Drawn, SequenceOpen, Step, unpack_ids
+from common.model.batch import SequenceChunk, StageBatch
+from common.model.runner import StageRunner
+from common.model.sampler import SamplingRow, sample
+
+
+@dataclass(slots=True)
+class StageSequence:
+    """What a stage keeps of a sequence: enough to rebuild a driver from the survivors."""
+
+    opened: SequenceOpen
+    tokens: list[int]
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """`hidden` for the next stage, or `drawn` where this stage is the last."""
+
+    hidden: bytes | memoryview | None
+    drawn: list[Drawn]
+
+
+LayerHook = Callable[[Step, int], None]
+CloseHook = Callable[[StageSequence], None]
+
+
+class StageWorker:
+    """Layers [a, b) of one pipeline at one epoch. `on_layer(step, local_layer)` is told as soon as the step's KV
+    of a layer is in the pool; `on_close(sequence)` before a sequence's blocks can be overwritten."""
+
+    def __init__(
+        self,
+        runner: StageRunner,
+        pool: KvPool,
+        *,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: str,
+        is_last: bool,
+        eos_token_ids: tuple[int, ...],
+        on_layer: LayerHook | None = None,
+        on_close: CloseHook | None = None,
+    ) -> None:
+        self.sequences: dict[str, StageSequence] = {}
+        self._runner = runner
+        self._block_size = pool.block_size
+        self._hidden_size = hidden_size
+        self._dtype = dtype
+        self._device = device
+        self._is_last = is_last
+        self._eos_token_ids = eos_token_ids
+        self._on_layer = on_layer
+        self._on_close = on_close
+
+    def execute(self, step: Step, hidden: bytes | memoryview | None) -> StepOutput:
+        """Runs one step; `hidden` is the previous stage's output (None on the first stage)."""
+        for sequence_id in step.closes:
+            closed = self.sequences.pop(sequence_id)
+            if self._on_close is not None:
+                self._on_close(closed)
+        for opened in step.opens:
+            tokens = unpack_ids(opened.token_ids)
+            self.sequences[opened.sequence_id] = StageSequence(opened, tokens, list(opened.blocks))
+        if not step.chunks:
+            return StepOutput(None, [])
+        batch = self._batch(step)
+        on_layer = self._on_layer
+        output = self._runner.run(
+            batch,
+            None if hidden is None else self._receive_hidden(hidden),
+            None if on_layer is None else lambda local_layer: on_layer(step, local_layer),
+        )
+        if not self._is_last:
+            return StepOutput(self._send_hidden(output), [])
+        return StepOutput(None, self._draw(step, output))
+
+    def _batch(self, step: Step) -> StageBatch:
+        chunks: list[SequenceChunk] = []
+        token_ids: list[int] = []
+        for work in step.chunks:
+            sequence = self.sequences[work.sequence_id]
+            sequence.blocks += work.new_blocks
+            if work.appended is not None and work.start == len(sequence.tokens):
+                sequence.tokens.append(work.appended)
+            end = work.start + work.num_tokens
+            num_blocks = -(-end // self._block_size)
+            chunks.append(SequenceChunk(work.start, work.num_tokens, sequence.blocks[:num_blocks], work.draws))
+            token_ids += sequence.tokens[work.start : end]
+        return StageBatch(chunks, token_ids)
+
+    def _receive_hidden(self, hidden: bytes | memoryview) -> torch.Tensor:
+        # a bytearray because torch wants writable memory
+        flat = torch.frombuffer(bytearray(hidden), dtype=self._dtype)
+        return flat.view(-1, self._hidden_size).to(self._device)
+
+    def _send_hidden(self, output: torch.Tensor) -> memoryview:
+        return memoryview(output.contiguous().cpu().view(torch.uint8).numpy()).cast("B")
+
+    def _draw(self, step: Step, logits: torch.Tensor) -> list[Drawn]:
+        drawing = [work for work in step.chunks if work.draws]
+        if not drawing:
+            return []
+        rows = [self._row(work) for work in drawing]
+        drawn = [Drawn(t.token_id, t.logprob, list(t.top_logprobs)) for t in sample(logits, rows)]
+        for work, token in zip(drawing, drawn, strict=True):
+            self.sequences[work.sequence_id].tokens.append(token.token_id)
+        return drawn
+
+    def _row(self, work: ChunkWork) -> SamplingRow:
+        sequence = self.sequences[work.sequence_id]
+        opened, tokens = sequence.opened, sequence.tokens
+        num_prompt = opened.num_prompt_tokens
+        return SamplingRow(
+            params=opened.params,
+            choice=opened.choice,
+            position=len(tokens),
+            prompt_ids=tokens[:num_prompt] if _reads_ids(opened) else (),
+            output_ids=tokens[num_prompt:] if _reads_ids(opened) else (),
+            eos_token_ids=self._eos_token_ids,
+            num_output_tokens=len(tokens) - num_prompt,
+        )
+
+
+def _reads_ids(opened: SequenceOpen) -> bool:
+    params = opened.params
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)

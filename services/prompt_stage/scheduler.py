@@ -1,0 +1,184 @@
+"""The driver of a prompt pipeline decides here (pure): which prompts get blocks, what the next chunk computes.
+
+A prompt's blocks are its own from its open to its close; every stage finishes the hand-off of a sequence when it
+sees the close, before anything later in the same step can overwrite the blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from common.kv.blocks import BlockAllocator
+from common.messages import ChunkWork, Drawn, Prefill, SequenceOpen, Step
+from common.stage.prefill_plan import PendingPrompt, plan_chunk
+
+Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class PromptSequence:
+    """Mutable scheduling state of one prefill; `sequence_id` and `attempt` together name it."""
+
+    prefill: Prefill
+    num_tokens: int
+    arrival: int
+    num_scheduled: int = 0
+    num_in_flight: int = 0
+    is_open: bool = False
+    is_cancelled: bool = False
+
+    @property
+    def key(self) -> Key:
+        return self.prefill.sequence_id, self.prefill.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class DeliverFirst:
+    """The prefill is complete and drew a token."""
+
+    prefill: Prefill
+    drawn: Drawn
+
+
+@dataclass(frozen=True, slots=True)
+class NeverStarted:
+    """Cancelled before any stage heard of it: no stage will ever write its KV."""
+
+    prefill: Prefill
+
+
+Action = DeliverFirst | NeverStarted
+
+
+class PromptScheduler:
+    """State of one prompt pipeline at one epoch."""
+
+    def __init__(
+        self, *, epoch: int, num_stages: int, num_blocks: int, block_size: int, chunk_tokens: int
+    ) -> None:
+        self.epoch = epoch
+        self.allocator = BlockAllocator(num_blocks)
+        self._max_flying = num_stages + 1
+        self._block_size = block_size
+        self._chunk_tokens = chunk_tokens
+        self._waiting: OrderedDict[Key, PromptSequence] = OrderedDict()
+        self._running: dict[str, PromptSequence] = {}
+        self._lent: dict[str, list[int]] = {}
+        self._flying: dict[int, tuple[Step, tuple[PromptSequence, ...]]] = {}
+        self._opens: list[SequenceOpen] = []
+        self._closes: list[str] = []
+        self._num_arrivals = 0
+        self._num_steps = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def prefill(self, prefill: Prefill) -> None:
+        """Queues a prompt (its tokens fit the pool: the router checked `capacity_tokens`)."""
+        sequence = PromptSequence(prefill, len(prefill.token_ids) // 4, self._num_arrivals)
+        self._num_arrivals += 1
+        self._waiting[sequence.key] = sequence
+        self._start_waiting()
+
+    def cancel(self, sequence_id: str, attempt: int) -> list[Action]:
+        """Stops a prefill. Unknown ones (finished already) are ignored."""
+        waiting = self._waiting.pop((sequence_id, attempt), None)
+        if waiting is not None:
+            return [NeverStarted(waiting.prefill)]
+        sequence = self._running.get(sequence_id)
+        if sequence is not None and sequence.prefill.attempt == attempt:
+            sequence.is_cancelled = True
+            self._close_if_idle(sequence)
+            return [] if sequence.is_open else [NeverStarted(sequence.prefill)]
+        return []
+
+    def step_done(self, step: int, drawn: list[Drawn]) -> list[Action]:
+        """The last stage finished a step. Raises `KeyError` for a step that is not in flight."""
+        done, sequences = self._flying.pop(step)
+        draws = iter(drawn)
+        actions: list[Action] = []
+        for chunk, sequence in zip(done.chunks, sequences, strict=True):
+            sequence.num_in_flight -= 1
+            token = next(draws) if chunk.draws else None
+            if token is not None and not sequence.is_cancelled:
+                actions.append(DeliverFirst(sequence.prefill, token))
+                sequence.is_cancelled = True  # nothing is left to do but to close it
+            if sequence.is_cancelled:
+                self._close_if_idle(sequence)
+        return actions
+
+    def next_step(self) -> Step | None:
+        """The next chunk of several prompts, or None. A step without chunks only closes sequences."""
+        if len(self._flying) >= self._max_flying:
+            return None
+        self._start_waiting()
+        pending = [
+            PendingPrompt(s.prefill.sequence_id, s.num_tokens - s.num_scheduled, s.arrival)
+            for s in self._running.values()
+            if s.num_scheduled < s.num_tokens and not s.is_cancelled
+        ]
+        chunks: list[ChunkWork] = []
+        sequences: list[PromptSequence] = []
+        for sequence_id, num_tokens in plan_chunk(pending, self._chunk_tokens):
+            sequence = self._running[sequence_id]
+            chunks.append(self._chunk(sequence, num_tokens))
+            sequences.append(sequence)
+        if not chunks and not self._closes:
+            return None
+        step = Step(self.epoch, self._num_steps, self._closes, self._opens, chunks)
+        self._opens, self._closes = [], []
+        self._flying[step.step] = (step, tuple(sequences))
+        self._num_steps += 1
+        return step
+
+    def _chunk(self, sequence: PromptSequence, num_tokens: int) -> ChunkWork:
+        prefill = sequence.prefill
+        if not sequence.is_open:
+            sequence.is_open = True
+            self._opens.append(
+                SequenceOpen(
+                    prefill.sequence_id,
+                    prefill.attempt,
+                    prefill.choice,
+                    prefill.num_prompt_tokens,
+                    prefill.token_ids,
+                    prefill.params,
+                    self._lent[prefill.sequence_id],
+                    prefill.handoff,
+                )
+            )
+        start = sequence.num_scheduled
+        sequence.num_scheduled += num_tokens
+        sequence.num_in_flight += 1
+        draws = sequence.num_scheduled == sequence.num_tokens
+        return ChunkWork(prefill.sequence_id, start, num_tokens, [], None, draws)
+
+    def _start_waiting(self) -> None:
+        """First come, first served for memory: a big prompt at the head waits for room, none overtakes it."""
+        while self._waiting:
+            key, sequence = next(iter(self._waiting.items()))
+            needed = -(-sequence.num_tokens // self._block_size)
+            if sequence.prefill.sequence_id in self._running:
+                return  # its previous attempt is still being closed
+            blocks = self.allocator.allocate(sequence.prefill.sequence_id, needed, needed)
+            if blocks is None:
+                return
+            del self._waiting[key]
+            self._lent[sequence.prefill.sequence_id] = list(blocks)
+            self._running[sequence.prefill.sequence_id] = sequence
+
+    def _close_if_idle(self, sequence: PromptSequence) -> None:
+        if sequence.num_in_flight:
+            return
+        sequence_id = sequence.prefill.sequence_id
+        del self._running[sequence_id]
+        del self._lent[sequence_id]
+        self.allocator.release(sequence_id)
+        if sequence.is_open:
+            self._closes.append(sequence_id)
