@@ -55,17 +55,6 @@ class PipelineReady(msgspec.Struct, frozen=True, array_like=True, tag="pipeline_
     capacity_tokens: int
 
 
-class Granted(msgspec.Struct, frozen=True, array_like=True, tag="granted"):
-    """A token pipeline lends `blocks` for the sequence's prompt, its `forced` output ids and one token more."""
-
-    pipeline: str
-    epoch: int
-    sequence_id: str
-    attempt: int
-    blocks: list[int]
-    forced: bytes
-
-
 class ProducedToken(msgspec.Struct, frozen=True, array_like=True):
     """`finish_reason` is set on a sequence's last token; the driver has let go of the sequence then."""
 
@@ -96,7 +85,7 @@ class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"
     stats: bytes
 
 
-RouterInboxMessage = PipelineReady | Granted | TokensProduced | SequenceFailed | StatsReply
+RouterInboxMessage = PipelineReady | TokensProduced | SequenceFailed | StatsReply
 
 # ---------------------------------------------------------------- to a stage
 
@@ -115,7 +104,8 @@ class StageReady(msgspec.Struct, frozen=True, array_like=True, tag="stage_ready"
 
 
 class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
-    """Router to token driver: queue this sequence. `forced` are output ids that are known already."""
+    """Router to token driver: queue this sequence. `forced` are output ids that are known already;
+    `prompt_pipeline` is where its prompt should be computed ('' in a colocated pipeline)."""
 
     epoch: int
     sequence_id: str
@@ -123,6 +113,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
     prompt: bytes
     forced: bytes
     params: SamplingParams
+    prompt_pipeline: str
 
 
 class CancelSequence(msgspec.Struct, frozen=True, array_like=True, tag="cancel_sequence"):
@@ -138,7 +129,8 @@ class Handoff(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True, tag="prefill"):
-    """Router to prompt driver. `token_ids` = prompt + forced output; the next token is drawn from it."""
+    """Token driver to prompt driver: the grant (blocks for these tokens and one more) and the work.
+    `token_ids` = prompt + known output; the next token is drawn from it."""
 
     epoch: int
     sequence_id: str

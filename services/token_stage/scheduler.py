@@ -164,13 +164,13 @@ class TokenScheduler:
 
     def next_step(self) -> Step | None:
         """The next microbatch, or None where nothing can run. Up to `num_stages` steps fly at once, each with its
-        share of the sequences, so that no stage waits."""
+        share of the sequences, so that no stage waits. An idle pipeline's last step only closes sequences."""
         if len(self._flying) >= self._num_stages:
             return None
         chunks, sequences = self._decode_chunks()
         if self._chunk_tokens:
             self._add_prefill_chunks(chunks, sequences)
-        if not chunks:
+        if not chunks and (self._flying or not self._closes):
             return None
         step = Step(self.epoch, self._num_steps, self._closes, self._opens, chunks)
         self._opens, self._closes = [], []

@@ -1,0 +1,42 @@
+"""How responsive an event loop is: a timer that notes by how much it is late, and the CPU used between its ticks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+
+TICK_S = 0.01
+NUM_SAMPLES = 60_000
+"""ten minutes of ticks"""
+
+
+class LoopMonitor:
+    """Run `watch()` as a task of the loop; `figures()` gives milliseconds."""
+
+    def __init__(self) -> None:
+        self._lags_s: deque[float] = deque(maxlen=NUM_SAMPLES)
+        self._max_cpu_s = 0.0
+
+    async def watch(self) -> None:
+        due = time.monotonic() + TICK_S
+        cpu_s = time.thread_time()
+        while True:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            now, cpu_now_s = time.monotonic(), time.thread_time()
+            self._lags_s.append(max(0.0, now - due))
+            self._max_cpu_s = max(self._max_cpu_s, cpu_now_s - cpu_s)
+            due, cpu_s = now + TICK_S, cpu_now_s
+
+    def figures(self) -> dict[str, float]:
+        """`lag_p50_ms`, `lag_p999_ms`, `lag_max_ms` of the last ten minutes and `cpu_max_ms`, the most CPU that all
+        callbacks between two ticks used together (an upper bound of what a single callback used)."""
+        lags = sorted(self._lags_s)
+        if not lags:
+            return {}
+        return {
+            "lag_p50_ms": round(1e3 * lags[len(lags) // 2], 3),
+            "lag_p999_ms": round(1e3 * lags[min(len(lags) - 1, int(len(lags) * 0.999))], 3),
+            "lag_max_ms": round(1e3 * lags[-1], 3),
+            "cpu_max_ms": round(1e3 * self._max_cpu_s, 3),
+        }

@@ -1,0 +1,55 @@
+"""Connections to other services by member name, replaced when a member comes back as another incarnation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from common.channel import Outbox
+from common.messages import Message, encode
+
+logger = logging.getLogger(__name__)
+
+
+class Peers:
+    """Sends messages to members; `identity` is what receivers see as the sender's routing id."""
+
+    def __init__(self, identity: str) -> None:
+        self._identity = identity
+        self._outboxes: dict[str, tuple[str, Outbox]] = {}
+
+    async def connect(
+        self, name: str, endpoint: str, on_frames: Callable[[list[memoryview]], None] = lambda frames: None
+    ) -> None:
+        """Connects to a member, or keeps the connection if it has this endpoint already."""
+        known = self._outboxes.get(name)
+        if known is not None and known[0] == endpoint:
+            return
+        outbox = await Outbox.connect(endpoint, self._identity, on_frames)
+        self.drop(name)
+        self._outboxes[name] = (endpoint, outbox)
+
+    def send(self, name: str, message: Message, payload: bytes | memoryview | None = None) -> bool:
+        """Queues a message; False where the member is not known (it is gone, or not seen yet)."""
+        known = self._outboxes.get(name)
+        if known is None:
+            logger.debug("no connection to %s for %s", name, type(message).__name__)
+            return False
+        if payload is None:
+            known[1].send(encode(message))
+        else:
+            known[1].send(encode(message), payload)
+        return True
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._outboxes
+
+    def drop(self, name: str) -> None:
+        """Closes the connection to a member, if there is one."""
+        known = self._outboxes.pop(name, None)
+        if known is not None:
+            known[1].close()
+
+    def close(self) -> None:
+        for name in list(self._outboxes):
+            self.drop(name)

@@ -1,0 +1,64 @@
+"""What every service's process does: options, logging, signals, and one place where an unknown error ends it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+from common.process import die_with_parent, set_affinity
+from dejavu.errors import DejavuError
+
+logger = logging.getLogger(__name__)
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options that all services share."""
+    parser.add_argument("--name", required=True, help="unique and stable name of this service")
+    parser.add_argument("--etcd", required=True, metavar="URL", help="where etcd listens")
+    parser.add_argument("--cluster", default="default", help="services of one cluster find each other")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint directory")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+
+
+def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]], cores: str = "") -> int:
+    """Runs `serve(stop)` on uvloop until it returns; `stop` is set by SIGTERM. The terminal's SIGINT is the
+    parent's business. Returns the process's exit code."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=os.environ.get("DEJAVU_LOG_LEVEL", "INFO").upper(),
+        format=f"%(asctime)s {name} %(levelname)s %(message)s",
+    )
+    die_with_parent()
+    if cores:
+        set_affinity([int(core) for core in cores.split(",")])
+    # a compute thread that holds the interpreter lock gives it back sooner
+    sys.setswitchinterval(0.001)
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        await serve(stop)
+
+    try:
+        uvloop.run(main())
+    except DejavuError as error:
+        logger.error("%s", error)
+        return 1
+    except BaseExceptionGroup as group:
+        known, unknown = group.split(DejavuError)
+        if unknown is not None:
+            raise
+        logger.error("%s", known.exceptions[0] if known else group)
+        return 1
+    return 0

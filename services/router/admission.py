@@ -1,0 +1,65 @@
+"""What is let in (pure): each refusal is a typed error that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.model.spec import ModelSpec
+from dejavu.errors import InvalidParameter, Overloaded, PromptEmpty, PromptTooLong, TokenOutOfRange
+from dejavu.params import SamplingParams
+from dejavu.wire import MAX_PROMPT_BYTES, MAX_REQUEST_ID_CHARS, Submit
+
+MAX_LIVE_SEQUENCES = 4096
+RETRY_AFTER_S = 1.0
+
+
+def check_form(submit: Submit, spec: ModelSpec, *, has_tokenizer: bool) -> None:
+    """Everything that can be judged before the prompt is tokenised. Raises `DejavuError`."""
+    if not submit.request_id or len(submit.request_id) > MAX_REQUEST_ID_CHARS:
+        raise InvalidParameter(f"must have 1 to {MAX_REQUEST_ID_CHARS} characters", field="request_id")
+    submit.params.validate(spec.vocab_size)
+    if not submit.prompt:
+        raise PromptEmpty("prompt is empty", field="prompt")
+    if isinstance(submit.prompt, str):
+        if not has_tokenizer:
+            raise InvalidParameter("this model has no tokenizer: send token ids", field="prompt")
+        if len(submit.prompt) > MAX_PROMPT_BYTES:
+            raise PromptTooLong(f"prompt is longer than {MAX_PROMPT_BYTES} bytes", field="prompt")
+    elif len(submit.prompt) > spec.max_context_tokens:
+        raise _too_long(len(submit.prompt), submit.params.max_tokens, spec.max_context_tokens)
+    if submit.params.stop and not has_tokenizer:
+        raise InvalidParameter("this model has no tokenizer: use stop_token_ids", field="stop")
+    if len(submit.delivered) > submit.params.n or any(
+        len(ids) > submit.params.max_tokens for ids in submit.delivered
+    ):
+        raise InvalidParameter("more delivered tokens than the request may have", field="delivered")
+
+
+def check_tokens(
+    prompt_ids: Sequence[int], delivered: Sequence[Sequence[int]], params: SamplingParams, spec: ModelSpec
+) -> None:
+    """Judges the token ids. Raises `DejavuError`."""
+    if not prompt_ids:
+        raise PromptEmpty("prompt has no tokens", field="prompt")
+    for name, ids in [("prompt", prompt_ids), *(("delivered", ids) for ids in delivered)]:
+        if ids and (min(ids) < 0 or max(ids) >= spec.vocab_size):
+            bad = next(i for i in ids if not 0 <= i < spec.vocab_size)
+            raise TokenOutOfRange(f"token id {bad} is outside 0..{spec.vocab_size - 1}", field=name)
+    if len(prompt_ids) + params.max_tokens > spec.max_context_tokens:
+        raise _too_long(len(prompt_ids), params.max_tokens, spec.max_context_tokens)
+
+
+def check_load(num_live_sequences: int, num_new: int) -> None:
+    """Refuses what would make the queue unbounded. Raises `Overloaded`."""
+    if num_live_sequences + num_new > MAX_LIVE_SEQUENCES:
+        raise Overloaded(
+            f"{num_live_sequences} sequences are live; the limit is {MAX_LIVE_SEQUENCES}",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+
+def _too_long(num_prompt: int, max_tokens: int, max_context: int) -> PromptTooLong:
+    return PromptTooLong(
+        f"prompt ({num_prompt} tokens) + max_tokens ({max_tokens}) exceed the context of {max_context} tokens",
+        field="prompt" if num_prompt >= max_context else "max_tokens",
+    )

@@ -1,0 +1,29 @@
+"""Client connections: who said hello and who still lives. A client that vanished ends its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+SILENCE_LIMIT_S = 5.0
+MAX_CLIENTS = 4096
+
+
+class Clients:
+    """When each client, by routing id, was last heard (pure; the caller gives the time)."""
+
+    def __init__(self) -> None:
+        self._heard_s: dict[bytes, float] = {}
+
+    def heard(self, client: bytes, now_s: float) -> bool:
+        """Notes a sign of life; False where there are too many clients for a new one."""
+        if client not in self._heard_s and len(self._heard_s) >= MAX_CLIENTS:
+            return False
+        self._heard_s[client] = now_s
+        return True
+
+    def gone(self, client: bytes) -> None:
+        self._heard_s.pop(client, None)
+
+    def silent(self, now_s: float) -> Iterable[bytes]:
+        """Clients that have not been heard for `SILENCE_LIMIT_S`."""
+        return [client for client, heard_s in self._heard_s.items() if now_s - heard_s > SILENCE_LIMIT_S]

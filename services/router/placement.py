@@ -1,0 +1,41 @@
+"""Which pipelines a sequence goes to (pure): the least loaded ones that are ready and large enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class PipelineView:
+    """What a router knows of a pipeline. `load_tokens` are the tokens it was given and has not finished."""
+
+    name: str
+    role: str
+    epoch: int = 0
+    is_ready: bool = False
+    is_colocated: bool = False
+    capacity_tokens: int = 0
+    driver: str = ""
+    load_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`prompt_pipeline` is '' where the token pipeline is colocated."""
+
+    token_pipeline: str
+    prompt_pipeline: str
+
+
+def place(pipelines: Iterable[PipelineView], num_prompt_tokens: int) -> Placement | None:
+    """The least loaded pair of ready pipelines, or None while there is none."""
+    views = [view for view in pipelines if view.is_ready]
+    token = min((v for v in views if v.role == "token_stage"), key=lambda v: (v.load_tokens, v.name), default=None)
+    if token is None:
+        return None
+    if token.is_colocated:
+        return Placement(token.name, "")
+    fitting = [v for v in views if v.role == "prompt_stage" and v.capacity_tokens >= num_prompt_tokens]
+    prompt = min(fitting, key=lambda v: (v.load_tokens, v.name), default=None)
+    return None if prompt is None else Placement(token.name, prompt.name)

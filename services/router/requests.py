@@ -1,0 +1,235 @@
+"""The router's work on requests: admission, placement, token relay, ends. All I/O goes through `Wires`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import msgspec
+
+from common.messages import Admit, CancelSequence, Message, PipelineReady, SequenceFailed, TokensProduced, pack_ids
+from common.model.spec import ModelSpec
+from common.text import TextCodec
+from dejavu.errors import DejavuError, InvalidParameter, RequestConflict
+from dejavu.wire import Accepted, Ended, RouterMessage, Submit, TokenFrame, Tokens, WireError
+from services.router.admission import check_form, check_load, check_tokens
+from services.router.ledger import Choice, Delivery, Ledger, Request, TokenGap, new_request
+from services.router.placement import PipelineView, place
+from services.router.status import Journal
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT_CHARS = 4096
+"""Text beyond this is tokenised off the event loop."""
+
+
+class Wires(Protocol):
+    """How requests reach the outside."""
+
+    def to_client(self, client: bytes, message: RouterMessage) -> None: ...
+
+    def to_member(self, name: str, message: Message) -> bool: ...
+
+
+class Requests:
+    """Every live request of this router and the pipelines it can use."""
+
+    def __init__(self, spec: ModelSpec, codec: TextCodec | None, wires: Wires, journal: Journal) -> None:
+        self.ledger = Ledger()
+        self.pipelines: dict[str, PipelineView] = {}
+        self._spec = spec
+        self._codec = codec
+        self._wires = wires
+        self._journal = journal
+        self._unplaced: dict[str, tuple[Request, Choice]] = {}
+
+    # ------------------------------------------------------------ from clients
+
+    def precheck(self, client: bytes, submit: Submit) -> bool:
+        """Judges a request before its prompt is tokenised. True: go on with `accept`; False: it was answered (a
+        refusal, or the stream of the same request joined again). Raises `DejavuError`."""
+        known = self.ledger.get(submit.request_id)
+        if known is not None:
+            if known.body_hash != _body_hash(submit):
+                raise RequestConflict("another request with this id is live", field="request_id")
+            return self._rejoin(known, client, submit)
+        check_form(submit, self._spec, has_tokenizer=self._codec is not None)
+        check_load(self.ledger.num_sequences, submit.params.n)
+        return True
+
+    def tokenise(self, submit: Submit) -> list[int]:
+        """The prompt's token ids; may run off the event loop. Raises `DejavuError`."""
+        if isinstance(submit.prompt, list):
+            return submit.prompt
+        if self._codec is None:
+            raise InvalidParameter("this model has no tokenizer: send token ids", field="prompt")
+        return self._codec.encode(submit.prompt)
+
+    def accept(self, client: bytes, submit: Submit, prompt_ids: list[int]) -> None:
+        """Enters a request and places its sequences. Raises `DejavuError`."""
+        check_tokens(prompt_ids, submit.delivered, submit.params, self._spec)
+        if self.ledger.get(submit.request_id) is not None:
+            raise RequestConflict("another request with this id is live", field="request_id")
+        request = new_request(
+            submit.request_id,
+            client,
+            prompt_ids,
+            submit.params,
+            _body_hash(submit),
+            self._codec,
+            submit.delivered,
+        )
+        self.ledger.open(request)
+        self._wires.to_client(client, Accepted(request.request_id, len(prompt_ids)))
+        for choice in request.choices:
+            self._place(request, choice)
+
+    def refuse(self, client: bytes, request_id: str, error: DejavuError) -> None:
+        """Answers a request that was not let in."""
+        self._wires.to_client(client, Ended(request_id, "failed", error=wire_error(error)))
+
+    def cancel(self, request_id: str) -> None:
+        request = self.ledger.get(request_id)
+        if request is not None:
+            self._end(request, "cancelled")
+
+    def client_gone(self, client: bytes) -> None:
+        """Ends what nobody waits for any more."""
+        for request in self.ledger.of_client(client):
+            logger.info("client of %s is gone", request.request_id)
+            self._end(request, "cancelled")
+
+    def _rejoin(self, request: Request, client: bytes, submit: Submit) -> bool:
+        """The same request from a client that reconnected: repeat what it has not got."""
+        request.client = client
+        self._wires.to_client(client, Accepted(request.request_id, len(request.prompt_ids)))
+        frames = []
+        for choice in request.choices:
+            known = submit.delivered[choice.choice] if choice.choice < len(submit.delivered) else []
+            for index in range(len(known), len(choice.delivered)):
+                frames.append(
+                    TokenFrame(
+                        request.request_id, choice.choice, choice.epoch, index, choice.delivered[index], ""
+                    )
+                )
+        if frames:
+            self._wires.to_client(client, Tokens(frames))
+        return False
+
+    # ------------------------------------------------------------ from pipelines
+
+    def pipeline_ready(self, view: PipelineView, ready: PipelineReady) -> None:
+        """A pipeline runs a (new) epoch. What was running on its older epoch starts again by the normal path,
+        with the delivered tokens forced."""
+        view.is_ready, view.epoch, view.capacity_tokens = True, ready.epoch, ready.capacity_tokens
+        logger.info("%s is ready: epoch %d, %d tokens", view.name, ready.epoch, ready.capacity_tokens)
+        for request in self.ledger:
+            for choice in request.choices:
+                stale = choice.pipeline == view.name and choice.epoch != view.epoch
+                if not choice.is_done and (stale or choice.sequence_id in self._unplaced):
+                    self._place(request, choice)
+
+    def tokens_produced(self, produced: TokensProduced) -> None:
+        """Relays tokens to their clients, one message a client."""
+        frames: dict[bytes, list[TokenFrame]] = {}
+        done: list[Request] = []
+        for token in produced.tokens:
+            entry = self.ledger.sequence(token.sequence_id)
+            if entry is None:
+                continue
+            request, choice = entry
+            if choice.pipeline != produced.pipeline or choice.epoch != produced.epoch:
+                self._journal.counters["refused_frames"] += 1
+                continue
+            try:
+                delivery = self.ledger.deliver(token, produced.epoch)
+            except TokenGap as gap:
+                self._end(request, "failed", WireError("request_failed", str(gap)))
+                continue
+            self._account(choice, delivery)
+            if delivery.frame is not None:
+                frames.setdefault(request.client, []).append(delivery.frame)
+            if delivery.request_done:
+                done.append(request)
+        for client, batch in frames.items():
+            self._wires.to_client(client, Tokens(batch))
+        for request in done:
+            self._end(request, "finished")
+
+    def sequence_failed(self, failed: SequenceFailed) -> None:
+        entry = self.ledger.sequence(failed.sequence_id)
+        if entry is not None and entry[1].epoch == failed.epoch:
+            self._end(entry[0], "failed", failed.error)
+
+    # ------------------------------------------------------------ inside
+
+    def _account(self, choice: Choice, delivery: Delivery) -> None:
+        view = self.pipelines.get(choice.pipeline)
+        if delivery.stop_sequence and view is not None:
+            self._wires.to_member(view.driver, CancelSequence(choice.sequence_id))
+        if delivery.frame is not None and choice.is_done:
+            self._unload(choice)
+
+    def _place(self, request: Request, choice: Choice) -> None:
+        self._unload(choice)
+        placement = place(self.pipelines.values(), len(request.prompt_ids) + len(choice.delivered))
+        if placement is None:
+            self._unplaced[choice.sequence_id] = (request, choice)
+            return
+        self._unplaced.pop(choice.sequence_id, None)
+        view = self.pipelines[placement.token_pipeline]
+        choice.pipeline, choice.epoch = view.name, view.epoch
+        choice.prompt_pipeline = placement.prompt_pipeline
+        for name, tokens in self._loads(request, choice):
+            self.pipelines[name].load_tokens += tokens
+        self._wires.to_member(
+            view.driver,
+            Admit(
+                view.epoch,
+                choice.sequence_id,
+                choice.choice,
+                pack_ids(request.prompt_ids),
+                pack_ids(choice.delivered),
+                request.params,
+                placement.prompt_pipeline,
+            ),
+        )
+
+    def _loads(self, request: Request, choice: Choice) -> list[tuple[str, int]]:
+        loads = [(choice.pipeline, request.params.max_tokens)]
+        if choice.prompt_pipeline:
+            loads.append((choice.prompt_pipeline, len(request.prompt_ids)))
+        return loads
+
+    def _unload(self, choice: Choice) -> None:
+        entry = self.ledger.sequence(choice.sequence_id)
+        if entry is None or not choice.pipeline:
+            return
+        for name, tokens in self._loads(entry[0], choice):
+            if name in self.pipelines:
+                self.pipelines[name].load_tokens -= tokens
+        choice.pipeline, choice.prompt_pipeline = "", ""
+
+    def _end(self, request: Request, outcome: str, error: WireError | None = None) -> None:
+        for choice in request.choices:
+            self._unplaced.pop(choice.sequence_id, None)
+            view = self.pipelines.get(choice.pipeline)
+            if not choice.is_done and view is not None:
+                self._wires.to_member(view.driver, CancelSequence(choice.sequence_id))
+            self._unload(choice)
+        self.ledger.close(request)
+        self._journal.counters[f"requests_{outcome}"] += 1
+        ended = Ended(
+            request.request_id, outcome, len(request.prompt_ids), request.num_output_tokens, error
+        )
+        self._wires.to_client(request.client, ended)
+
+
+def wire_error(error: DejavuError) -> WireError:
+    """A typed error as it travels."""
+    return msgspec.convert(error.to_wire(), WireError)
+
+
+def _body_hash(submit: Submit) -> int:
+    prompt = submit.prompt if isinstance(submit.prompt, str) else tuple(submit.prompt)
+    return hash((prompt, msgspec.msgpack.encode(submit.params)))

@@ -1,0 +1,339 @@
+"""Wiring of the router: sockets, membership, leadership. What it decides is in requests, ledger and placement."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from common import messages
+from common.channel import Inbox
+from common.etcd.client import EtcdClient
+from common.loop_monitor import LoopMonitor
+from common.membership import (
+    Election,
+    MemberChanged,
+    MemberJoined,
+    MemberLost,
+    MemberRecord,
+    Membership,
+    PipelineRecord,
+)
+from common.messages import PipelineReady, SequenceFailed, StatsQuery, StatsReply, TokensProduced
+from common.model.spec import ModelSpec, load_spec
+from common.peers import Peers
+from common.text import TextCodec
+from dejavu import wire
+from dejavu.errors import ConfigurationError, DejavuError, InvalidParameter
+from services.router.clients import Clients
+from services.router.pipelines import missing_pipelines
+from services.router.placement import PipelineView
+from services.router.requests import LONG_TEXT_CHARS, Requests
+from services.router.status import Journal, describe
+
+logger = logging.getLogger(__name__)
+
+STATS_WAIT_S = 0.5
+LEASE_TTL_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    """The command line of a router."""
+
+    name: str
+    etcd: str
+    cluster: str
+    host: str
+    port: int
+    model: str
+    dtype: str
+
+
+class RouterService:
+    """One router. Use `await RouterService.serve(options, stop)`."""
+
+    def __init__(self, options: RouterOptions, spec: ModelSpec, codec: TextCodec | None) -> None:
+        self._options = options
+        self._spec = spec
+        self._incarnation = f"{os.getpid():x}-{time.time_ns():x}"
+        self._peers = Peers(f"{options.name}.{self._incarnation}")
+        self._journal = Journal()
+        self._requests = Requests(spec, codec, self, self._journal)
+        self._clients = Clients()
+        self._members: dict[str, MemberRecord] = {}
+        self._records: dict[str, PipelineRecord] = {}
+        self._leader = ""
+        self._monitor = LoopMonitor()
+        self._stats: dict[int, dict[str, dict[str, Any]]] = {}
+        self._num_queries = 0
+        self._changed = asyncio.Event()
+        self._inbox: Inbox
+        self._public: Inbox
+        self._tasks: asyncio.TaskGroup
+
+    @classmethod
+    async def serve(cls, options: RouterOptions, stop: asyncio.Event) -> None:
+        """Runs a router until `stop` is set. Raises `ConfigurationError` (port in use, bad model)."""
+        spec = load_spec(options.model, options.dtype)
+        service = cls(options, spec, TextCodec.load(options.model))
+        await service._run(stop)
+
+    # ------------------------------------------------------------ Wires
+
+    def to_client(self, client: bytes, message: wire.RouterMessage) -> None:
+        self._public.send(client, wire.encode(message))
+
+    def to_member(self, name: str, message: messages.Message) -> bool:
+        return self._peers.send(name, message)
+
+    # ------------------------------------------------------------ life
+
+    async def _run(self, stop: asyncio.Event) -> None:
+        options = self._options
+        address = f"tcp://{options.host}:{options.port or '*'}"
+        try:
+            self._public = await Inbox.bind(
+                address, self._on_client_frames, self._on_client_gone, wire.MAX_MESSAGE_BYTES
+            )
+        except OSError as error:
+            raise ConfigurationError(f"cannot listen on {address}: {error.strerror}", field="port") from error
+        self._inbox = await Inbox.bind(f"tcp://{options.host}:*", self._on_service_frames)
+        record = MemberRecord(
+            name=options.name,
+            role="router",
+            incarnation=self._incarnation,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            endpoint=self._inbox.endpoint,
+            pipeline=None,
+            stage_index=None,
+            num_stages=None,
+            layers=None,
+            state="active",
+            detail={"client_endpoint": self._public.endpoint},
+        )
+        try:
+            async with EtcdClient(options.etcd) as etcd, Membership(etcd, options.cluster, LEASE_TTL_S) as membership:
+                await membership.register(record)
+                async with asyncio.TaskGroup() as self._tasks:
+                    await self._live(etcd, membership, stop)
+        finally:
+            self._public.close()
+            self._inbox.close()
+            self._peers.close()
+
+    async def _live(self, etcd: EtcdClient, membership: Membership, stop: asyncio.Event) -> None:
+        election = Election(
+            etcd, self._options.cluster, membership.lease, self._options.name, self._public.endpoint
+        )
+        tasks = [
+            self._tasks.create_task(self._watch_members(membership)),
+            self._tasks.create_task(self._watch_pipelines(membership)),
+            self._tasks.create_task(election.campaign()),
+            self._tasks.create_task(self._watch_leader(election)),
+            self._tasks.create_task(self._form_pipelines(membership, election)),
+            self._tasks.create_task(self._watch_clients()),
+            self._tasks.create_task(self._monitor.watch()),
+        ]
+        logger.info("listening for clients on %s", self._public.endpoint)
+        await stop.wait()
+        for task in tasks:
+            task.cancel()
+
+    async def _watch_members(self, membership: Membership) -> None:
+        async for event in membership.watch():
+            match event:
+                case MemberJoined(record) | MemberChanged(record):
+                    self._members[record.name] = record
+                    await self._peers.connect(record.name, record.endpoint)
+                case MemberLost(record):
+                    self._members.pop(record.name, None)
+                    self._peers.drop(record.name)
+                    self._journal.note("lost", record.name)
+                    self._pipeline_of(record)
+            self._changed.set()
+
+    def _pipeline_of(self, lost: MemberRecord) -> None:
+        view = self._requests.pipelines.get(lost.pipeline or "")
+        if view is not None:
+            view.is_ready = False
+
+    async def _watch_pipelines(self, membership: Membership) -> None:
+        async for record in membership.watch_pipelines():
+            self._records[record.pipeline] = record
+            view = self._requests.pipelines.setdefault(
+                record.pipeline, PipelineView(record.pipeline, record.role)
+            )
+            if record.epoch > view.epoch:
+                view.is_ready = False
+            view.driver = record.stages[0].name
+            view.is_colocated = bool(record.stages[0].detail.get("colocated"))
+            self._changed.set()
+
+    async def _watch_leader(self, election: Election) -> None:
+        async for leader in election.watch():
+            self._leader = leader.name
+            self._journal.note("leader", leader.name)
+            self._changed.set()
+
+    async def _form_pipelines(self, membership: Membership, election: Election) -> None:
+        """The leader publishes every pipeline whose stages are all there and not yet the published ones."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._leader != self._options.name:
+                continue
+            for record in missing_pipelines(self._members.values(), self._records):
+                await membership.publish_pipeline(record, election.guard())
+
+    async def _watch_clients(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            for client in self._clients.silent(time.monotonic()):
+                self._on_client_gone(client)
+
+    # ------------------------------------------------------------ clients
+
+    def _on_client_gone(self, client: bytes) -> None:
+        self._clients.gone(client)
+        # not at once: the report comes from inside a send, in the middle of somebody's loop
+        asyncio.get_running_loop().call_soon(self._requests.client_gone, client)
+
+    def _on_client_frames(self, client: bytes, frames: list[memoryview]) -> None:
+        if not self._clients.heard(client, time.monotonic()):
+            return
+        try:
+            if len(frames) != 1:
+                raise msgspec.DecodeError("one frame expected")
+            message = wire.decode_client_message(frames[0])
+        except msgspec.DecodeError as error:
+            self._refuse_bad_frame(client, frames, str(error))
+            return
+        match message:
+            case wire.Hello():
+                self._welcome(client)
+            case wire.Submit():
+                self._submit(client, message)
+            case wire.Cancel():
+                self._requests.cancel(message.request_id)
+            case wire.Ping():
+                self.to_client(client, wire.Pong())
+            case wire.StatusQuery():
+                self._tasks.create_task(self._answer_status(client, message.query_id))
+            case wire.Acknowledge():
+                pass
+
+    def _refuse_bad_frame(self, client: bytes, frames: list[memoryview], reason: str) -> None:
+        """A frame that is no valid message. A malformed submit still names its request: say so to that request."""
+        self._journal.counters["bad_frames"] += 1
+        request_id = _request_id_of(frames[0]) if frames else ""
+        error = InvalidParameter(f"malformed message: {reason}")
+        self._requests.refuse(client, request_id, error)
+
+    def _welcome(self, client: bytes) -> None:
+        routers = {m.name: str(m.detail.get("client_endpoint")) for m in self._members.values() if m.role == "router"}
+        self.to_client(
+            client,
+            wire.Welcome(
+                wire.PROTOCOL_VERSION,
+                sorted(routers.values()) or [self._public.endpoint],
+                routers.get(self._leader, ""),
+                self._spec.name,
+                self._spec.vocab_size,
+                self._spec.max_context_tokens,
+            ),
+        )
+
+    def _submit(self, client: bytes, submit: wire.Submit) -> None:
+        if self._leader != self._options.name:
+            leader = self._members.get(self._leader)
+            endpoint = "" if leader is None else str(leader.detail.get("client_endpoint"))
+            self.to_client(client, wire.NotLeader(submit.request_id, endpoint))
+            return
+        try:
+            if not self._requests.precheck(client, submit):
+                return
+            if isinstance(submit.prompt, str) and len(submit.prompt) > LONG_TEXT_CHARS:
+                self._tasks.create_task(self._accept_long(client, submit))
+                return
+            self._requests.accept(client, submit, self._requests.tokenise(submit))
+        except DejavuError as error:
+            self._requests.refuse(client, submit.request_id, error)
+
+    async def _accept_long(self, client: bytes, submit: wire.Submit) -> None:
+        try:
+            prompt_ids = await asyncio.to_thread(self._requests.tokenise, submit)
+            self._requests.accept(client, submit, prompt_ids)
+        except DejavuError as error:
+            self._requests.refuse(client, submit.request_id, error)
+
+    # ------------------------------------------------------------ services
+
+    def _on_service_frames(self, peer: bytes, frames: list[memoryview]) -> None:
+        try:
+            message = messages.decode_router_inbox(frames[0])
+        except msgspec.DecodeError as error:
+            self._journal.counters["bad_frames"] += 1
+            logger.warning("malformed message from %r: %s", peer[:64], error)
+            return
+        match message:
+            case PipelineReady():
+                self._pipeline_ready(message)
+            case TokensProduced():
+                self._requests.tokens_produced(message)
+            case SequenceFailed():
+                self._requests.sequence_failed(message)
+            case StatsReply():
+                waiting = self._stats.get(message.query_id)
+                if waiting is not None:
+                    waiting[message.name] = msgspec.msgpack.decode(message.stats)
+
+    def _pipeline_ready(self, ready: PipelineReady) -> None:
+        record = self._records.get(ready.pipeline)
+        view = self._requests.pipelines.get(ready.pipeline)
+        if record is None or view is None or ready.epoch < record.epoch:
+            self._journal.counters["refused_frames"] += 1
+            return
+        self._requests.pipeline_ready(view, ready)
+
+    async def _answer_status(self, client: bytes, query_id: int) -> None:
+        """Asks every stage for its figures and answers with those that came in time."""
+        self._num_queries += 1
+        number = self._num_queries
+        replies = self._stats[number] = {}
+        asked = [m.name for m in self._members.values() if m.role != "router"]
+        for name in asked:
+            self._peers.send(name, StatsQuery(number, self._options.name))
+        deadline = time.monotonic() + STATS_WAIT_S
+        while len(replies) < len(asked) and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)
+        del self._stats[number]
+        replies[self._options.name] = {"loop": self._monitor.figures(), "link": "zmq"}
+        live = {"requests": len(self._requests.ledger), "sequences": self._requests.ledger.num_sequences}
+        document = describe(
+            self._members.values(),
+            self._leader,
+            self._requests.pipelines.values(),
+            replies,
+            self._journal,
+            live,
+        )
+        self.to_client(client, wire.StatusReply(query_id, document))
+
+
+def _request_id_of(frame: memoryview) -> str:
+    """The request id of a malformed submit ('' where it cannot be told)."""
+    try:
+        parts = msgspec.msgpack.decode(frame)
+    except (msgspec.DecodeError, RecursionError):
+        return ""
+    if isinstance(parts, list) and len(parts) > 1 and isinstance(parts[1], str):
+        return parts[1][: wire.MAX_REQUEST_ID_CHARS]
+    return ""

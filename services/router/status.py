@@ -1,0 +1,83 @@
+"""What `status` says: who lives, which pipelines are ready, counters and recent events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from common.membership import MemberRecord
+from services.router.placement import PipelineView
+
+MAX_EVENTS = 1000
+
+
+class Journal:
+    """Counters and the latest events, stamped with CLOCK_MONOTONIC so that an outside clock can check them."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[str] = Counter(
+            recoveries=0, recomputed_tokens=0, refused_frames=0, replica_lag_tokens=0, false_failovers=0
+        )
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+
+    def note(self, kind: str, service: str, **details: Any) -> None:
+        self._events.append({"at_monotonic_s": time.monotonic(), "kind": kind, "service": service, **details})
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return list(self._events)
+
+
+def describe(
+    members: Iterable[MemberRecord],
+    leader: str,
+    pipelines: Iterable[PipelineView],
+    stats: Mapping[str, Mapping[str, Any]],
+    journal: Journal,
+    live: Mapping[str, int],
+) -> bytes:
+    """The status document as JSON; `stats` are the services' own figures by name."""
+    views = sorted(pipelines, key=lambda view: view.name)
+    document = {
+        "epoch": max((view.epoch for view in views), default=0),
+        "leader": leader,
+        "services": [_service(m, leader, stats.get(m.name, {})) for m in sorted(members, key=lambda m: m.name)],
+        "pipelines": [
+            {
+                "name": view.name,
+                "role": view.role,
+                "ready": view.is_ready,
+                "epoch": view.epoch,
+                "capacity_tokens": view.capacity_tokens,
+                "load_tokens": view.load_tokens,
+            }
+            for view in views
+        ],
+        "live": dict(live),
+        "counters": dict(journal.counters),
+        "events": journal.events,
+    }
+    return json.dumps(document).encode()
+
+
+def _service(member: MemberRecord, leader: str, stats: Mapping[str, Any]) -> dict[str, Any]:
+    state = member.state
+    if member.role == "router":
+        state = "leader" if member.name == leader else "standby"
+    described: dict[str, Any] = {
+        "name": member.name,
+        "role": member.role,
+        "pid": member.pid,
+        "host": member.host,
+        "pipeline": member.pipeline,
+        "stage_index": member.stage_index,
+        "num_stages": member.num_stages,
+        "layers": None if member.layers is None else list(member.layers),
+        "state": state,
+        "incarnation": member.incarnation,
+        "endpoint": member.endpoint,
+    }
+    return described | dict(stats)
