@@ -8,7 +8,6 @@ was granted them has said that it will not write again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 
 from common.ends import finish_reason
 from common.kv.blocks import BlockAllocator
@@ -118,18 +117,27 @@ class TokenScheduler:
         self._release_if_untouched(sequence)
         return [*actions, *self._grant_waiting()]
 
-    def writers_gone(self, sequence_ids: Iterable[str]) -> list[Action]:
-        """The prompt pipeline that was writing these is dead or was replaced: prefill them again elsewhere."""
-        actions: list[Action] = []
-        for sequence_id in sequence_ids:
-            sequence = self._sequences.get(sequence_id)
-            if sequence is None or not sequence.awaits_writers:
+    def assign_writer(self, sequence_id: str, pipeline: str, epoch: int) -> None:
+        """Notes which prompt pipeline (at which epoch) was asked to prefill a granted sequence."""
+        self._sequences[sequence_id].writer = (pipeline, epoch)
+
+    def writer(self, sequence_id: str) -> tuple[str, int] | None:
+        """The prompt pipeline and epoch that were asked to prefill a sequence."""
+        sequence = self._sequences.get(sequence_id)
+        return None if sequence is None else sequence.writer
+
+    def pipeline_replaced(self, pipeline: str, epoch: int) -> list[Action]:
+        """A prompt pipeline runs a new epoch: what its older epochs had not finished is prefilled again."""
+        for sequence in list(self._sequences.values()):
+            writer = sequence.writer
+            if not sequence.awaits_writers or writer is None or writer[0] != pipeline or writer[1] >= epoch:
                 continue
             sequence.awaits_writers = False
-            if sequence.phase is Phase.PREFILLING and sequence.num_cells < self._cells_needed(sequence):
-                actions += self._restart(sequence)
+            complete = sequence.first is not None and sequence.num_cells == self._cells_needed(sequence)
+            if sequence.phase is Phase.PREFILLING and not complete:
+                sequence.requeue = True
             self._release_if_untouched(sequence)
-        return [*actions, *self._grant_waiting()]
+        return self._grant_waiting()
 
     def step_done(self, step: int, drawn: list[Drawn]) -> list[Action]:
         """The last stage finished a step. Raises `KeyError` for a step that is not in flight."""

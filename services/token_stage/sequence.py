@@ -43,6 +43,8 @@ class Sequence:
     num_writers: int | None = None
     """prompt stages that must end their hand-off before the blocks may be given away; None: none is known yet"""
     awaits_writers: bool = False
+    writer: tuple[str, int] | None = None
+    """prompt pipeline and its epoch that compute the current attempt"""
     requeue: bool = False
     """once nothing touches its blocks: back to the queue (preempted, or its KV was lost)"""
 

@@ -1,0 +1,305 @@
+"""Who lives, who leads, and which pipelines are published: records in etcd that end with their process's lease."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, Self
+
+import msgspec
+
+from common.etcd.client import (
+    Compare,
+    EtcdClient,
+    KeyValue,
+    Put,
+    WatchEvent,
+    has_mod_revision,
+    is_absent,
+)
+from common.etcd.election import Election, LeaderChanged
+from common.etcd.errors import EtcdUnavailable
+from common.etcd.follow import Snapshot, follow
+from common.etcd.lease import Lease
+from dejavu.errors import DejavuError
+
+__all__ = [
+    "Election",
+    "LeaderChanged",
+    "MemberChanged",
+    "MemberEvent",
+    "MemberJoined",
+    "MemberLost",
+    "MemberRecord",
+    "MemberSuperseded",
+    "Membership",
+    "PipelineRecord",
+    "SnapshotEnd",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_RECORD_BYTES = 64 * 1024
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Word = Annotated[str, msgspec.Meta(max_length=64)]
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+Endpoint = Annotated[str, msgspec.Meta(pattern=r"^tcp://[^\s/]{1,255}:[0-9]{1,5}$")]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+
+
+class MemberRecord(msgspec.Struct, frozen=True):
+    """What a service tells the others about itself. `layers` is [first, end); `endpoint` is that of its inbox."""
+
+    name: Name
+    role: Word
+    incarnation: Word
+    pid: Count
+    host: Text
+    endpoint: Endpoint
+    pipeline: Name | None
+    stage_index: Count | None
+    num_stages: Count | None
+    layers: tuple[Count, Count] | None
+    state: Word
+    detail: Annotated[dict[Word, Text | int | float], msgspec.Meta(max_length=32)] = {}
+
+
+class PipelineRecord(msgspec.Struct, frozen=True):
+    """The processes that form a pipeline, first stage first. `epoch` rises with every publication; etcd gives it."""
+
+    pipeline: Name
+    role: Word
+    epoch: int
+    stages: Annotated[tuple[MemberRecord, ...], msgspec.Meta(min_length=1, max_length=256)]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberJoined:
+    """A member (or a new incarnation of a lost one) is there."""
+
+    record: MemberRecord
+
+
+@dataclass(frozen=True, slots=True)
+class MemberChanged:
+    """The same incarnation says something else about itself."""
+
+    record: MemberRecord
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLost:
+    """This incarnation is gone: its lease lapsed, it left, or another one took its name. `record` is its last."""
+
+    record: MemberRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotEnd:
+    """All members of the beginning have been told; what follows is news."""
+
+
+MemberEvent = MemberJoined | MemberChanged | MemberLost | SnapshotEnd
+
+
+class MemberSuperseded(DejavuError):
+    """Another incarnation has taken this process's name, so this process must end."""
+
+
+@dataclass(slots=True)
+class Roster:
+    """Which members there are (pure). `is_settled` is false for one time to live after an outage of etcd: absent
+    members are kept then, as `missing`, until `settle()`."""
+
+    members: dict[str, MemberRecord] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
+
+    def put(self, record: MemberRecord) -> list[MemberEvent]:
+        known = self.members.get(record.name)
+        self.missing.discard(record.name)
+        self.members[record.name] = record
+        if known is None:
+            return [MemberJoined(record)]
+        if known.incarnation != record.incarnation:
+            return [MemberLost(known), MemberJoined(record)]
+        return [] if known == record else [MemberChanged(record)]
+
+    def delete(self, name: str, is_settled: bool) -> list[MemberEvent]:
+        if name in self.members:
+            self.missing.add(name)
+        return self.settle() if is_settled else []
+
+    def replace(self, records: Iterable[MemberRecord], is_settled: bool) -> list[MemberEvent]:
+        """Takes a complete list of the members there are."""
+        found = {record.name: record for record in records}
+        self.missing.update(self.members.keys() - found.keys())
+        events = [event for record in found.values() for event in self.put(record)]
+        return events + (self.settle() if is_settled else [])
+
+    def settle(self) -> list[MemberEvent]:
+        """Gives up those still missing."""
+        lost = [self.members.pop(name) for name in sorted(self.missing)]
+        self.missing.clear()
+        return [MemberLost(record) for record in lost]
+
+
+class Membership:
+    """Use as `async with Membership(client, cluster) as membership`: holds a lease for the whole block, then ends it.
+
+    Entering raises `EtcdUnavailable` (a wrong url should be noticed); later outages only delay what is written.
+    The block is cancelled and `MemberSuperseded` raised when another incarnation takes over the registered name.
+    """
+
+    def __init__(self, client: EtcdClient, cluster: str, lease_ttl_s: float = 3.0) -> None:
+        self._client = client
+        self._members = f"/dejavu/{cluster}/members/"
+        self._pipelines = f"/dejavu/{cluster}/pipelines/"
+        self._record: MemberRecord | None = None
+        self._has_registered = False
+        self._writing = asyncio.Lock()
+        self._tasks = asyncio.TaskGroup()
+        self._keeper: asyncio.Task[None]
+        self.lease = Lease(client, lease_ttl_s, self._reconcile)
+
+    async def __aenter__(self) -> Self:
+        await self.lease.grant()
+        await self._tasks.__aenter__()
+        self._keeper = self._tasks.create_task(self.lease.keep())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._keeper.cancel()
+        try:
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            await self._tasks.__aexit__(*((kind, error, None) if is_cancelled else (None, None, None)))
+        except BaseExceptionGroup as group:
+            # the keeper is the only task there is
+            raise group.exceptions[0] from None
+        finally:
+            await self.lease.revoke()
+
+    # ------------------------------------------------------------ writing
+
+    async def register(self, record: MemberRecord) -> None:
+        """Announces this process, in the place of an older incarnation if there is one.
+
+        Raises `msgspec.ValidationError` for a record that others would refuse, and `EtcdUnavailable`.
+        """
+        self._record = _decode_member(self._members + record.name, msgspec.json.encode(record))
+        await self._reconcile()
+
+    async def update(self, record: MemberRecord) -> None:
+        """Changes the record of the registered process; while etcd is away, as soon as it is back."""
+        self._record = _decode_member(self._members + record.name, msgspec.json.encode(record))
+        try:
+            await self._reconcile()
+        except EtcdUnavailable as error:
+            logger.warning("update comes later: %s", error)
+
+    async def publish_pipeline(self, record: PipelineRecord, guard: Compare) -> int | None:
+        """Publishes a pipeline if `guard` (the leader's) holds. Returns its new epoch, or None for a deposed leader.
+        Raises `EtcdUnavailable`: it may be published all the same, the watch will tell."""
+        value = msgspec.json.encode(msgspec.structs.replace(record, epoch=0))
+        result = await self._client.transaction([guard], [Put(self._pipelines + record.pipeline, value)])
+        return result.revision if result.succeeded else None
+
+    async def _reconcile(self) -> None:
+        """Makes etcd hold our record, on our lease. Raises `MemberSuperseded`."""
+        async with self._writing:
+            while self._record is not None and self.lease.id:
+                key, value = self._members + self._record.name, msgspec.json.encode(self._record)
+                found = await self._client.get(key)
+                if found is not None and (found.value, found.lease_id) == (value, self.lease.id):
+                    self._has_registered = True
+                    return
+                self._check_not_superseded(found)
+                seen = is_absent(key) if found is None else has_mod_revision(key, found.mod_revision)
+                await self._client.transaction([seen], [Put(key, value, self.lease.id)])
+
+    def _check_not_superseded(self, found: KeyValue | None) -> None:
+        # before its first registration a process is the newest incarnation there is
+        other = None if found is None or not self._has_registered else _try_decode_member(found)
+        if other is not None and self._record is not None and other.incarnation != self._record.incarnation:
+            raise MemberSuperseded(f"{other.name} is now incarnation {other.incarnation} (pid {other.pid})")
+
+    # ------------------------------------------------------------ watching
+
+    async def watch(self) -> AsyncGenerator[MemberEvent, None]:
+        """The members there are as `MemberJoined`, `SnapshotEnd`, then every change. Ends only by `aclose()`."""
+        roster = Roster()
+        is_first = True
+        async with aclosing(follow(self._client, self._members)) as changes:
+            upcoming = asyncio.ensure_future(anext(changes))
+            try:
+                while True:
+                    wait_s = self.lease.settled_at_s() - time.monotonic() if roster.missing else None
+                    await asyncio.wait([upcoming], timeout=wait_s)
+                    is_settled = self.lease.settled_at_s() <= time.monotonic()
+                    events = roster.settle() if is_settled else []
+                    if upcoming.done():
+                        events += self._take(roster, upcoming.result(), is_settled)
+                        upcoming = asyncio.ensure_future(anext(changes))
+                    for event in events:
+                        yield event
+                    if is_first:
+                        yield SnapshotEnd()
+                        is_first = False
+            finally:
+                upcoming.cancel()
+                await asyncio.wait([upcoming])
+
+    def _take(self, roster: Roster, change: Snapshot | WatchEvent, is_settled: bool) -> list[MemberEvent]:
+        if isinstance(change, Snapshot):
+            records = [_try_decode_member(item) for item in change.items]
+            return roster.replace([record for record in records if record is not None], is_settled)
+        if change.kind == "delete":
+            return roster.delete(change.key.removeprefix(self._members), is_settled)
+        record = _try_decode_member(change)
+        return [] if record is None else roster.put(record)
+
+    async def watch_pipelines(self) -> AsyncGenerator[PipelineRecord, None]:
+        """The latest publication of every pipeline, then every new one. Ends only by `aclose()`."""
+        epochs: dict[str, int] = {}
+        async with aclosing(follow(self._client, self._pipelines)) as changes:
+            async for change in changes:
+                items = change.items if isinstance(change, Snapshot) else (change,)
+                for item in items:
+                    record = _try_decode_pipeline(item)
+                    if record is not None and record.epoch > epochs.get(record.pipeline, 0):
+                        epochs[record.pipeline] = record.epoch
+                        yield record
+
+
+def _decode_member(key: str, value: bytes) -> MemberRecord:
+    if len(value) > MAX_RECORD_BYTES:
+        raise msgspec.ValidationError(f"{len(value)} bytes are too many")
+    record = msgspec.json.decode(value, type=MemberRecord)
+    if record.name != key.rpartition("/")[2]:
+        raise msgspec.ValidationError(f"the record is that of {record.name}")
+    return record
+
+
+def _try_decode_member(item: KeyValue | WatchEvent) -> MemberRecord | None:
+    try:
+        return _decode_member(item.key, item.value)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        logger.warning("ignoring %s: %s", item.key, error)
+        return None
+
+
+def _try_decode_pipeline(item: KeyValue | WatchEvent) -> PipelineRecord | None:
+    if isinstance(item, WatchEvent) and item.kind == "delete":
+        return None
+    try:
+        record = msgspec.json.decode(item.value, type=PipelineRecord)
+        if record.pipeline != item.key.rpartition("/")[2]:
+            raise msgspec.ValidationError(f"the record is that of {record.pipeline}")
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        logger.warning("ignoring %s: %s", item.key, error)
+        return None
+    return msgspec.structs.replace(record, epoch=item.mod_revision)

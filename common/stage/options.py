@@ -1,0 +1,83 @@
+"""The command line of a stage, prompt or token."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from common.service import add_common_options
+
+
+@dataclass(frozen=True, slots=True)
+class StageOptions:
+    """`layers` is absolute, end exclusive; `chunk_tokens` bounds the tokens of one step."""
+
+    name: str
+    role: str
+    etcd: str
+    cluster: str
+    host: str
+    model: str
+    dtype: str
+    pipeline: str
+    stage_index: int
+    num_stages: int
+    layers: tuple[int, int]
+    device: str
+    kv_memory_bytes: int
+    block_size: int
+    chunk_tokens: int
+    num_threads: int
+    cores: str
+    link: str
+    is_colocated: bool
+
+    @property
+    def is_driver(self) -> bool:
+        return self.stage_index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage_index == self.num_stages - 1
+
+
+def parse_stage_options(role: str, description: str | None, argv: list[str] | None) -> StageOptions:
+    """Parses a stage's command line; argparse ends the process with 2 on a usage error."""
+    parser = argparse.ArgumentParser(f"services.{role}", description=description)
+    add_common_options(parser)
+    parser.add_argument("--pipeline", required=True, help="name of the pipeline, the same for all its stages")
+    parser.add_argument("--stage-index", type=int, required=True)
+    parser.add_argument("--num-stages", type=int, required=True)
+    parser.add_argument("--layers", required=True, metavar="A:B", help="layers A to B-1 of the model")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--kv-memory", type=int, required=True, metavar="BYTES", help="size of the KV pool")
+    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--chunk-size", type=int, default=256, metavar="TOKENS", help="tokens of a prefill step")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads")
+    parser.add_argument("--cores", default="", metavar="LIST", help="run on these cores only, e.g. 0,1")
+    parser.add_argument("--link", default="auto", choices=["auto", "shm", "zmq"], help="how KV travels")
+    if role == "token_stage":
+        parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
+    arguments = parser.parse_args(argv)
+    first, last = (int(layer) for layer in arguments.layers.split(":"))
+    return StageOptions(
+        name=arguments.name,
+        role=role,
+        etcd=arguments.etcd,
+        cluster=arguments.cluster,
+        host=arguments.host,
+        model=arguments.model,
+        dtype=arguments.dtype,
+        pipeline=arguments.pipeline,
+        stage_index=arguments.stage_index,
+        num_stages=arguments.num_stages,
+        layers=(first, last),
+        device=arguments.device,
+        kv_memory_bytes=arguments.kv_memory,
+        block_size=arguments.block_size,
+        chunk_tokens=arguments.chunk_size,
+        num_threads=arguments.threads,
+        cores=arguments.cores,
+        link=arguments.link,
+        is_colocated=getattr(arguments, "colocated", False),
+    )

@@ -1,0 +1,336 @@
+"""The process around a stage, the same for prompt and token pipelines: membership, epochs, the step loop.
+
+A stage registers, waits until the leading router publishes its pipeline with this incarnation in it, and runs
+that epoch until a newer one appears. Stage 0 drives: it forms steps, the others follow them in order.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import functools
+import gc
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+import msgspec
+import torch
+
+from common import messages
+from common.channel import Inbox
+from common.etcd.client import EtcdClient
+from common.kv.layout import PoolLayout, num_blocks_for
+from common.kv.pool import KvPool
+from common.loop_monitor import LoopMonitor
+from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Membership, PipelineRecord
+from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone
+from common.model.loader import load_stage
+from common.model.runner import StageRunner
+from common.model.spec import ModelSpec, load_spec
+from common.peers import Peers
+from common.stage.compute import ComputeThread
+from common.stage.options import StageOptions
+from common.stage.worker import StageWorker, StepOutput
+from dejavu.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+LEASE_TTL_S = 3.0
+
+
+class StageService(abc.ABC):
+    """One stage process. Subclasses say what a prompt or a token stage does around its steps."""
+
+    def __init__(self, options: StageOptions, spec: ModelSpec) -> None:
+        self.options = options
+        self.spec = spec
+        self.epoch = 0
+        self.incarnation = f"{os.getpid():x}-{time.time_ns():x}"
+        self.peers = Peers(f"{options.name}.{self.incarnation}")
+        self.members: dict[str, MemberRecord] = {}
+        self.records: dict[str, PipelineRecord] = {}
+        self.tasks: asyncio.TaskGroup
+        self.pool: KvPool
+        self.inbox: Inbox
+        self.compute: ComputeThread
+        self.worker: StageWorker
+        self.loop: asyncio.AbstractEventLoop
+        self.record: PipelineRecord | None = None
+        self._stages_ready: dict[int, dict[int, int]] = {}
+        self._monitor = LoopMonitor()
+        self._counters = {"refused_frames": 0, "bad_frames": 0, "steps": 0, "tokens": 0}
+        self._crash: asyncio.Future[None]
+        self._runner: StageRunner
+
+    # ------------------------------------------------------------ what a role adds
+
+    @abc.abstractmethod
+    def new_worker(self, runner: StageRunner) -> StageWorker:
+        """A worker with an empty table for a new epoch."""
+
+    @abc.abstractmethod
+    def new_driver(self, epoch: int, num_blocks: int) -> None:
+        """All stages run `epoch`: start scheduling over `num_blocks` blocks."""
+
+    @abc.abstractmethod
+    def next_step(self) -> Step | None:
+        """What to run next (stage 0 only)."""
+
+    @abc.abstractmethod
+    def step_done(self, step: int, drawn: list[Drawn]) -> None:
+        """A step came out of the last stage (stage 0 only)."""
+
+    @abc.abstractmethod
+    def handle(self, sender: str, message: messages.StageInboxMessage) -> None:
+        """Any message that is not about steps and stages; `sender` is the member it came from."""
+
+    @abc.abstractmethod
+    def role_stats(self) -> dict[str, Any]:
+        """Figures for `status`, at least kv_blocks."""
+
+    async def open_pool(self) -> dict[str, str]:
+        """Called once the pool exists; returns details to register under."""
+        return {}
+
+    async def close_pool(self) -> None:
+        """Called before the pool is closed."""
+
+    async def pipeline_published(self, record: PipelineRecord) -> None:
+        """Any pipeline got a new record."""
+
+    # ------------------------------------------------------------ life
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Loads the layers, registers and works until `stop` is set. Raises `ConfigurationError`."""
+        self.loop = asyncio.get_running_loop()
+        self._crash = self.loop.create_future()
+        self.compute = ComputeThread(self.loop, self._on_crash)
+        self.inbox = await Inbox.bind(f"tcp://{self.options.host}:*", self._on_frames)
+        self._runner = await asyncio.to_thread(self._load)
+        details = await self.open_pool()
+        # what is loaded stays: keep it out of every later collection
+        gc.collect()
+        gc.freeze()
+        try:
+            async with EtcdClient(self.options.etcd) as etcd:
+                async with Membership(etcd, self.options.cluster, LEASE_TTL_S) as membership:
+                    await membership.register(self._member(details))
+                    async with asyncio.TaskGroup() as self.tasks:
+                        await self._live(membership, stop)
+        finally:
+            self.inbox.close()
+            self.peers.close()
+            self.compute.close()
+            await self.close_pool()
+            self.pool.close()
+
+    def _load(self) -> StageRunner:
+        options = self.options
+        torch.set_num_threads(options.num_threads)
+        started_s = time.monotonic()
+        model = load_stage(self.spec, options.layers, options.device)
+        layout = self._layout()
+        self.pool = KvPool.create(layout, options.device, options.name)
+        logger.info(
+            "layers %d:%d of %s loaded in %.1f s; %d KV blocks of %d tokens",
+            *options.layers,
+            self.spec.name,
+            time.monotonic() - started_s,
+            layout.num_blocks,
+            layout.block_size,
+        )
+        return StageRunner(model, self.pool)
+
+    def _layout(self) -> PoolLayout:
+        options, spec = self.options, self.spec
+        layout = PoolLayout(
+            first_layer=options.layers[0],
+            last_layer=options.layers[1],
+            num_blocks=1,
+            block_size=options.block_size,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=spec.dtype,
+            fingerprint=spec.fingerprint,
+        )
+        num_blocks = num_blocks_for(layout, options.kv_memory_bytes)
+        if num_blocks < 1:
+            raise ConfigurationError(
+                f"--kv-memory {options.kv_memory_bytes} holds no block of {options.block_size} tokens",
+                field="kv_memory",
+            )
+        return msgspec.structs.replace(layout, num_blocks=num_blocks)
+
+    def _member(self, details: dict[str, str]) -> MemberRecord:
+        options = self.options
+        return MemberRecord(
+            name=options.name,
+            role=options.role,
+            incarnation=self.incarnation,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            endpoint=self.inbox.endpoint,
+            pipeline=options.pipeline,
+            stage_index=options.stage_index,
+            num_stages=options.num_stages,
+            layers=options.layers,
+            state="active",
+            detail={"colocated": int(options.is_colocated), **details},
+        )
+
+    async def _live(self, membership: Membership, stop: asyncio.Event) -> None:
+        tasks = [
+            self.tasks.create_task(self._watch_members(membership)),
+            self.tasks.create_task(self._watch_pipelines(membership)),
+            self.tasks.create_task(self._monitor.watch()),
+        ]
+        waiting = self.tasks.create_task(stop.wait())
+        await asyncio.wait([waiting, self._crash], return_when=asyncio.FIRST_COMPLETED)
+        for task in [*tasks, waiting]:
+            task.cancel()
+        if self._crash.done():
+            self._crash.result()
+
+    def _on_crash(self, error: BaseException) -> None:
+        if not self._crash.done():
+            self._crash.set_exception(error)
+
+    async def _watch_members(self, membership: Membership) -> None:
+        async for event in membership.watch():
+            match event:
+                case MemberJoined(record) | MemberChanged(record):
+                    self.members[record.name] = record
+                    await self.peers.connect(record.name, record.endpoint)
+                    if record.role == "router":
+                        self._report_ready(record.name)
+                case MemberLost(record):
+                    self.members.pop(record.name, None)
+                    self.peers.drop(record.name)
+
+    # ------------------------------------------------------------ epochs
+
+    async def _watch_pipelines(self, membership: Membership) -> None:
+        async for record in membership.watch_pipelines():
+            self.records[record.pipeline] = record
+            if record.pipeline == self.options.pipeline and record.epoch > self.epoch:
+                await self._activate(record)
+            await self.pipeline_published(record)
+
+    async def _activate(self, record: PipelineRecord) -> None:
+        own = record.stages[self.options.stage_index]
+        if own.incarnation != self.incarnation:
+            return
+        for stage in record.stages:
+            await self.peers.connect(stage.name, stage.endpoint)
+        self.epoch = record.epoch
+        self.record = record
+        self.worker = self.new_worker(self._runner)
+        logger.info("epoch %d of %s begins", record.epoch, record.pipeline)
+        ready = StageReady(record.epoch, self.options.stage_index, self.pool.layout.num_blocks)
+        if self.options.is_driver:
+            self._stage_ready(ready)
+        else:
+            self.peers.send(record.stages[0].name, ready)
+
+    def _stage_ready(self, ready: StageReady) -> None:
+        self._stages_ready.setdefault(ready.epoch, {})[ready.stage_index] = ready.num_blocks
+        blocks = self._stages_ready.get(self.epoch, {})
+        if self.epoch == 0 or len(blocks) < self.options.num_stages:
+            return
+        self._stages_ready = {self.epoch: blocks}
+        self.new_driver(self.epoch, min(blocks.values()))
+        for member in self.members.values():
+            if member.role == "router":
+                self._report_ready(member.name)
+
+    def _report_ready(self, router: str) -> None:
+        blocks = self._stages_ready.get(self.epoch, {})
+        if self.options.is_driver and len(blocks) == self.options.num_stages:
+            capacity = min(blocks.values()) * self.options.block_size
+            self.peers.send(router, PipelineReady(self.options.pipeline, self.epoch, capacity))
+
+    # ------------------------------------------------------------ messages
+
+    def _on_frames(self, peer: bytes, frames: list[memoryview]) -> None:
+        try:
+            message = messages.decode_stage_inbox(frames[0])
+        except (msgspec.DecodeError, IndexError) as error:
+            self._counters["bad_frames"] += 1
+            logger.warning("malformed message from %r: %s", peer[:64], error)
+            return
+        match message:
+            case Step():
+                self._on_step(message, frames[1] if len(frames) > 1 else None)
+            case StepDone():
+                if self.accepts(message.epoch):
+                    self._finish(message.step, message.drawn)
+            case StageReady():
+                self._stage_ready(message)
+            case StatsQuery():
+                self._answer_stats(message)
+            case _:
+                self.handle(peer.decode(errors="replace").partition(".")[0], message)
+
+    def accepts(self, epoch: int) -> bool:
+        """The fence: False, and counted, for anything that is not of the current epoch."""
+        if epoch == self.epoch:
+            return True
+        self._counters["refused_frames"] += 1
+        return False
+
+    def _answer_stats(self, query: StatsQuery) -> None:
+        stats = {"loop": self._monitor.figures(), "counters": dict(self._counters), **self.role_stats()}
+        reply = StatsReply(query.query_id, self.options.name, msgspec.msgpack.encode(stats))
+        self.peers.send(query.reply_to, reply)
+
+    def kv_blocks(self) -> dict[str, int]:
+        """The pool's blocks; followers count what their table holds."""
+        total = self.pool.layout.num_blocks
+        held = sum(len(sequence.blocks) for sequence in list(self.worker.sequences.values())) if self.epoch else 0
+        return {"total": total, "free": total - held, "quarantined": 0}
+
+    # ------------------------------------------------------------ steps
+
+    def pump(self) -> None:
+        """Starts every step that may start now (stage 0 only)."""
+        while (step := self.next_step()) is not None:
+            self._run(step, None)
+
+    def _on_step(self, step: Step, hidden: memoryview | None) -> None:
+        if self.accepts(step.epoch):
+            self._run(step, hidden)
+
+    def _run(self, step: Step, hidden: memoryview | None) -> None:
+        worker = self.worker
+        self._counters["steps"] += 1
+        self._counters["tokens"] += sum(chunk.num_tokens for chunk in step.chunks)
+        self.compute.submit(
+            functools.partial(worker.execute, step, hidden), functools.partial(self._on_output, step)
+        )
+
+    def _on_output(self, step: Step, output: StepOutput) -> None:
+        if step.epoch != self.epoch or self.record is None:
+            return
+        if not self.options.is_last:
+            following = self.record.stages[self.options.stage_index + 1]
+            self.peers.send(following.name, step, output.hidden)
+        elif self.options.is_driver:
+            self._finish(step.step, output.drawn)
+        else:
+            self.peers.send(self.record.stages[0].name, StepDone(step.epoch, step.step, output.drawn))
+
+    def _finish(self, step: int, drawn: list[Drawn]) -> None:
+        self.step_done(step, drawn)
+        self.pump()
+
+
+def load_stage_spec(options: StageOptions) -> ModelSpec:
+    """The model's spec, with the stage's layers checked against it. Raises `ConfigurationError`."""
+    spec = load_spec(options.model, options.dtype)
+    first, last = options.layers
+    if not 0 <= first < last <= spec.num_layers:
+        raise ConfigurationError(f"layers {first}:{last} are not within 0:{spec.num_layers}", field="layers")
+    return spec
