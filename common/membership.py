@@ -1,12 +1,12 @@
-"""Who lives, who leads, and which pipelines are published: records in etcd that end with their process's lease."""
+"""Who lives, who leads, which pipelines are published: records in etcd, most on their process's lease."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Self
 
@@ -18,13 +18,15 @@ from common.etcd.client import (
     KeyValue,
     Put,
     WatchEvent,
+    backoff_s,
     has_mod_revision,
     is_absent,
 )
 from common.etcd.election import Election, LeaderChanged
-from common.etcd.errors import EtcdUnavailable
+from common.etcd.errors import EtcdLeaseNotFound, EtcdUnavailable
 from common.etcd.follow import Snapshot, follow
 from common.etcd.lease import Lease
+from common.etcd.values import decode_value
 from dejavu.errors import DejavuError
 
 __all__ = [
@@ -43,8 +45,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MAX_RECORD_BYTES = 64 * 1024
-
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Word = Annotated[str, msgspec.Meta(max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=512)]
@@ -53,7 +53,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
-    """What a service tells the others about itself. `layers` is [first, end); `endpoint` is that of its inbox."""
+    """What a service tells the others. `layers` is [first, end); `endpoint` is that of its inbox."""
 
     name: Name
     role: Word
@@ -70,7 +70,7 @@ class MemberRecord(msgspec.Struct, frozen=True):
 
 
 class PipelineRecord(msgspec.Struct, frozen=True):
-    """The processes that form a pipeline, first stage first. `epoch` rises with every publication; etcd gives it."""
+    """The processes of a pipeline, first stage first. `epoch` rises with every publication."""
 
     pipeline: Name
     role: Word
@@ -94,7 +94,7 @@ class MemberChanged:
 
 @dataclass(frozen=True, slots=True)
 class MemberLost:
-    """This incarnation is gone: its lease lapsed, it left, or another one took its name. `record` is its last."""
+    """This incarnation is gone: its lease lapsed, it left, or another one took its name."""
 
     record: MemberRecord
 
@@ -113,8 +113,8 @@ class MemberSuperseded(DejavuError):
 
 @dataclass(slots=True)
 class Roster:
-    """Which members there are (pure). `is_settled` is false for one time to live after an outage of etcd: absent
-    members are kept then, as `missing`, until `settle()`."""
+    """Which members there are (pure: each call returns what there is to tell). `is_settled` is false for one
+    time to live after an outage of etcd: absent members are kept then, as `missing`, until `settle()`."""
 
     members: dict[str, MemberRecord] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
@@ -149,10 +149,10 @@ class Roster:
 
 
 class Membership:
-    """Use as `async with Membership(client, cluster) as membership`: holds a lease for the whole block, then ends it.
+    """Use as `async with Membership(client, cluster) as membership`: holds a lease for the whole block.
 
-    Entering raises `EtcdUnavailable` (a wrong url should be noticed); later outages only delay what is written.
-    The block is cancelled and `MemberSuperseded` raised when another incarnation takes over the registered name.
+    Entering raises `EtcdUnavailable` (a wrong url should be noticed); later outages only delay the writing.
+    The block is cancelled and `MemberSuperseded` raised when another incarnation takes over the name.
     """
 
     def __init__(self, client: EtcdClient, cluster: str, lease_ttl_s: float = 3.0) -> None:
@@ -172,7 +172,9 @@ class Membership:
         self._keeper = self._tasks.create_task(self.lease.keep())
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         self._keeper.cancel()
         try:
             is_cancelled = isinstance(error, asyncio.CancelledError)
@@ -190,20 +192,28 @@ class Membership:
 
         Raises `msgspec.ValidationError` for a record that others would refuse, and `EtcdUnavailable`.
         """
-        self._record = _decode_member(self._members + record.name, msgspec.json.encode(record))
-        await self._reconcile()
+        self._record = _validated(record)
+        for pause_s in backoff_s():
+            # a lease that lapsed while a model was loaded, say, is about to be replaced by its keeper
+            with contextlib.suppress(EtcdLeaseNotFound):
+                await self._reconcile()
+            if self._has_registered:
+                return
+            await asyncio.sleep(pause_s)
 
     async def update(self, record: MemberRecord) -> None:
         """Changes the record of the registered process; while etcd is away, as soon as it is back."""
-        self._record = _decode_member(self._members + record.name, msgspec.json.encode(record))
+        self._record = _validated(record)
         try:
             await self._reconcile()
-        except EtcdUnavailable as error:
+        except (EtcdUnavailable, EtcdLeaseNotFound) as error:
             logger.warning("update comes later: %s", error)
 
     async def publish_pipeline(self, record: PipelineRecord, guard: Compare) -> int | None:
-        """Publishes a pipeline if `guard` (the leader's) holds. Returns its new epoch, or None for a deposed leader.
-        Raises `EtcdUnavailable`: it may be published all the same, the watch will tell."""
+        """Publishes a pipeline if `guard` (the leader's) holds. Returns its new epoch; None: not the leader.
+
+        Raises `EtcdUnavailable`: it may be published all the same, the watch will tell.
+        """
         value = msgspec.json.encode(msgspec.structs.replace(record, epoch=0))
         result = await self._client.transaction([guard], [Put(self._pipelines + record.pipeline, value)])
         return result.revision if result.succeeded else None
@@ -223,17 +233,17 @@ class Membership:
 
     def _check_not_superseded(self, found: KeyValue | None) -> None:
         # before its first registration a process is the newest incarnation there is
-        other = None if found is None or not self._has_registered else _try_decode_member(found)
+        other = None if found is None or not self._has_registered else _decode_member(found)
         if other is not None and self._record is not None and other.incarnation != self._record.incarnation:
             raise MemberSuperseded(f"{other.name} is now incarnation {other.incarnation} (pid {other.pid})")
 
     # ------------------------------------------------------------ watching
 
     async def watch(self) -> AsyncGenerator[MemberEvent, None]:
-        """The members there are as `MemberJoined`, `SnapshotEnd`, then every change. Ends only by `aclose()`."""
+        """The members there are as `MemberJoined`, `SnapshotEnd`, then changes. Ends only by `aclose()`."""
         roster = Roster()
         is_first = True
-        async with aclosing(follow(self._client, self._members)) as changes:
+        async with contextlib.aclosing(follow(self._client, self._members)) as changes:
             upcoming = asyncio.ensure_future(anext(changes))
             try:
                 while True:
@@ -255,51 +265,38 @@ class Membership:
 
     def _take(self, roster: Roster, change: Snapshot | WatchEvent, is_settled: bool) -> list[MemberEvent]:
         if isinstance(change, Snapshot):
-            records = [_try_decode_member(item) for item in change.items]
+            records = [_decode_member(item) for item in change.items]
             return roster.replace([record for record in records if record is not None], is_settled)
         if change.kind == "delete":
             return roster.delete(change.key.removeprefix(self._members), is_settled)
-        record = _try_decode_member(change)
+        record = _decode_member(change)
         return [] if record is None else roster.put(record)
 
     async def watch_pipelines(self) -> AsyncGenerator[PipelineRecord, None]:
         """The latest publication of every pipeline, then every new one. Ends only by `aclose()`."""
         epochs: dict[str, int] = {}
-        async with aclosing(follow(self._client, self._pipelines)) as changes:
+        async with contextlib.aclosing(follow(self._client, self._pipelines)) as changes:
             async for change in changes:
                 items = change.items if isinstance(change, Snapshot) else (change,)
                 for item in items:
-                    record = _try_decode_pipeline(item)
+                    is_gone = isinstance(item, WatchEvent) and item.kind == "delete"
+                    record = None if is_gone else _decode_pipeline(item)
                     if record is not None and record.epoch > epochs.get(record.pipeline, 0):
                         epochs[record.pipeline] = record.epoch
                         yield record
 
 
-def _decode_member(key: str, value: bytes) -> MemberRecord:
-    if len(value) > MAX_RECORD_BYTES:
-        raise msgspec.ValidationError(f"{len(value)} bytes are too many")
-    record = msgspec.json.decode(value, type=MemberRecord)
-    if record.name != key.rpartition("/")[2]:
-        raise msgspec.ValidationError(f"the record is that of {record.name}")
-    return record
+def _validated(record: MemberRecord) -> MemberRecord:
+    return msgspec.json.decode(msgspec.json.encode(record), type=MemberRecord)
 
 
-def _try_decode_member(item: KeyValue | WatchEvent) -> MemberRecord | None:
-    try:
-        return _decode_member(item.key, item.value)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        logger.warning("ignoring %s: %s", item.key, error)
-        return None
+def _decode_member(item: KeyValue | WatchEvent) -> MemberRecord | None:
+    record = decode_value(item.key, item.value, MemberRecord)
+    return record if record is not None and item.key.endswith(f"/{record.name}") else None
 
 
-def _try_decode_pipeline(item: KeyValue | WatchEvent) -> PipelineRecord | None:
-    if isinstance(item, WatchEvent) and item.kind == "delete":
-        return None
-    try:
-        record = msgspec.json.decode(item.value, type=PipelineRecord)
-        if record.pipeline != item.key.rpartition("/")[2]:
-            raise msgspec.ValidationError(f"the record is that of {record.pipeline}")
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        logger.warning("ignoring %s: %s", item.key, error)
+def _decode_pipeline(item: KeyValue | WatchEvent) -> PipelineRecord | None:
+    record = decode_value(item.key, item.value, PipelineRecord)
+    if record is None or not item.key.endswith(f"/{record.pipeline}"):
         return None
     return msgspec.structs.replace(record, epoch=item.mod_revision)

@@ -25,6 +25,7 @@ from common.etcd.errors import (
     EtcdUnavailable,
 )
 from common.etcd.shim import load_etcdrpc
+from dejavu.errors import ConfigurationError
 
 rpc = load_etcdrpc()
 
@@ -139,8 +140,8 @@ def backoff_s() -> Iterator[float]:
 class EtcdClient:
     """Use as `async with EtcdClient("http://127.0.0.1:2379") as client`; several urls as a comma list.
 
-    Every call retries while etcd is unavailable, up to its deadline, then raises `EtcdUnavailable`. So a write
-    may be applied twice: transactions must bear that (those of membership and election do).
+    Every call retries while etcd is unavailable, up to its deadline, then raises `EtcdUnavailable`. So a
+    write may be applied twice: transactions must bear that (those of membership and election do).
     """
 
     def __init__(self, url: str) -> None:
@@ -211,7 +212,7 @@ class EtcdClient:
     # ------------------------------------------------------------ leases
 
     async def grant_lease(self, ttl_s: float) -> tuple[int, float]:
-        """A new lease: its id and the time to live that etcd granted (whole seconds, perhaps more than asked)."""
+        """A new lease: its id and the time to live that etcd granted (whole seconds, at least as asked)."""
         response = await self._call(self._lease.LeaseGrant, rpc.LeaseGrantRequest(TTL=math.ceil(ttl_s)))
         return int(response.ID), float(response.TTL)
 
@@ -237,7 +238,7 @@ class EtcdClient:
     # ------------------------------------------------------------ watches
 
     async def watch_prefix(self, prefix: str, from_revision: int) -> AsyncGenerator[WatchEvent, None]:
-        """Every change under `prefix` from `from_revision` on, in order and once each; ends only by `aclose()`.
+        """Every change under `prefix` from `from_revision` on, in order, once each; ends by `aclose()`.
 
         Goes on after the last event when etcd comes back. Raises `EtcdCompacted` when that history is gone.
         """
@@ -296,7 +297,7 @@ def _address(url: str) -> tuple[str, int]:
             return parts.hostname, parts.port or 2379
     except ValueError:
         pass
-    raise EtcdRequestFailed(f"not an address of etcd: {url!r} (expected http://HOST:PORT)")
+    raise ConfigurationError(f"not an address of etcd: {url!r} (expected http://HOST:PORT)", field="etcd")
 
 
 def _range_end(prefix: str) -> bytes:

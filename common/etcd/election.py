@@ -23,6 +23,7 @@ from common.etcd.client import (
 from common.etcd.errors import EtcdLeaseNotFound, EtcdUnavailable
 from common.etcd.follow import Snapshot, follow
 from common.etcd.lease import Lease
+from common.etcd.values import decode_value
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ NOBODY = LeaderChanged("", "", 0, False)
 
 
 class Election:
-    """Run `campaign()` as a task; `watch()` tells who leads; `guard()` goes into every transaction of the leader."""
+    """Run `campaign()` as a task; `watch()` tells who leads; `guard()` goes into all a leader writes."""
 
     def __init__(self, client: EtcdClient, cluster: str, lease: Lease, candidate: str, endpoint: str) -> None:
         self._client = client
@@ -73,8 +74,8 @@ class Election:
         async with aclosing(self._holders()) as holders:
             async for holder in holders:
                 leader = self._leader_of(holder)
-                # A namesake is our own previous incarnation, dead or about to be told so: no need to wait for its
-                # lease to lapse. Only a new process may think so, else two namesakes would depose each other.
+                # A namesake is our own previous incarnation, dead or about to be told so: no need to wait for
+                # its lease to lapse. Only a new process may think so, else two would depose each other.
                 is_ours_to_take = is_new and leader.name == self._candidate.name and not leader.is_me
                 if leader == NOBODY or is_ours_to_take:
                     await self._claim(holder)
@@ -101,18 +102,14 @@ class Election:
                         yield change if change.kind == "put" else None
 
     def _leader_of(self, holder: KeyValue | WatchEvent | None) -> LeaderChanged:
-        leader = NOBODY
-        if holder is not None:
-            try:
-                value = msgspec.json.decode(holder.value, type=Candidate)
-                is_me = value == self._candidate and holder.lease_id == self._lease.id != 0
-                leader = LeaderChanged(value.name, value.endpoint, holder.mod_revision, is_me)
-            except msgspec.DecodeError as error:
-                logger.warning("%s holds no candidate, so nobody leads: %s", self._key, error)
+        value = None if holder is None else decode_value(self._key, holder.value, Candidate)
+        if holder is None or value is None:
+            return NOBODY
+        is_me = value == self._candidate and holder.lease_id == self._lease.id != 0
         # never taken back: when somebody else leads, the old revision fails by itself
-        if leader.is_me:
-            self._fencing_revision = max(self._fencing_revision, leader.fencing_revision)
-        return leader
+        if is_me:
+            self._fencing_revision = max(self._fencing_revision, holder.mod_revision)
+        return LeaderChanged(value.name, value.endpoint, holder.mod_revision, is_me)
 
     async def _claim(self, holder: KeyValue | WatchEvent | None) -> None:
         """Writes the key if it still is as seen. Whether that worked, the watch will tell."""

@@ -1,4 +1,4 @@
-"""List, then watch, and list again whenever that is needed: an up-to-date view of a prefix that never ends."""
+"""List, then watch, and list again where needed: an up-to-date view of a prefix that never ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Snapshot:
 
 
 async def follow(client: EtcdClient, prefix: str) -> AsyncGenerator[Snapshot | WatchEvent, None]:
-    """A snapshot, then changes; another snapshot where etcd forgot the changes in between. Outlives outages."""
+    """A snapshot, then changes; another snapshot where etcd forgot those in between. Outlives outages."""
     pauses = backoff_s()
     while True:
         try:

@@ -20,11 +20,11 @@ async def _nothing() -> None:
 
 
 class Lease:
-    """`await lease.grant()`, then run `lease.keep()` as a task: a coroutine of the event loop, not a thread, so that
-    a process whose loop is stuck loses its lease.
+    """`await lease.grant()`, then run `lease.keep()` as a task: a coroutine of the event loop, not a thread,
+    so that a process whose loop is stuck loses its lease.
 
-    `keep` renews about every third of the time to live and calls `on_renewed` each time; when the lease has lapsed,
-    it takes a new one (another `id`) first. An outage of etcd never ends it.
+    `keep` renews about every third of the time to live and calls `on_renewed` each time; when the lease has
+    lapsed, it takes a new one (another `id`) first. An outage of etcd never ends it.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Lease:
     def settled_at_s(self) -> float:
         """The (monotonic) time from which the absence of other members' keys means that they are gone.
 
-        Their leases suffer from the same outage as ours; so after an outage, which is also a time in which this
-        process was not scheduled, everybody has one full time to live to come back.
+        Their leases suffer from the same outage as ours; so after an outage (or a time in which this process
+        was not scheduled) everybody has one full time to live to come back.
         """
         now_s = time.monotonic()
         if self._is_outage or self._is_overdue(now_s):

@@ -1,8 +1,8 @@
 """`etcd3`'s messages and stubs under today's protobuf.
 
-The generated modules of `etcd3` 0.12.0 date from protobuf 3.x and build descriptors in a way that protobuf >= 4
-refuses. The serialized descriptors inside them are still good: they are read out of the source without running it
-and loaded into a private pool (private, so that another package with a `kv.proto` does not clash).
+The generated modules of `etcd3` 0.12.0 date from protobuf 3.x and build descriptors in a way that protobuf >=
+4 refuses. The serialized descriptors inside them are still good: they are read out of the source without
+running it and loaded into a private pool (private, so that another package with a `kv.proto` does not clash).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROTOS = ("kv", "auth", "rpc")
 def load_etcdrpc() -> Any:
     """The module `etcd3.etcdrpc`, its protobuf messages as attributes, and `rpc_pb2_grpc` with the stubs.
 
-    Afterwards `import etcd3` works too. Raises `ImportError` when `etcd3` is missing or not the expected version.
+    Afterwards `import etcd3` works too. Raises `ImportError` when `etcd3` is missing or another version.
     """
     if PACKAGE in sys.modules:
         return sys.modules[PACKAGE]
