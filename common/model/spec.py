@@ -1,0 +1,170 @@
+"""What a checkpoint is, without loading it (and without torch): shapes, end tokens, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dejavu.errors import ConfigurationError
+
+SUPPORTED = ("bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3")
+"""`model_type` values of the families that can be served."""
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Facts of a checkpoint directory. `keys` maps each tensor's name to the file that holds it."""
+
+    model_dir: Path
+    name: str
+    model_type: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_context_tokens: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    fingerprint: str
+    keys: dict[str, str]
+
+
+def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
+    """Reads config and safetensors headers. Raises `ConfigurationError` naming the file that is wrong."""
+    folder = Path(model_dir)
+    if not folder.is_dir():
+        raise ConfigurationError(f"{folder} is not a directory with a Hugging Face checkpoint", field="model")
+    config_file = folder / "config.json"
+    config = _read_json(config_file)
+    model_type = config.get("model_type")
+    if model_type not in SUPPORTED:
+        raise ConfigurationError(
+            f"{config_file}: architecture {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}",
+            field="model",
+        )
+    keys, digest = _read_headers(folder)
+    digest.update(config_file.read_bytes())
+    try:
+        num_heads = int(_first(config, "num_attention_heads", "n_head"))
+        hidden_size = int(_first(config, "hidden_size", "n_embd"))
+        return ModelSpec(
+            model_dir=folder,
+            name=folder.resolve().name,
+            model_type=model_type,
+            num_layers=int(_first(config, "num_hidden_layers", "n_layer")),
+            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+            head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+            hidden_size=hidden_size,
+            vocab_size=int(config["vocab_size"]),
+            max_context_tokens=_max_context(config),
+            eos_token_ids=_eos_token_ids(folder, config),
+            dtype=_dtype(config, dtype),
+            fingerprint=digest.hexdigest(),
+            keys=keys,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{config_file}: {error!r}", field="model") from error
+
+
+def split_layers(num_layers: int, num_stages: int, counts: Sequence[int] | None = None) -> list[tuple[int, int]]:
+    """Layer ranges of the stages: `counts` layers each, else even with the remainder in the first stages. Raises
+    `ConfigurationError` where they do not add up."""
+    if counts is None:
+        if not 1 <= num_stages <= num_layers:
+            raise ConfigurationError(f"{num_stages} stages for {num_layers} layers", field="stages")
+        each, more = divmod(num_layers, num_stages)
+        counts = [each + (stage < more) for stage in range(num_stages)]
+    if len(counts) != num_stages or sum(counts) != num_layers or min(counts) < 1:
+        raise ConfigurationError(
+            f"split {','.join(map(str, counts))} does not cut {num_layers} layers into {num_stages} stages",
+            field="split",
+        )
+    ranges, start = [], 0
+    for count in counts:
+        ranges.append((start, start + count))
+        start += count
+    return ranges
+
+
+def _first(config: dict[str, Any], *names: str) -> Any:
+    for name in names:
+        if config.get(name) is not None:
+            return config[name]
+    raise KeyError(names[0])
+
+
+def _max_context(config: dict[str, Any]) -> int:
+    # BLOOM has no position table: its context is what it was trained with, if it says so
+    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+        if config.get(name):
+            return int(config[name])
+    return 2048
+
+
+def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    eos = _read_json(generation).get("eos_token_id") if generation.exists() else config.get("eos_token_id")
+    if eos is None:
+        return ()
+    return tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),)
+
+
+def _dtype(config: dict[str, Any], wanted: str) -> str:
+    if wanted == "auto":
+        wanted = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if wanted not in DTYPES:
+        raise ConfigurationError(f"dtype {wanted!r} is not one of {', '.join(DTYPES)}", field="dtype")
+    return wanted
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{file}: {error}", field="model") from error
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"{file} holds no JSON object", field="model")
+    return document
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, str], hashlib._Hash]:
+    """Tensor names by file and a digest over all headers."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
+    else:
+        files = ["model.safetensors"]
+    keys: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for name in files:
+        if Path(name).name != name:
+            raise ConfigurationError(f"{index}: {name!r} leaves the directory", field="model")
+        header = _read_header(folder / name)
+        digest.update(header)
+        keys.update({key: name for key in json.loads(header) if key != "__metadata__"})
+    return keys, digest
+
+
+def _read_header(file: Path) -> bytes:
+    """A safetensors header, checked against the file's size."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"header of {length} bytes")
+            header = stream.read(length)
+        tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        end = max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError(f"{file.stat().st_size} bytes where its header asks for {8 + length + end}")
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ConfigurationError(f"{file} is no complete safetensors file: {error}", field="model") from error
+    return header

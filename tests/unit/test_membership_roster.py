@@ -1,0 +1,65 @@
+"""What the watch of members tells, as a pure function of what etcd says."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Roster
+
+A = MemberRecord("a", "router", "1", 7, "h", "tcp://h:1", None, None, None, None, "active")
+A_DRAINING = msgspec.structs.replace(A, state="draining")
+A_AGAIN = msgspec.structs.replace(A, incarnation="2")
+B = msgspec.structs.replace(A, name="b")
+
+
+def test_joins_changes_and_losses() -> None:
+    roster = Roster()
+    assert roster.put(A) == [MemberJoined(A)]
+    assert roster.put(A) == []
+    assert roster.put(A_DRAINING) == [MemberChanged(A_DRAINING)]
+    assert roster.put(A_AGAIN) == [MemberLost(A_DRAINING), MemberJoined(A_AGAIN)]
+    assert roster.delete("unknown", is_settled=True) == []
+    assert roster.delete("a", is_settled=True) == [MemberLost(A_AGAIN)]
+    assert roster.delete("a", is_settled=True) == []
+
+
+def test_after_an_outage_nobody_is_lost_before_things_have_settled() -> None:
+    roster = Roster()
+    roster.replace([A, B], is_settled=True)
+    assert roster.delete("a", is_settled=False) == []
+    assert roster.replace([], is_settled=False) == []
+    assert roster.put(A) == []
+    assert roster.settle() == [MemberLost(B)]
+    assert roster.members == {"a": A}
+
+
+def test_who_comes_back_as_another_incarnation_was_lost() -> None:
+    roster = Roster()
+    roster.put(A)
+    roster.delete("a", is_settled=False)
+    assert roster.put(A_AGAIN) == [MemberLost(A), MemberJoined(A_AGAIN)]
+    assert roster.settle() == []
+
+
+def test_a_new_list_replaces_the_old_one() -> None:
+    roster = Roster()
+    roster.put(A)
+    assert roster.replace([B], is_settled=True) == [MemberJoined(B), MemberLost(A)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "a/b"},
+        {"endpoint": "garbage"},
+        {"pid": -1},
+        {"detail": {str(number): 1 for number in range(33)}},
+        {"detail": {"key": ["nested"]}},
+        {"layers": [1, 2, 3]},
+    ],
+)
+def test_records_out_of_bounds_are_refused(change: dict[str, object]) -> None:
+    value = msgspec.json.encode(msgspec.structs.asdict(A) | change)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(value, type=MemberRecord)
