@@ -61,7 +61,7 @@ class Lease:
                 if not self._is_outage:
                     logger.warning("%s", error)
                 self._is_outage = True
-                pause_s = next(pauses)
+                pause_s = min(next(pauses), self.ttl_s / 3)
             await asyncio.sleep(pause_s)
 
     def settled_at_s(self) -> float:

@@ -1,6 +1,6 @@
-"""A process that is a member and a candidate: `python -m tests.cluster.member_process URL CLUSTER NAME TTL_S`.
+"""A member and candidate: `python -m tests.cluster.member_process URL CLUSTER NAME TTL_S`.
 
-Says `member`, then `leader` once it leads. Every line on its input is a number of seconds to block its event loop.
+Says `member`, then `leader` once it leads. Every input line is a number of seconds to block its event loop.
 """
 
 from __future__ import annotations
