@@ -1,0 +1,110 @@
+"""The memory behind a layout: one arena per pool, which other processes may be granted."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import sys
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.kv.layout import PoolLayout
+
+Bytes = npt.NDArray[np.uint8]
+
+_MADV_POPULATE_WRITE = 23
+
+
+class KvPool:
+    """KV blocks on one device. On CPU the memory is a memfd: it has no name anybody could guess, its size is
+    sealed, and it vanishes with its last holder, also after a kill. Where there is no memfd (not Linux) it
+    is private."""
+
+    def __init__(self, layout: PoolLayout, arena: torch.Tensor, fd: int | None) -> None:
+        shape = (
+            layout.num_layers,
+            2,
+            layout.num_blocks,
+            layout.block_size,
+            layout.num_kv_heads,
+            layout.head_dim,
+        )
+        self.layout = layout
+        self.fd = fd
+        """The arena's memfd; None where the memory cannot be passed to another process."""
+        self.arena = arena
+        """All bytes of the pool, uint8 [total_bytes]."""
+        self._layers = [(layer[0], layer[1]) for layer in arena.view(_torch_dtype(layout.dtype)).view(shape)]
+
+    @classmethod
+    def create(cls, layout: PoolLayout, device: str = "cpu", name: str = "kv") -> KvPool:
+        """A zeroed pool with every page present; `name` shows in /proc. Raises `OSError` or `MemoryError`."""
+        if torch.device(device).type != "cpu":
+            return cls(layout, torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device), None)
+        fd = create_memfd(name, layout.total_bytes) if sys.platform == "linux" else None
+        try:
+            arena = torch.frombuffer(map_memory(fd, layout.total_bytes), dtype=torch.uint8)
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
+        return cls(layout, arena, fd)
+
+    @property
+    def block_size(self) -> int:
+        return self.layout.block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.arena.device
+
+    @property
+    def memory(self) -> Bytes:
+        """The arena as numpy sees it, uint8 [total_bytes]. Raises `TypeError` for a device pool."""
+        return self.arena.numpy()
+
+    def layer(self, local_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the pool's n-th layer, views [num_blocks, block_size, num_kv_heads,
+        head_dim]."""
+        return self._layers[local_layer]
+
+    def close(self) -> None:
+        """Lets go of the memory, which lives on until the last view of it is gone. Idempotent."""
+        self._layers = []
+        self.arena = torch.empty(0, dtype=torch.uint8)
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+def create_memfd(name: str, num_bytes: int) -> int:
+    """A memfd whose size nobody can change any more. Raises `OSError`."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def map_memory(fd: int | None, num_bytes: int) -> mmap.mmap:
+    """Maps a memfd (None: private memory) with all pages present: a first touch costs ten times a copy, and
+    it should not happen inside one."""
+    memory = mmap.mmap(-1 if fd is None else fd, num_bytes)
+    try:
+        memory.madvise(_MADV_POPULATE_WRITE)
+    except OSError:
+        # before Linux 5.14, and elsewhere: touch every page
+        np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE] |= 0
+    return memory
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
