@@ -116,6 +116,9 @@ def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu") ->
     _drop_parts(model.base_model, FAMILIES[spec.model_type], is_first, is_last)
     if spec.model_type == "bloom":
         _patch_bloom(model.base_model)
+    if spec.model_type == "gpt2" and config.scale_attn_by_inverse_layer_idx:
+        for local_layer, block in enumerate(model.base_model.h):
+            block.attn.scaling *= (local_layer + 1) / (layers[0] + local_layer + 1)
     model.eval().requires_grad_(False).to(device)
     if not is_last:
         model.set_output_embeddings(nn.Identity())

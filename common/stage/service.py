@@ -272,7 +272,7 @@ class StageService(abc.ABC):
             case StatsQuery():
                 self._answer_stats(message)
             case _:
-                self.handle(peer.decode(errors="replace").partition(".")[0], message)
+                self.handle(peer.decode(errors="replace").rpartition(".")[0], message)
 
     def accepts(self, epoch: int) -> bool:
         """The fence: False, and counted, for anything that is not of the current epoch."""
