@@ -1,0 +1,195 @@
+"""Both drivers together, without I/O: random requests, cancels and message orders; everybody ends, every block returns."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable
+
+import pytest
+
+from common.messages import Drawn, Handoff, Prefill, Step, pack_ids
+from dejavu.params import SamplingParams
+from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler
+from services.token_stage.scheduler import TokenScheduler
+from services.token_stage.sequence import Action, Fail, Grant, Produce, StopPrefill
+
+NUM_LAYERS = 2
+BLOCK_SIZE = 4
+EOS = 0
+
+
+def next_token(tokens: list[int]) -> int:
+    """Stands for a model: a hash of the prefix, never EOS."""
+    return hash(tuple(tokens)) % 97 + 1
+
+
+class Pipelines:
+    """A token pipeline (colocated or fed by a prompt pipeline) whose messages are delivered in a random order."""
+
+    def __init__(self, seed: int, num_blocks: int, num_stages: int, is_colocated: bool) -> None:
+        self.draws = random.Random(seed)
+        self.token = TokenScheduler(
+            epoch=1,
+            num_stages=num_stages,
+            num_layers=NUM_LAYERS,
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            eos_token_ids=(EOS,),
+            chunk_tokens=16 if is_colocated else 0,
+        )
+        self.prompt = PromptScheduler(
+            epoch=1, num_stages=2, num_blocks=num_blocks, block_size=BLOCK_SIZE, chunk_tokens=16
+        )
+        self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
+        self.tables: dict[str, dict[str, list[int]]] = {"token": {}, "prompt": {}}
+        self.opened: dict[str, tuple[str, int]] = {}
+        self.flying: dict[str, deque[Step]] = {"token": deque(), "prompt": deque()}
+        self.wire: list[tuple[str, tuple[object, ...]]] = []
+        self.outputs: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.cancelled: set[str] = set()
+        self.num_preempted = 0
+
+    def submit(self, name: str, num_prompt: int, max_tokens: int) -> None:
+        prompt = [self.draws.randrange(1, 90) for _ in range(num_prompt)]
+        params = SamplingParams(max_tokens=max_tokens)
+        self.requests[name] = (prompt, params)
+        self.outputs[name] = []
+        self.carry_out(self.token.admit(name, 0, prompt, [], params))
+
+    def cancel(self, name: str) -> None:
+        if name not in self.ended:
+            self.cancelled.add(name)
+            self.ended[name] = "cancelled"
+            self.carry_out(self.token.cancel(name))
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Grant(name, attempt, blocks, forced):
+                    self.num_preempted += attempt > 1
+                    prompt, params = self.requests[name]
+                    prefill = Prefill(
+                        1, name, attempt, 0, len(prompt), pack_ids(prompt + forced), params,
+                        Handoff("token", 1, blocks),
+                    )  # fmt: skip
+                    self.wire.append(("prefill", (prefill,)))
+                case Produce(name, index, drawn, reason):
+                    assert name not in self.ended or name in self.cancelled
+                    assert index == len(self.outputs[name])
+                    prompt, _ = self.requests[name]
+                    assert drawn.token_id == next_token(prompt + self.outputs[name])
+                    self.outputs[name].append(drawn.token_id)
+                    if reason is not None and name not in self.ended:
+                        self.ended[name] = reason
+                case StopPrefill(name, attempt):
+                    self.wire.append(("cancel_prefill", (name, attempt)))
+                case Fail(name, error):
+                    self.ended[name] = error.code
+
+    def start_steps(self) -> None:
+        while (step := self.token.next_step()) is not None:
+            self.flying["token"].append(step)
+        while (step := self.prompt.next_step()) is not None:
+            self.flying["prompt"].append(step)
+
+    def run_step(self, pipeline: str) -> None:
+        """The oldest step of a pipeline passes its last stage."""
+        step = self.flying[pipeline].popleft()
+        table = self.tables[pipeline]
+        for name in step.closes:
+            del table[name]
+            if pipeline == "prompt":
+                sequence_id, attempt = self.opened.pop(name)
+                for stage in range(2):
+                    self.wire.append(("handoff_ended", (sequence_id, attempt, stage, 2, False)))
+        for opened in step.opens:
+            assert opened.sequence_id not in table
+            table[opened.sequence_id] = list(memoryview(opened.token_ids).cast("i"))
+            self.opened[opened.sequence_id] = (opened.sequence_id, opened.attempt)
+        drawn: list[Drawn] = []
+        for chunk in step.chunks:
+            tokens = table[chunk.sequence_id]
+            if chunk.appended is not None and chunk.start == len(tokens):
+                tokens.append(chunk.appended)
+            assert chunk.start + chunk.num_tokens <= len(tokens)
+            if pipeline == "prompt":
+                sequence_id, attempt = self.opened[chunk.sequence_id]
+                cells = chunk.num_tokens * NUM_LAYERS
+                self.wire.append(("kv_confirmed", (sequence_id, attempt, cells, True)))
+            if chunk.draws:
+                assert chunk.start + chunk.num_tokens == len(tokens)
+                drawn.append(Drawn(next_token(tokens)))
+                tokens.append(drawn[-1].token_id)
+        if pipeline == "token":
+            self.carry_out(self.token.step_done(step.step, drawn))
+            return
+        for action in self.prompt.step_done(step.step, drawn):
+            self._prompt_action(action)
+
+    def _prompt_action(self, action: DeliverFirst | NeverStarted) -> None:
+        prefill = action.prefill
+        if isinstance(action, DeliverFirst):
+            self.wire.append(("first_token", (prefill.sequence_id, prefill.attempt, action.drawn)))
+        else:
+            for stage in range(2):
+                self.wire.append(("handoff_ended", (prefill.sequence_id, prefill.attempt, stage, 2, False)))
+
+    def deliver_one(self) -> None:
+        """Any message on the wire arrives (they come over different connections)."""
+        kind, arguments = self.wire.pop(self.draws.randrange(len(self.wire)))
+        if kind == "prefill":
+            self.prompt.prefill(*arguments)  # type: ignore[arg-type]
+        elif kind == "cancel_prefill":
+            # same connection as its prefill: never before it
+            if any(k == "prefill" and a[0].sequence_id == arguments[0] for k, a in self.wire):  # type: ignore[attr-defined]
+                self.wire.append((kind, arguments))
+                return
+            for action in self.prompt.cancel(*arguments):  # type: ignore[arg-type]
+                self._prompt_action(action)
+        else:
+            self.carry_out(getattr(self.token, kind)(*arguments))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.wire and not any(self.flying.values())
+
+
+@pytest.mark.parametrize("is_colocated", [False, True])
+@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("seed", range(15))
+def test_everybody_ends_and_every_block_returns(seed: int, num_stages: int, is_colocated: bool) -> None:
+    pipelines = Pipelines(seed, num_blocks=24, num_stages=num_stages, is_colocated=is_colocated)
+    draws = random.Random(seed + 1000)
+    to_submit = [(f"r{i}", draws.randrange(1, 50), draws.randrange(1, 40)) for i in range(25)]
+    for _ in range(100_000):
+        if to_submit and draws.random() < 0.1:
+            pipelines.submit(*to_submit.pop())
+        if draws.random() < 0.01 and pipelines.requests:
+            pipelines.cancel(draws.choice(list(pipelines.requests)))
+        pipelines.start_steps()
+        choices = [name for name in pipelines.flying if pipelines.flying[name]] + ["wire"] * bool(pipelines.wire)
+        if choices:
+            choice = draws.choice(choices)
+            if choice == "wire":
+                pipelines.deliver_one()
+            else:
+                pipelines.run_step(choice)
+        pipelines.token.allocator.check()
+        if not to_submit and not choices:
+            break
+    assert set(pipelines.ended) == set(pipelines.requests)
+    assert pipelines.token.allocator.num_free == 24
+    assert pipelines.prompt.allocator.num_free == 24
+    for name, reason in pipelines.ended.items():
+        if reason == "length":
+            assert len(pipelines.outputs[name]) == pipelines.requests[name][1].max_tokens
+
+
+def test_too_large_for_the_pool_is_refused_at_once() -> None:
+    pipelines = Pipelines(0, num_blocks=4, num_stages=1, is_colocated=False)
+    pipelines.submit("big", 10, 7)
+    assert pipelines.ended == {"big": "context_exceeded"}
+    pipelines.submit("fits", 10, 6)
+    assert "fits" not in pipelines.ended
