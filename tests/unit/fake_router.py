@@ -37,8 +37,9 @@ class FakeRouter:
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.sndhwm = 0
         self._socket.bind(f"tcp://127.0.0.1:{self.port or '*'}")
-        self.endpoint = self._socket.last_endpoint.decode()
+        self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self.port = int(self.endpoint.rpartition(":")[2])
         self._task = asyncio.create_task(self._serve())
         return self

@@ -85,15 +85,18 @@ async def test_closing_the_client_cancels() -> None:
 
 
 async def test_cancel_ends_the_stream() -> None:
-    async with FakeRouter(begin_story) as router, AsyncClient(router.endpoint) as client:
-        async with aclosing(client.stream("Tell", request_id="mine")) as tokens:
+    async with (
+        FakeRouter(begin_story) as router,
+        AsyncClient(router.endpoint) as client,
+        aclosing(client.stream("Tell", request_id="mine")) as tokens,
+    ):
+        await anext(tokens)
+        await client.cancel("mine")
+        assert await router.got(Cancel) == Cancel("mine")
+        router.send(router.clients[0], Ended("mine", "cancelled"))
+        await anext(tokens)
+        with pytest.raises(RequestCancelled):
             await anext(tokens)
-            await client.cancel("mine")
-            assert await router.got(Cancel) == Cancel("mine")
-            router.send(router.clients[0], Ended("mine", "cancelled"))
-            await anext(tokens)
-            with pytest.raises(RequestCancelled):
-                await anext(tokens)
 
 
 async def test_failures_are_typed() -> None:
@@ -140,12 +143,15 @@ async def test_wrong_input_is_refused_at_once(
 
 
 async def test_id_in_use_is_a_conflict() -> None:
-    async with FakeRouter(begin_story) as router, AsyncClient(router.endpoint) as client:
-        async with aclosing(client.stream("Tell", request_id="same")) as tokens:
-            await anext(tokens)
-            with pytest.raises(RequestConflict):
-                await client.generate("Tell", request_id="same")
-            assert (await anext(tokens)).index == 1
+    async with (
+        FakeRouter(begin_story) as router,
+        AsyncClient(router.endpoint) as client,
+        aclosing(client.stream("Tell", request_id="same")) as tokens,
+    ):
+        await anext(tokens)
+        with pytest.raises(RequestConflict):
+            await client.generate("Tell", request_id="same")
+        assert (await anext(tokens)).index == 1
 
 
 async def test_unknown_endpoint_names_what_was_tried() -> None:

@@ -1,0 +1,69 @@
+"""Where clients look for routers, and which router to try next."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dejavu.errors import InvalidParameter
+
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
+ENDPOINTS_FILE = "endpoints"
+_FORM = re.compile(r"tcp://\S+:\d+|ipc://\S+")
+
+
+def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
+    """`DEJAVU_STATE_DIR`, or the directory that `dejavu serve` uses by default."""
+    return Path(environment.get("DEJAVU_STATE_DIR") or Path.home() / ".local" / "state" / "dejavu")
+
+
+def find_endpoints(
+    endpoint: str | Sequence[str] | None, environment: Mapping[str, str] = os.environ
+) -> list[str]:
+    """The routers to try: the given ones, else `DEJAVU_ENDPOINT` (comma list), else those that a running
+    `serve` left in its state directory, else the default port. Raises `InvalidParameter` for what is none."""
+    given = endpoint if endpoint is not None else environment.get("DEJAVU_ENDPOINT") or _recorded(environment)
+    parts = given.split(",") if isinstance(given, str) else list(given)
+    endpoints = list(dict.fromkeys(part.strip() for part in parts if part.strip())) or [DEFAULT_ENDPOINT]
+    for candidate in endpoints:
+        if not _FORM.fullmatch(candidate):
+            raise InvalidParameter(f"{candidate!r} is not of the form tcp://HOST:PORT", field="endpoint")
+    return endpoints
+
+
+def _recorded(environment: Mapping[str, str]) -> list[str]:
+    try:
+        return (state_dir(environment) / ENDPOINTS_FILE).read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+class RouterList:
+    """Which router to try next (pure): the preferred one, else the one that was tried longest ago."""
+
+    def __init__(self, configured: Sequence[str]) -> None:
+        self._configured = list(configured)
+        self._queue = list(configured)
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._queue)
+
+    def next(self) -> str:
+        endpoint = self._queue.pop(0)
+        self._queue.append(endpoint)
+        return endpoint
+
+    def prefer(self, endpoint: str) -> None:
+        """To be tried next, whether it was known or not."""
+        self._queue = [endpoint, *(known for known in self._queue if known != endpoint)]
+
+    def learn(self, routers: Iterable[str]) -> None:
+        """A router told which routers there are; the configured ones stay, others are forgotten."""
+        current = dict.fromkeys([*self._configured, *routers])
+        kept = [known for known in self._queue if known in current]
+        self._queue = [*(new for new in current if new not in kept), *kept]

@@ -1,0 +1,293 @@
+"""A client's life with its routers: it connects, submits, keeps alive, and moves on when a router is lost.
+
+There are two states: *trying* an endpoint until its router says welcome; *served* by it until that router is
+lost (closed, silent, not the leader). Then the next endpoint is tried. Live requests wait meanwhile and are
+submitted again, under their ids and with the tokens they have, to whichever router says welcome next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from typing import assert_never
+
+import msgspec
+import zmq.asyncio
+
+from dejavu import wire
+from dejavu.connection import Connection, RouterLost
+from dejavu.endpoints import RouterList
+from dejavu.errors import DejavuError, ProtocolError, RequestCancelled, RequestConflict, Unavailable
+from dejavu.live_request import LiveRequest
+from dejavu.types import Token
+
+MAX_UNANSWERED_PINGS = 4
+HANDSHAKE_LIMIT_S = 1.0
+MAX_BURST = 16
+"""Messages handled before others get a turn: receiving what is already there does not yield by itself."""
+RETRY_PAUSE_S = 0.1
+"""Between two rounds through all known routers."""
+OUTAGE_LIMIT_S = 30.0
+"""A request that no router worked on for so long fails; the servers give it up after the same time."""
+
+
+class Session:
+    """Live requests and the connection that serves them, run by one task. Use from one event loop."""
+
+    def __init__(self, endpoints: Sequence[str], connect_timeout_s: float) -> None:
+        self.welcome: wire.Welcome | None = None
+        self._connect_timeout_s = connect_timeout_s
+        self._routers = RouterList(endpoints)
+        self._losses: dict[str, str] = {}
+        self._live: dict[str, LiveRequest] = {}
+        self._queries: dict[int, asyncio.Future[bytes]] = {}
+        self._num_queries = 0
+        self._connection: Connection | None = None
+        self._is_served = asyncio.Event()
+        self._context: zmq.asyncio.Context | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_closing = False
+
+    # ------------------------------------------------------------ for the client
+
+    async def open(self) -> None:
+        """Returns when a router said welcome. Raises `Unavailable`."""
+        self._is_closing = False
+        self._is_served.clear()
+        self._context = zmq.asyncio.Context()
+        self._task = asyncio.create_task(self._run(self._context), name="dejavu-client")
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await self._is_served.wait()
+        except TimeoutError:
+            raise self._unavailable(self._connect_timeout_s) from None
+        finally:
+            if not self._is_served.is_set():
+                await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancels what is live, tells the router, and lets go of every socket and thread."""
+        task, context = self._task, self._context
+        self._task = self._context = None
+        if task is None or context is None:
+            return
+        for request_id in self._live:
+            self._send(wire.Cancel(request_id))
+        self._is_closing = True
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.to_thread(context.term)
+        if not task.cancelled():
+            task.result()
+
+    async def tokens(self, live: LiveRequest) -> AsyncGenerator[Token, None]:
+        """Submits the request and yields its tokens; closing it cancels the request. Raises `DejavuError`."""
+        self._enter(live)
+        try:
+            while (token := await live.take()) is not None:
+                yield token
+        finally:
+            self._leave(live)
+
+    async def status(self) -> bytes:
+        """The status document of the router, as JSON. Raises `Unavailable`."""
+        self._check_open()
+        self._num_queries += 1
+        query_id = self._num_queries
+        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._queries[query_id] = reply
+        self._send(wire.StatusQuery(query_id))
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                return await reply
+        except TimeoutError:
+            raise self._unavailable(self._connect_timeout_s) from None
+        finally:
+            del self._queries[query_id]
+
+    def cancel(self, request_id: str) -> None:
+        """Asks the router to cancel a request of any client. Raises `Unavailable` where there is none."""
+        self._check_open()
+        live = self._live.get(request_id)
+        if live is not None:
+            live.is_cancelled = True
+        if self._connection is not None:
+            self._send(wire.Cancel(request_id))
+        elif live is not None:
+            self._fail(live, RequestCancelled(f"{request_id} was cancelled"))
+        else:
+            raise self._unavailable(0.0)
+
+    # ------------------------------------------------------------ requests
+
+    def _check_open(self) -> None:
+        if self._task is None or self._task.done():
+            raise RuntimeError("the client is not connected: use `async with AsyncClient(...) as client`")
+
+    def _enter(self, live: LiveRequest) -> None:
+        self._check_open()
+        if live.request_id in self._live:
+            raise RequestConflict("another request with this id is live", field="request_id")
+        live.unanswered_since_s = asyncio.get_running_loop().time()
+        self._live[live.request_id] = live
+        self._send(live.submission())
+
+    def _leave(self, live: LiveRequest) -> None:
+        """The user takes no more of it: everything (then say so), or too little (then cancel it)."""
+        for acknowledgement in live.acknowledgements():
+            self._send(acknowledgement)
+        if not live.has_ended:
+            self._fail(live, RequestCancelled(f"{live.request_id} was left"))
+            self._send(wire.Cancel(live.request_id))
+
+    def _fail(self, live: LiveRequest, error: DejavuError) -> None:
+        live.fail(error)
+        del self._live[live.request_id]
+
+    def _submit_again(self, live: LiveRequest) -> None:
+        """To a router that just said welcome."""
+        if live.is_cancelled:
+            self._send(wire.Cancel(live.request_id))
+            self._fail(live, RequestCancelled(f"{live.request_id} was cancelled"))
+        elif live.is_complete:
+            live.finish(live.usage.num_output_tokens)
+            del self._live[live.request_id]
+        else:
+            self._send(live.submission())
+
+    def _send(self, message: wire.ClientMessage) -> None:
+        """Sends if a router serves us; if none does, the next welcome sends what still matters."""
+        if self._connection is not None:
+            self._connection.send(message)
+
+    # ------------------------------------------------------------ the one task
+
+    async def _run(self, context: zmq.asyncio.Context) -> None:
+        num_attempts = 0
+        try:
+            # a flag beside the cancellation: before Python 3.13 a task group that is failing swallows it
+            while not self._is_closing:
+                endpoint = self._routers.next()
+                self._note_loss(endpoint, await self._try(Connection(context, endpoint)))
+                num_attempts += 1
+                if num_attempts % len(self._routers) == 0:
+                    await asyncio.sleep(RETRY_PAUSE_S)
+        finally:
+            for live in list(self._live.values()):
+                self._fail(live, RequestCancelled("the client was closed"))
+
+    async def _try(self, connection: Connection) -> str:
+        """Lives with one router until it is lost; returns why."""
+        reason = ""
+        try:
+            connection.open()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(connection.watch())
+                tasks.create_task(self._receive(connection))
+                tasks.create_task(self._keep_alive(connection))
+        except* RouterLost as losses:
+            reason = str(losses.exceptions[0])
+        finally:
+            self._connection = None
+            connection.close()
+        return reason
+
+    def _note_loss(self, endpoint: str, reason: str) -> None:
+        self._losses[endpoint] = reason
+        now_s = asyncio.get_running_loop().time()
+        for live in list(self._live.values()):
+            if live.unanswered_since_s is None:
+                live.unanswered_since_s = now_s
+            elif now_s - live.unanswered_since_s > OUTAGE_LIMIT_S:
+                self._fail(live, self._unavailable(OUTAGE_LIMIT_S))
+
+    def _unavailable(self, waited_s: float) -> Unavailable:
+        tried = ", ".join(f"{router} ({self._losses.get(router, 'no answer')})" for router in self._routers)
+        return Unavailable(
+            f"no router served this client within {waited_s:g} s: {tried}. "
+            "Start the system with `dejavu serve`, or name a running one with --endpoint or DEJAVU_ENDPOINT"
+        )
+
+    async def _keep_alive(self, connection: Connection) -> None:
+        limit_s = min(HANDSHAKE_LIMIT_S, self._connect_timeout_s / len(self._routers))
+        try:
+            async with asyncio.timeout(limit_s):
+                await connection.is_welcome.wait()
+        except TimeoutError:
+            raise RouterLost("no answer") from None
+        while True:
+            await asyncio.sleep(wire.PING_INTERVAL_S)
+            if self._live or self._queries:
+                connection.ping(MAX_UNANSWERED_PINGS)
+            for live in self._live.values():
+                for acknowledgement in live.acknowledgements():
+                    connection.send(acknowledgement)
+
+    async def _receive(self, connection: Connection) -> None:
+        for num_received in itertools.count(1):
+            if num_received % MAX_BURST == 0:
+                await asyncio.sleep(0)
+            try:
+                message = await connection.receive()
+            except msgspec.DecodeError as error:
+                # asking again would bring the same: better an error than an endless loop
+                reason = f"malformed message: {error}"
+                for live in list(self._live.values()):
+                    self._fail(live, ProtocolError(reason))
+                raise RouterLost(reason) from error
+            self._handle(connection, message)
+
+    def _handle(self, connection: Connection, message: wire.RouterMessage) -> None:
+        match message:
+            case wire.Tokens(frames):
+                for frame in frames:
+                    self._deliver(frame)
+            case wire.Accepted(request_id, num_prompt_tokens):
+                if request_id in self._live:
+                    self._live[request_id].accept(num_prompt_tokens)
+            case wire.Ended(request_id):
+                if request_id in self._live:
+                    self._live.pop(request_id).end(message)
+            case wire.NotLeader(request_id, leader):
+                if request_id in self._live:
+                    self._redirect(leader)
+            case wire.StatusReply(query_id, status_json):
+                reply = self._queries.get(query_id)
+                if reply is not None and not reply.done():
+                    reply.set_result(status_json)
+            case wire.Welcome():
+                self._be_served(connection, message)
+            case wire.Pong():
+                pass
+            case _:
+                assert_never(message)
+
+    def _deliver(self, frame: wire.TokenFrame) -> None:
+        live = self._live.get(frame.request_id)
+        if live is None:
+            return
+        try:
+            live.deliver(frame)
+        except ProtocolError as error:
+            self._fail(live, error)
+            self._send(wire.Cancel(frame.request_id))
+
+    def _redirect(self, leader: str) -> None:
+        if leader:
+            self._routers.prefer(leader)
+        raise RouterLost(f"not the leader, which is {leader}" if leader else "knows of no leader")
+
+    def _be_served(self, connection: Connection, welcome: wire.Welcome) -> None:
+        if welcome.protocol_version != wire.PROTOCOL_VERSION:
+            raise RouterLost(f"speaks protocol {welcome.protocol_version}, not {wire.PROTOCOL_VERSION}")
+        self.welcome = welcome
+        self._routers.learn(welcome.routers)
+        self._losses.clear()
+        self._connection = connection
+        connection.is_welcome.set()
+        self._is_served.set()
+        for query_id in self._queries:
+            self._send(wire.StatusQuery(query_id))
+        for live in list(self._live.values()):
+            self._submit_again(live)
