@@ -33,7 +33,7 @@ from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers
 from common.stage.compute import ComputeThread
 from common.stage.options import StageOptions
-from common.stage.worker import StageWorker, StepOutput
+from common.stage.worker import CloseHook, LayerHook, StageWorker, StepOutput
 from dejavu.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -67,9 +67,9 @@ class StageService(abc.ABC):
 
     # ------------------------------------------------------------ what a role adds
 
-    @abc.abstractmethod
-    def new_worker(self, runner: StageRunner) -> StageWorker:
+    def new_worker(self) -> StageWorker:
         """A worker with an empty table for a new epoch."""
+        return self.make_worker()
 
     @abc.abstractmethod
     def new_driver(self, epoch: int, num_blocks: int) -> None:
@@ -119,7 +119,7 @@ class StageService(abc.ABC):
                 async with Membership(etcd, self.options.cluster, LEASE_TTL_S) as membership:
                     await membership.register(self._member(details))
                     async with asyncio.TaskGroup() as self.tasks:
-                        await self._live(membership, stop)
+                        await self._attend(membership, stop)
         finally:
             self.inbox.close()
             self.peers.close()
@@ -181,7 +181,7 @@ class StageService(abc.ABC):
             detail={"colocated": int(options.is_colocated), **details},
         )
 
-    async def _live(self, membership: Membership, stop: asyncio.Event) -> None:
+    async def _attend(self, membership: Membership, stop: asyncio.Event) -> None:
         tasks = [
             self.tasks.create_task(self._watch_members(membership)),
             self.tasks.create_task(self._watch_pipelines(membership)),
@@ -210,6 +210,20 @@ class StageService(abc.ABC):
                     self.members.pop(record.name, None)
                     self.peers.drop(record.name)
 
+    def make_worker(self, on_layer: LayerHook | None = None, on_close: CloseHook | None = None) -> StageWorker:
+        """A worker with an empty table."""
+        return StageWorker(
+            self._runner,
+            self.pool,
+            hidden_size=self.spec.hidden_size,
+            dtype=getattr(torch, self.spec.dtype),
+            device=self.options.device,
+            is_last=self.options.is_last,
+            eos_token_ids=self.spec.eos_token_ids,
+            on_layer=on_layer,
+            on_close=on_close,
+        )
+
     # ------------------------------------------------------------ epochs
 
     async def _watch_pipelines(self, membership: Membership) -> None:
@@ -227,7 +241,7 @@ class StageService(abc.ABC):
             await self.peers.connect(stage.name, stage.endpoint)
         self.epoch = record.epoch
         self.record = record
-        self.worker = self.new_worker(self._runner)
+        self.worker = self.new_worker()
         logger.info("epoch %d of %s begins", record.epoch, record.pipeline)
         ready = StageReady(record.epoch, self.options.stage_index, self.pool.layout.num_blocks)
         if self.options.is_driver:

@@ -20,7 +20,6 @@ from common.messages import (
     StageInboxMessage,
     Step,
 )
-from common.model.runner import StageRunner
 from common.model.spec import ModelSpec
 from common.stage.options import StageOptions
 from common.stage.service import StageService
@@ -39,8 +38,8 @@ class PromptStage(StageService):
         self._scheduler: PromptScheduler | None = None
         self._handoffs: Handoffs
 
-    def new_worker(self, runner: StageRunner) -> StageWorker:
-        return self.make_worker(runner, on_layer=self._handoffs.layer_done, on_close=self._handoffs.close)
+    def new_worker(self) -> StageWorker:
+        return self.make_worker(on_layer=self._handoffs.layer_done, on_close=self._handoffs.close)
 
     # ------------------------------------------------------------ the driver's part
 

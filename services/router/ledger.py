@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from common.messages import ProducedToken
 from common.text import TextCodec, TextStream
 from dejavu.params import SamplingParams
-from dejavu.wire import TokenFrame, WireError
+from dejavu.wire import TokenFrame
 
 
 @dataclass(slots=True)
@@ -148,7 +148,7 @@ def new_request(
     """A request with one choice per `params.n`; `delivered` ids are replayed through the text streams."""
     choices = []
     for index in range(params.n):
-        text = None if codec is None else TextStream(codec, params.stop)
+        text = None if codec is None else TextStream(codec, params.stop_strings)
         choice = Choice(f"{request_id}/{index}", index, text)
         for token_id in delivered[index] if index < len(delivered) else []:
             choice.delivered.append(token_id)
@@ -156,8 +156,3 @@ def new_request(
                 text.push(token_id)
         choices.append(choice)
     return Request(request_id, client, prompt_ids, params, body_hash, choices)
-
-
-def failure_of(code: str, message: str, field_name: str | None = None) -> WireError:
-    """Shorthand for an error without details."""
-    return WireError(code, message, field_name)

@@ -15,6 +15,7 @@ import msgspec
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
+from common.etcd.errors import EtcdUnavailable
 from common.loop_monitor import LoopMonitor
 from common.membership import (
     Election,
@@ -40,6 +41,7 @@ from services.router.status import Journal, describe
 logger = logging.getLogger(__name__)
 
 STATS_WAIT_S = 0.5
+RETRY_S = 0.5
 LEASE_TTL_S = 3.0
 
 
@@ -70,6 +72,7 @@ class RouterService:
         self._members: dict[str, MemberRecord] = {}
         self._records: dict[str, PipelineRecord] = {}
         self._leader = ""
+        self._is_leader = False
         self._monitor = LoopMonitor()
         self._stats: dict[int, dict[str, dict[str, Any]]] = {}
         self._num_queries = 0
@@ -180,6 +183,7 @@ class RouterService:
     async def _watch_leader(self, election: Election) -> None:
         async for leader in election.watch():
             self._leader = leader.name
+            self._is_leader = leader.is_me
             self._journal.note("leader", leader.name)
             self._changed.set()
 
@@ -188,10 +192,14 @@ class RouterService:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            if self._leader != self._options.name:
+            if not self._is_leader:
                 continue
             for record in missing_pipelines(self._members.values(), self._records):
-                await membership.publish_pipeline(record, election.guard())
+                try:
+                    await membership.publish_pipeline(record, election.guard())
+                except EtcdUnavailable as error:
+                    logger.warning("%s is published later: %s", record.pipeline, error)
+                    asyncio.get_running_loop().call_later(RETRY_S, self._changed.set)
 
     async def _watch_clients(self) -> None:
         while True:
@@ -252,7 +260,7 @@ class RouterService:
         )
 
     def _submit(self, client: bytes, submit: wire.Submit) -> None:
-        if self._leader != self._options.name:
+        if not self._is_leader:
             leader = self._members.get(self._leader)
             endpoint = "" if leader is None else str(leader.detail.get("client_endpoint"))
             self.to_client(client, wire.NotLeader(submit.request_id, endpoint))

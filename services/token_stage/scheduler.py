@@ -170,6 +170,14 @@ class TokenScheduler:
     def num_running(self) -> int:
         return len(self._sequences) - len(self._waiting)
 
+    def kv_blocks(self) -> dict[str, int]:
+        """Blocks in all, free, and withdrawn because somebody might still write to them."""
+        return {
+            "total": self._num_blocks,
+            "free": self.allocator.num_free,
+            "quarantined": self.allocator.num_quarantined,
+        }
+
     def next_step(self) -> Step | None:
         """The next microbatch, or None where nothing can run. Up to `num_stages` steps fly at once, each with its
         share of the sequences, so that no stage waits. An idle pipeline's last step only closes sequences."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from common.kv.arrival import verify_arrival
-from common.kv.server import PoolServer
+
+
 from common.membership import PipelineRecord
 from common.messages import (
     Admit,
@@ -32,14 +31,13 @@ from common.messages import (
     pack_ids,
     unpack_ids,
 )
-from common.model.runner import StageRunner
 from common.model.spec import ModelSpec
 from common.stage.options import StageOptions
 from common.stage.service import StageService
-from common.stage.worker import StageWorker
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, Fail, Grant, Produce, StopPrefill
 
+PoolServer = object
 logger = logging.getLogger(__name__)
 
 
@@ -75,17 +73,6 @@ class TokenStage(StageService):
         self._verifier.shutdown(wait=True, cancel_futures=True)
         if self._server is not None:
             await self._server.aclose()
-
-    def new_worker(self, runner: StageRunner) -> StageWorker:
-        return StageWorker(
-            runner,
-            self.pool,
-            hidden_size=self.spec.hidden_size,
-            dtype=torch_dtype(self.spec.dtype),
-            device=self.options.device,
-            is_last=self.options.is_last,
-            eos_token_ids=self.spec.eos_token_ids,
-        )
 
     def _kv_arrived(self, arrived: KvArrived) -> None:
         """Verifies a hand-off off the event loop and confirms it to the driver."""
@@ -237,7 +224,7 @@ class TokenStage(StageService):
 
     def role_stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = {
-            "kv_blocks": self.kv_blocks(),
+            "kv_blocks": self.kv_blocks() if self._scheduler is None else self._scheduler.kv_blocks(),
             "handoff": {"received_bytes": self._received_bytes, "corrupt": self._corrupt_arrivals},
         }
         if self._scheduler is not None:
