@@ -20,8 +20,8 @@ FILES = (
     "tokenizer_config.json",
 )
 MAX_SIZE_BYTES = 12_000_000
-# 28 held-out passages measured PLACEHOLDER
-MAX_PERPLEXITY = 80.0
+# Measured 17.4 on SNIPPET (a model that guesses gives 4096), and half as much again for a retrained one.
+MAX_PERPLEXITY = 26.0
 # Written for this test in the manner of the training text, so it is in no training passage.
 SNIPPET = (
     "She had not expected to see him there, and was so much surprised that she could not speak for some "
