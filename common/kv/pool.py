@@ -23,7 +23,7 @@ class KvPool:
     sealed, and it vanishes with its last holder, also after a kill. Where there is no memfd (not Linux) it
     is private."""
 
-    def __init__(self, layout: PoolLayout, arena: torch.Tensor, fd: int | None) -> None:
+    def __init__(self, layout: PoolLayout, arena: torch.Tensor, fd: int | None, name: str) -> None:
         shape = (
             layout.num_layers,
             2,
@@ -33,6 +33,7 @@ class KvPool:
             layout.head_dim,
         )
         self.layout = layout
+        self.name = name
         self.fd = fd
         """The arena's memfd; None where the memory cannot be passed to another process."""
         self.arena = arena
@@ -43,7 +44,7 @@ class KvPool:
     def create(cls, layout: PoolLayout, device: str = "cpu", name: str = "kv") -> KvPool:
         """A zeroed pool with every page present; `name` shows in /proc. Raises `OSError` or `MemoryError`."""
         if torch.device(device).type != "cpu":
-            return cls(layout, torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device), None)
+            return cls(layout, torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device), None, name)
         fd = create_memfd(name, layout.total_bytes) if sys.platform == "linux" else None
         try:
             arena = torch.frombuffer(map_memory(fd, layout.total_bytes), dtype=torch.uint8)
@@ -51,7 +52,7 @@ class KvPool:
             if fd is not None:
                 os.close(fd)
             raise
-        return cls(layout, arena, fd)
+        return cls(layout, arena, fd, name)
 
     @property
     def block_size(self) -> int:

@@ -1,0 +1,61 @@
+"""Carries copy plans out between byte arrays of host memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.kv.geometry import CopyPlan, Int64
+from common.kv.pool import Bytes
+
+_MIN_DIRECT_BYTES = 4096
+"""From here on a copy per piece is cheaper than gathering and scattering many at once."""
+_BATCH_BYTES = 256 << 10
+"""So much is gathered before it is scattered: it stays in the processor's cache in between."""
+
+
+def copy_pieces(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
+    """Copies all pieces. The interpreter lock is released within big pieces and within batches of small
+    ones."""
+    for num_bytes in np.unique(plan.num_bytes).tolist():
+        same_size = plan.num_bytes == num_bytes
+        from_offsets, to_offsets = plan.source_offset[same_size], plan.destination_offset[same_size]
+        if num_bytes >= _MIN_DIRECT_BYTES or len(from_offsets) < 8:
+            for start, to in zip(from_offsets.tolist(), to_offsets.tolist(), strict=True):
+                destination[to : to + num_bytes] = source[start : start + num_bytes]
+        else:
+            _copy_small(num_bytes, source, from_offsets, destination, to_offsets)
+
+
+def gather(plan: CopyPlan, source: Bytes) -> Bytes:
+    """The plan's source pieces, one after the other."""
+    gathered = np.empty(plan.total_bytes, dtype=np.uint8)
+    copy_pieces(CopyPlan(plan.source_offset, _packed(plan.num_bytes), plan.num_bytes), source, gathered)
+    return gathered
+
+
+def scatter(payload: Bytes, offsets: Int64, num_bytes: Int64, destination: Bytes) -> None:
+    """The inverse of `gather`: pieces that lie one after the other in `payload` go to `offsets`."""
+    copy_pieces(CopyPlan(_packed(num_bytes), offsets, num_bytes), payload, destination)
+
+
+def _packed(num_bytes: Int64) -> Int64:
+    return np.cumsum(num_bytes) - num_bytes
+
+
+def _copy_small(
+    num_bytes: int, source: Bytes, from_offsets: Int64, destination: Bytes, to_offsets: Int64
+) -> None:
+    pieces, from_index = _as_pieces(source, from_offsets, num_bytes)
+    places, to_index = _as_pieces(destination, to_offsets, num_bytes)
+    step = max(1, _BATCH_BYTES // num_bytes)
+    for first in range(0, len(from_offsets), step):
+        places[to_index[first : first + step]] = pieces[from_index[first : first + step]]
+
+
+def _as_pieces(
+    memory: Bytes, offsets: Int64, num_bytes: int
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.void]], Int64]:
+    """`memory` as overlapping elements of `num_bytes`, and the element at each offset."""
+    unit = int(np.gcd.reduce(offsets)) or num_bytes
+    count = (len(memory) - num_bytes) // unit + 1
+    return np.ndarray((count,), f"V{num_bytes}", memory, 0, (unit,)), offsets // unit

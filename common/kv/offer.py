@@ -1,0 +1,94 @@
+"""What the owner of a pool offers, and what both sides say before a link exists."""
+
+from __future__ import annotations
+
+import hmac
+from pathlib import Path
+
+import msgspec
+
+from common.kv.layout import PoolLayout
+from dejavu.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+"""Changes whenever two ends would no longer understand each other; the checksum and the memory order count
+too."""
+
+
+class GrantOffer(msgspec.Struct, frozen=True):
+    """A pool that others may write to: what it looks like and where it can be had. Who has the offer has its
+    `token`, so it travels like a key."""
+
+    name: str
+    incarnation: str
+    layout: PoolLayout
+    host_id: str
+    zmq_endpoint: str
+    token: bytes
+    memory_address: str | None = None
+    """Abstract Unix socket (without the leading NUL) that hands out the memory; None: it cannot be shared."""
+    protocol: int = PROTOCOL_VERSION
+
+    def encode(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> GrantOffer:
+        """Inverse of `encode`. Raises `ProtocolError`."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"no valid offer of a KV pool: {error}") from error
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """First message of a writer; `layout` is that of the pool it writes from."""
+
+    protocol: int
+    token: bytes
+    name: str
+    layout: PoolLayout
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
+    """The owner lets the writer in. The memory comes along where it can be shared."""
+
+    incarnation: str
+    layout: PoolLayout
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
+    reason: str
+
+
+def host_id() -> str:
+    """The same for all processes of one boot of one machine, containers included."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def misfit(writer_name: str, writer: PoolLayout, owner_name: str, owner: PoolLayout) -> str | None:
+    """Why KV cannot move from one pool to the other, naming both sides; None: it can."""
+    pairs = {
+        "model": (writer.fingerprint, owner.fingerprint),
+        "dtype": (writer.dtype, owner.dtype),
+        "head_dim": (writer.head_dim, owner.head_dim),
+    }
+    for what, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            return f"{what} of {writer_name} is {ours}, of {owner_name} it is {theirs}"
+    if max(writer.first_head, owner.first_head) >= min(writer.heads[1], owner.heads[1]):
+        return f"{writer_name} has the KV heads {writer.heads}, {owner_name} has {owner.heads}"
+    return None
+
+
+def judge(hello: Hello, offer: GrantOffer) -> Welcome | Refusal:
+    """The owner's answer to a writer."""
+    if hello.protocol != offer.protocol:
+        return Refusal(
+            f"{hello.name} speaks KV protocol {hello.protocol}, {offer.name} speaks {offer.protocol}"
+        )
+    if not hmac.compare_digest(hello.token, offer.token):
+        return Refusal(f"{hello.name} does not have the token of {offer.name}")
+    reason = misfit(hello.name, hello.layout, offer.name, offer.layout)
+    return Welcome(offer.incarnation, offer.layout) if reason is None else Refusal(reason)
