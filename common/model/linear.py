@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features = weight.shape[0]
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), PACKED_ROWS)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
         self._bias = bias
 
     def forward(self, inputs: Tensor) -> Tensor:
