@@ -86,7 +86,8 @@ class RouterService:
         """Runs a router until `stop` is set. Raises `ConfigurationError` (port in use, bad model)."""
         spec = load_spec(options.model, options.dtype)
         service = cls(options, spec, TextCodec.load(options.model))
-        await service._run(stop)
+        async with asyncio.TaskGroup() as service._tasks:
+            await service._run(stop)
 
     # ------------------------------------------------------------ Wires
 
@@ -125,8 +126,7 @@ class RouterService:
         try:
             async with EtcdClient(options.etcd) as etcd, Membership(etcd, options.cluster, LEASE_TTL_S) as membership:
                 await membership.register(record)
-                async with asyncio.TaskGroup() as self._tasks:
-                    await self._live(etcd, membership, stop)
+                await self._live(etcd, membership, stop)
         finally:
             self._public.close()
             self._inbox.close()

@@ -1,0 +1,34 @@
+# Everything sets itself up in .venv first; a second run takes seconds.
+python := .venv/bin/python
+sources := dejavu common services deploy loadtest models tests
+
+.PHONY: demo serve test check format gpu-check setup clean
+
+demo: setup ## start the system, stream a completion, show where it ran
+	@$(python) -m deploy.demo
+
+serve: setup ## start the system and stay up (options: make serve ARGS="--token-stages 2")
+	@.venv/bin/dejavu serve $(ARGS)
+
+test: setup ## all tests
+	@OMP_NUM_THREADS=1 $(python) -m pytest $(ARGS)
+
+check: setup ## format, lint, types, imports
+	$(python) -m ruff format --check $(sources)
+	$(python) -m ruff check $(sources)
+	$(python) -m mypy $(sources)
+	.venv/bin/lint-imports
+
+format: setup ## put the code in shape
+	$(python) -m ruff format $(sources)
+	$(python) -m ruff check --fix $(sources)
+
+gpu-check: setup ## everything that needs a GPU
+	@$(python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+	  && $(python) -m pytest -m gpu || echo "no CUDA device here: nothing to check"
+
+setup:
+	@deploy/setup.sh
+
+clean:
+	rm -rf .venv build dist *.egg-info

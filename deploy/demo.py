@@ -1,0 +1,91 @@
+"""`make demo`: starts the system, streams a completion of a real prompt, shows where it ran and what KV moved."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from dejavu import AsyncClient, SamplingParams
+
+PROMPT = "It was a fine morning in the spring, and she had resolved to walk as far as the"
+LAYOUT = ("--prompt-stages", "2", "--token-stages", "2")
+NUM_TOKENS = 60
+
+
+def main() -> int:
+    """Runs the demonstration; exit code 0 where everything worked."""
+    return asyncio.run(_demo(sys.argv[1:]))
+
+
+async def _demo(extra: Sequence[str]) -> int:
+    _say("Starting etcd, a router, two prompt stages and two token stages (one process each) ...")
+    started_s = time.monotonic()
+    async with _system(extra) as endpoint:
+        _say(f"Ready at {endpoint} after {time.monotonic() - started_s:.1f} s. The prompt, and what the model adds:\n")
+        async with AsyncClient(endpoint) as client:
+            await _stream(client)
+            status = await client.status()
+    _show_services(status)
+    _say("\nEverything has stopped.")
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def _system(extra: Sequence[str]) -> AsyncIterator[str]:
+    with tempfile.TemporaryDirectory(prefix="dejavu-demo-") as folder:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "dejavu", "serve", "--port", "0", "--state-dir", folder, *LAYOUT, *extra,
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            line = (await process.stdout.readline()).decode()
+            if not line.startswith("ready "):
+                raise SystemExit(await process.wait() or 1)
+            yield line.split()[1].split(",")[0]
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+
+async def _stream(client: AsyncClient) -> None:
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.7, seed=4, ignore_eos=True)
+    sys.stdout.write(f"    {PROMPT}")
+    times: list[float] = []
+    sent_s = time.monotonic()
+    async for token in client.stream(PROMPT, params):
+        times.append(time.monotonic() - sent_s)
+        sys.stdout.write(token.text)
+        sys.stdout.flush()
+    rate = (len(times) - 1) / (times[-1] - times[0])
+    _say(f"\n\nFirst token after {1e3 * times[0]:.0f} ms, then {rate:.0f} tokens/s.")
+
+
+def _show_services(status: dict[str, Any]) -> None:
+    _say("\nWhere it ran, and what KV cache moved from prompt stages to token stages:\n")
+    _say(f"    {'service':<18} {'pid':>8}  {'layers':<8} {'link':<8} KV cache")
+    for service in status["services"]:
+        layers = "{}-{}".format(*service["layers"]) if service["layers"] else ""
+        handoff = service.get("handoff", {})
+        moved = ", ".join(
+            f"{what} {handoff[key] / 1024:.1f} KiB"
+            for key, what in (("sent_bytes", "sent"), ("received_bytes", "received and verified"))
+            if handoff.get(key)
+        )
+        _say(f"    {service['name']:<18} {service['pid']:>8}  {layers:<8} {service.get('link') or '':<8} {moved}")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The command line of `dejavu serve`, checked before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dejavu.errors import ConfigurationError
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_STATE_DIR = Path(os.environ.get("DEJAVU_STATE_DIR", "~/.local/state/dejavu"))
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+DEFAULT_KV_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What to start. A split is the number of layers of each stage."""
+
+    model: str
+    prompt_pipelines: int
+    prompt_stages: int
+    token_pipelines: int
+    token_stages: int
+    routers: int
+    device: str
+    dtype: str
+    kv_memory_bytes: int
+    block_size: int
+    chunk_size: int
+    host: str
+    port: int
+    etcd: str | None
+    state_dir: Path
+    is_colocated: bool
+    prompt_split: tuple[int, ...] | None
+    token_split: tuple[int, ...] | None
+    link: str
+    threads_per_stage: int | None
+    pin: str
+
+    @property
+    def num_stage_processes(self) -> int:
+        prompts = 0 if self.is_colocated else self.prompt_pipelines * self.prompt_stages
+        return prompts + self.token_pipelines * self.token_stages
+
+
+def parse_options(argv: Sequence[str]) -> ServeOptions:
+    """Parses and checks. argparse ends the process with 2 on a usage error; raises `ConfigurationError`."""
+    arguments = _parser().parse_args(argv)
+    options = ServeOptions(
+        model=arguments.model,
+        prompt_pipelines=arguments.prompt_pipelines,
+        prompt_stages=arguments.prompt_stages,
+        token_pipelines=arguments.token_pipelines,
+        token_stages=arguments.token_stages,
+        routers=arguments.routers,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        kv_memory_bytes=arguments.kv_memory,
+        block_size=arguments.block_size,
+        chunk_size=arguments.chunk_size,
+        host=arguments.host,
+        port=arguments.port,
+        etcd=arguments.etcd,
+        state_dir=Path(arguments.state_dir).expanduser(),
+        is_colocated=arguments.colocated,
+        prompt_split=arguments.prompt_split,
+        token_split=arguments.token_split,
+        link=arguments.link,
+        threads_per_stage=arguments.threads_per_stage,
+        pin=arguments.pin,
+    )
+    if options.port:
+        check_port_free(options.host, options.port)
+    return options
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises `ConfigurationError` where somebody listens on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"{host}:{port} cannot be used ({error.strerror}); choose another --port, or 0 for a free one",
+                field="port",
+            ) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "dejavu serve",
+        description="Starts the whole system on this machine and prints one line when it is ready.",
+        epilog="example: dejavu serve --model ./my-model --prompt-stages 2 --token-stages 2",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default=str(ROOT / "models" / "tiny"), metavar="DIR_OR_HUB_ID", help="Hugging Face checkpoint")
+    for name, what in (
+        ("prompt-pipelines", "prompt pipelines"),
+        ("prompt-stages", "stages of each prompt pipeline"),
+        ("token-pipelines", "token pipelines"),
+        ("token-stages", "stages of each token pipeline"),
+        ("routers", "routers; one leads, the others stand by"),
+    ):
+        add(f"--{name}", type=_count, default=1, metavar="N", help=what)
+    add("--colocated", action="store_true", help="token pipelines compute prompts, too; no prompt pipelines")
+    add("--prompt-split", type=_split, metavar="A,B", help="layers of each prompt stage (default: even)")
+    add("--token-split", type=_split, metavar="A,B", help="layers of each token stage (default: even)")
+    add("--device", default="auto", choices=["cpu", "cuda", "auto"], help="auto: cuda where there is one")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the checkpoint's")
+    add("--kv-memory", type=_bytes, default=DEFAULT_KV_BYTES, metavar="BYTES", help="KV pool of a stage (K, M, G)")
+    add("--block-size", type=_count, default=16, metavar="N", help="tokens of a KV block")
+    add("--chunk-size", type=_count, default=256, metavar="N", help="tokens of a prefill step")
+    add("--link", default="auto", choices=["auto", "shm", "zmq"], help="how KV travels between stages")
+    add("--threads-per-stage", type=_count, metavar="N", help="compute threads (default: cores / stages)")
+    add("--pin", default="auto", choices=["auto", "on", "off"], help="keep each stage on cores of its own")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=5555, help="where clients connect (0: any free port)")
+    add("--etcd", metavar="URL", help="use this etcd instead of a private one")
+    add("--state-dir", default=str(DEFAULT_STATE_DIR), metavar="DIR", help="endpoints for clients on this machine")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _split(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
+
+
+def _bytes(text: str) -> int:
+    number, unit = text.rstrip("KMGkmg"), text[len(text.rstrip("KMGkmg")) :].upper()
+    if not number.isdecimal() or unit not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; examples: 1048576, 64M, 2G")
+    return int(number) * UNITS[unit]

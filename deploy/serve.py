@@ -1,0 +1,186 @@
+"""`dejavu serve`: starts a whole system on this machine and keeps it alive until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.etcd.client import EtcdClient
+from common.model.spec import ModelSpec, load_spec
+from dejavu import AsyncClient
+from dejavu.errors import ConfigurationError, DejavuError
+from deploy.etcd_server import EtcdServer
+from deploy.layout import Place, ServiceCommand, plan_services
+from deploy.options import ROOT, ServeOptions, parse_options
+from deploy.supervisor import ServiceGaveUp, Supervisor
+
+logger = logging.getLogger("serve")
+
+POLL_S = 0.1
+PROGRESS_S = 2.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs until SIGINT or SIGTERM; returns the exit code: 0 after an orderly stop, 1 for what the user must mend."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s")
+    try:
+        options = parse_options(argv)
+        spec = load_spec(_resolve_model(options.model), options.dtype)
+        # a layout that cannot be is refused before anything is started
+        plan_services(options, spec, Place("", "", "cpu", (0,) * options.routers, (0,)))
+        device = _resolve_device(options.device)
+        with _etcd_url(options) as etcd_url:
+            return asyncio.run(_serve(options, spec, device, etcd_url))
+    except (DejavuError, ServiceGaveUp) as error:
+        print(f"dejavu: error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+
+
+async def _serve(options: ServeOptions, spec: ModelSpec, device: str, etcd_url: str) -> int:
+    ports = _router_ports(options)
+    place = Place(etcd_url, f"c{secrets.token_hex(4)}", device, ports, tuple(sorted(os.sched_getaffinity(0))))
+    commands = plan_services(options, spec, place)
+    supervisor = Supervisor(commands, ROOT)
+    endpoints = [f"tcp://{options.host}:{port}" for port in ports]
+    with _endpoints_file(options.state_dir, endpoints):
+        running = asyncio.ensure_future(supervisor.run())
+        stopping = _stop_on_signals(supervisor)
+        announcing = asyncio.ensure_future(_announce(endpoints, commands))
+        await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
+        announcing.cancel()
+        if stopping.done():
+            logger.info("stopping")
+            await supervisor.stop()
+        await running
+    return 0
+
+
+def _stop_on_signals(supervisor: Supervisor) -> asyncio.Future[None]:
+    """Done at the first SIGINT or SIGTERM; a second one kills at once."""
+    loop = asyncio.get_running_loop()
+    asked: asyncio.Future[None] = loop.create_future()
+
+    def on_signal() -> None:
+        if asked.done():
+            supervisor.kill()
+        else:
+            asked.set_result(None)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    return asked
+
+
+async def _announce(endpoints: Sequence[str], commands: Sequence[ServiceCommand]) -> None:
+    """Prints the one line on stdout when everything that was asked for is up."""
+    started_s = time.monotonic()
+    told_s = started_s
+    while (missing := await _missing(endpoints[0], commands)) and missing:
+        if time.monotonic() - told_s > PROGRESS_S:
+            told_s = time.monotonic()
+            logger.info("%.0f s: waiting for %s", told_s - started_s, ", ".join(missing))
+        await asyncio.sleep(POLL_S)
+    logger.info("everything is up after %.1f s", time.monotonic() - started_s)
+    print(f"ready {','.join(endpoints)}", flush=True)  # noqa: T201
+
+
+async def _missing(endpoint: str, commands: Sequence[ServiceCommand]) -> list[str]:
+    """What is not up yet."""
+    try:
+        async with AsyncClient(endpoint, connect_timeout_s=1.0) as client:
+            status = await client.status()
+    except DejavuError:
+        return ["a router"]
+    present = {service["name"] for service in status["services"]}
+    absent = [command.name for command in commands if command.name not in present]
+    wanted = {command.name.rpartition("-stage-")[0] for command in commands if command.role != "router"}
+    ready = {pipeline["name"] for pipeline in status["pipelines"] if pipeline["ready"]}
+    leader = [] if status["leader"] else ["a leading router"]
+    return absent or leader + [f"pipeline {name}" for name in sorted(wanted - ready)]
+
+
+def _router_ports(options: ServeOptions) -> tuple[int, ...]:
+    """The first router takes --port, others any free one."""
+    reserved = [socket.socket() for _ in range(options.routers)]
+    try:
+        for index, probe in enumerate(reserved):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((options.host, options.port if index == 0 else 0))
+        return tuple(int(probe.getsockname()[1]) for probe in reserved)
+    except OSError as error:
+        raise ConfigurationError(f"{options.host}:{options.port}: {error.strerror}", field="port") from error
+    finally:
+        for probe in reserved:
+            probe.close()
+
+
+@contextlib.contextmanager
+def _endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]:
+    """Tells clients on this machine where the routers are."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = state_dir / "endpoints"
+        file.touch(mode=0o600)
+        file.write_text("".join(f"{endpoint}\n" for endpoint in endpoints))
+    except OSError as error:
+        raise ConfigurationError(f"{state_dir}: {error.strerror}", field="state_dir") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _etcd_url(options: ServeOptions) -> Iterator[str]:
+    """The given etcd, checked, or a private one with its data in a temporary directory."""
+    if options.etcd is not None:
+        asyncio.run(_check_etcd(options.etcd))
+        yield options.etcd
+        return
+    with tempfile.TemporaryDirectory(prefix="dejavu-etcd-") as folder, EtcdServer(Path(folder)) as etcd:
+        yield etcd.url
+
+
+async def _check_etcd(url: str) -> None:
+    async with EtcdClient(url) as client:
+        await client.get("/dejavu")
+
+
+def _resolve_model(name: str) -> Path:
+    """A directory as it is; a Hub id is downloaded. Raises `ConfigurationError`."""
+    folder = Path(name).expanduser()
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "merges.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # noqa: BLE001 - whatever the Hub's client raises means the same here
+        raise ConfigurationError(
+            f"{name} is no directory, and the Hub did not give it: {type(error).__name__}", field="model"
+        ) from error
+
+
+def _resolve_device(wanted: str) -> str:
+    """Asks a process of its own, so that this one never loads torch. Raises `ConfigurationError`."""
+    if wanted == "cpu" or (wanted == "auto" and not Path("/proc/driver/nvidia").exists()):
+        return "cpu"
+    probe = "import torch; print(torch.cuda.is_available())"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    if found.stdout.strip() == "True":
+        return "cuda"
+    if wanted == "cuda":
+        raise ConfigurationError("torch finds no CUDA device here; use --device cpu", field="device")
+    return "cpu"
