@@ -88,14 +88,17 @@ class Inbox:
         on_message: OnMessage,
         on_undeliverable: Callable[[bytes], None] = lambda peer: None,
         max_message_bytes: int = 256 << 20,
+        max_queued_messages: int = HIGH_WATER_MESSAGES,
     ) -> Inbox:
         """Binds to `address` ("tcp://127.0.0.1:*" picks a port). `on_message(peer, frames)` gets each message,
-        `on_undeliverable(peer)` each peer that is gone or reads too slowly. Raises `OSError` (port in use)."""
+        `on_undeliverable(peer)` each peer that is gone or has `max_queued_messages` unread. Raises `OSError` (port
+        in use)."""
 
         def on_frames(frames: list[memoryview]) -> None:
             on_message(bytes(frames[0]), frames[1:])
 
         socket = _new_socket(zmq.ROUTER, max_message_bytes)
+        socket.setsockopt(zmq.SNDHWM, max_queued_messages)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         socket.__dict__["on_undeliverable"] = on_undeliverable

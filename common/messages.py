@@ -267,9 +267,11 @@ def encode(message: Message) -> bytes:
 
 def decode_router_inbox(frame: bytes | memoryview) -> RouterInboxMessage:
     """A message to a router. Raises `msgspec.DecodeError`."""
-    return _router_decoder.decode(frame)
+    message: RouterInboxMessage = _router_decoder.decode(frame)
+    return message
 
 
 def decode_stage_inbox(frame: bytes | memoryview) -> StageInboxMessage:
     """A message to a stage. Raises `msgspec.DecodeError`."""
-    return _stage_decoder.decode(frame)
+    message: StageInboxMessage = _stage_decoder.decode(frame)
+    return message

@@ -104,7 +104,8 @@ class WireError(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
-    """The one end of a request: `outcome` is "finished", "failed" or "cancelled"; `error` says why it failed."""
+    """The one end of a request: `outcome` is "finished", "failed" or "cancelled"; `error` says why it failed.
+    `num_output_tokens` counts those that were delivered before a resubmission, too."""
 
     request_id: str
     outcome: str
@@ -143,9 +144,11 @@ def encode(message: ClientMessage | RouterMessage) -> bytes:
 
 def decode_client_message(frame: bytes | memoryview) -> ClientMessage:
     """What a client sent. Raises `msgspec.DecodeError` (its subclass `ValidationError` for wrong types)."""
-    return _client_decoder.decode(frame)
+    message: ClientMessage = _client_decoder.decode(frame)
+    return message
 
 
 def decode_router_message(frame: bytes | memoryview) -> RouterMessage:
     """What a router sent. Raises `msgspec.DecodeError`."""
-    return _router_decoder.decode(frame)
+    message: RouterMessage = _router_decoder.decode(frame)
+    return message

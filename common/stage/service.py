@@ -188,7 +188,8 @@ class StageService(abc.ABC):
             self.tasks.create_task(self._monitor.watch()),
         ]
         waiting = self.tasks.create_task(stop.wait())
-        await asyncio.wait([waiting, self._crash], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [waiting, self._crash]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in [*tasks, waiting]:
             task.cancel()
         if self._crash.done():

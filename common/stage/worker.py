@@ -108,7 +108,7 @@ class StageWorker:
         return flat.view(-1, self._hidden_size).to(self._device)
 
     def _send_hidden(self, output: torch.Tensor) -> memoryview:
-        return memoryview(output.contiguous().cpu().view(torch.uint8).numpy()).cast("B")
+        return output.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")
 
     def _draw(self, step: Step, logits: torch.Tensor) -> list[Drawn]:
         drawing = [work for work in step.chunks if work.draws]

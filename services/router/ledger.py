@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from common.ends import finish_reason
 from common.messages import ProducedToken
 from common.text import TextCodec, TextStream
 from dejavu.params import SamplingParams
@@ -26,7 +27,13 @@ class Choice:
     prompt_pipeline: str = ""
     epoch: int = 0
     delivered: list[int] = field(default_factory=list)
+    frames: list[TokenFrame] = field(default_factory=list)
+    """what was sent since this router knows the request; kept for a client that comes back"""
     is_done: bool = False
+
+    def frames_from(self, index: int) -> list[TokenFrame]:
+        """The kept frames of tokens `index` and later."""
+        return [frame for frame in self.frames if frame.index >= index]
 
 
 @dataclass(slots=True)
@@ -121,6 +128,7 @@ class Ledger:
             token.drawn.logprob,
             token.drawn.top_logprobs,
         )
+        choice.frames.append(frame)
         return Delivery(frame, stopped and token.finish_reason is None, all(c.is_done for c in request.choices))
 
 
@@ -144,15 +152,17 @@ def new_request(
     body_hash: int,
     codec: TextCodec | None,
     delivered: list[list[int]],
+    eos_token_ids: tuple[int, ...],
 ) -> Request:
     """A request with one choice per `params.n`; `delivered` ids are replayed through the text streams."""
     choices = []
     for index in range(params.n):
-        text = None if codec is None else TextStream(codec, params.stop_strings)
+        text = None if codec is None else TextStream(codec, list(params.stop))
         choice = Choice(f"{request_id}/{index}", index, text)
         for token_id in delivered[index] if index < len(delivered) else []:
             choice.delivered.append(token_id)
-            if text is not None:
-                text.push(token_id)
+            stopped = text is not None and text.push(token_id).stopped
+            reason = finish_reason(params, eos_token_ids, token_id, len(choice.delivered))
+            choice.is_done = choice.is_done or stopped or reason is not None
         choices.append(choice)
     return Request(request_id, client, prompt_ids, params, body_hash, choices)

@@ -78,11 +78,15 @@ class Requests:
             _body_hash(submit),
             self._codec,
             submit.delivered,
+            self._spec.eos_token_ids,
         )
         self.ledger.open(request)
         self._wires.to_client(client, Accepted(request.request_id, len(prompt_ids)))
         for choice in request.choices:
-            self._place(request, choice)
+            if not choice.is_done:
+                self._place(request, choice)
+        if all(choice.is_done for choice in request.choices):
+            self._end(request, "finished")
 
     def refuse(self, client: bytes, request_id: str, error: DejavuError) -> None:
         """Answers a request that was not let in."""
@@ -103,15 +107,10 @@ class Requests:
         """The same request from a client that reconnected: repeat what it has not got."""
         request.client = client
         self._wires.to_client(client, Accepted(request.request_id, len(request.prompt_ids)))
-        frames = []
+        frames: list[TokenFrame] = []
         for choice in request.choices:
             known = submit.delivered[choice.choice] if choice.choice < len(submit.delivered) else []
-            for index in range(len(known), len(choice.delivered)):
-                frames.append(
-                    TokenFrame(
-                        request.request_id, choice.choice, choice.epoch, index, choice.delivered[index], ""
-                    )
-                )
+            frames += choice.frames_from(len(known))
         if frames:
             self._wires.to_client(client, Tokens(frames))
         return False

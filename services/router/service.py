@@ -41,6 +41,7 @@ from services.router.status import Journal, describe
 logger = logging.getLogger(__name__)
 
 STATS_WAIT_S = 0.5
+MAX_UNREAD_MESSAGES = 65536
 RETRY_S = 0.5
 LEASE_TTL_S = 3.0
 
@@ -104,7 +105,11 @@ class RouterService:
         address = f"tcp://{options.host}:{options.port or '*'}"
         try:
             self._public = await Inbox.bind(
-                address, self._on_client_frames, self._on_client_gone, wire.MAX_MESSAGE_BYTES
+                address,
+                self._on_client_frames,
+                self._on_client_gone,
+                wire.MAX_MESSAGE_BYTES,
+                MAX_UNREAD_MESSAGES,
             )
         except OSError as error:
             raise ConfigurationError(f"cannot listen on {address}: {error.strerror}", field="port") from error

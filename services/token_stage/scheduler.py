@@ -147,12 +147,12 @@ class TokenScheduler:
         for chunk, sequence in zip(flying.step.chunks, flying.sequences, strict=True):
             sequence.num_in_flight -= 1
             token = next(draws) if chunk.draws else None
-            if sequence.phase is Phase.ENDED or sequence.requeue:
+            if sequence.is_leaving:
                 self._release_if_untouched(sequence)
             elif token is not None:
                 self._prefilling.pop(sequence.sequence_id, None)
                 actions += self._append(sequence, token)
-                if sequence.phase is not Phase.ENDED:
+                if not sequence.is_leaving:
                     self._set_ready(sequence)
         return [*actions, *self._grant_waiting()]
 
@@ -368,8 +368,7 @@ class TokenScheduler:
         return stop
 
     def _release_if_untouched(self, sequence: Sequence) -> None:
-        leaves = sequence.phase is Phase.ENDED or sequence.requeue
-        if not leaves or sequence.num_in_flight or sequence.awaits_writers:
+        if not sequence.is_leaving or sequence.num_in_flight or sequence.awaits_writers:
             return
         if sequence.blocks:
             self.allocator.release(sequence.sequence_id)

@@ -49,6 +49,11 @@ class Sequence:
     """once nothing touches its blocks: back to the queue (preempted, or its KV was lost)"""
 
     @property
+    def is_leaving(self) -> bool:
+        """Its blocks go back as soon as nothing can touch them."""
+        return self.phase is Phase.ENDED or self.requeue
+
+    @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
