@@ -26,6 +26,15 @@ def copy_pieces(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
             _copy_small(num_bytes, source, from_offsets, destination, to_offsets)
 
 
+def check_destination(offsets: Int64, num_bytes: Int64, total_bytes: int) -> None:
+    """Raises `ValueError` where a piece would lie outside of a pool."""
+    ends = offsets + num_bytes
+    # each part alone as well, since a sum of hostile numbers may wrap around
+    for numbers in (offsets, num_bytes, ends):
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() <= total_bytes:
+            raise ValueError(f"pieces do not lie within a pool of {total_bytes} bytes")
+
+
 def gather(plan: CopyPlan, source: Bytes) -> Bytes:
     """The plan's source pieces, one after the other."""
     gathered = np.empty(plan.total_bytes, dtype=np.uint8)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from common.kv.errors import LinkRefused
 from common.kv.layout import PoolLayout
 from dejavu.errors import ProtocolError
 
@@ -92,3 +93,15 @@ def judge(hello: Hello, offer: GrantOffer) -> Welcome | Refusal:
         return Refusal(f"{hello.name} does not have the token of {offer.name}")
     reason = misfit(hello.name, hello.layout, offer.name, offer.layout)
     return Welcome(offer.incarnation, offer.layout) if reason is None else Refusal(reason)
+
+
+def check_answer(frame: bytes | memoryview, offer: GrantOffer) -> None:
+    """The writer's look at the owner's answer. Raises `LinkRefused`."""
+    try:
+        answer = msgspec.msgpack.decode(frame, type=Welcome | Refusal)
+    except msgspec.DecodeError as error:
+        raise LinkRefused(f"{offer.name} gave no valid answer: {error}") from error
+    if isinstance(answer, Refusal):
+        raise LinkRefused(answer.reason)
+    if (answer.incarnation, answer.layout) != (offer.incarnation, offer.layout):
+        raise LinkRefused(f"{offer.name} is not what it offered: it was replaced, or its pool was")

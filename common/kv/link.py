@@ -1,0 +1,58 @@
+"""The contract of a link, and the choice between links."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from typing import Protocol
+
+from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
+from common.kv.geometry import CopyPlan
+from common.kv.offer import PROTOCOL_VERSION, GrantOffer, host_id, misfit
+from common.kv.pool import KvPool
+from common.kv.shm import ShmLink
+from common.kv.zmq_link import ZmqLink
+
+__all__ = ["GrantOffer", "Link", "LinkError", "LinkLost", "LinkRefused", "LinkTimeout", "open_link"]
+
+DEFAULT_TIMEOUT_S = 5.0
+
+
+class Link(Protocol):
+    """A way into somebody else's pool. Several writes may run at once; all calls come from the event loop
+    that opened the link."""
+
+    @property
+    def name(self) -> str:
+        """What `status` shows: "shm" or "zmq"."""
+
+    async def write(self, source: KvPool, plan: CopyPlan) -> None:
+        """Copies pieces of `source` (host memory) into the owner's pool. When it returns *the bytes are
+        there*, and the owner was alive. Raises `ValueError` for a plan that leaves the pool, `LinkTimeout`
+        after the link's deadline (a frozen peer never reports an error), `LinkLost` when the peer is gone."""
+
+    async def aclose(self) -> None:
+        """After this no write of this link changes the owner's pool any more. Where that cannot be confirmed
+        within the deadline it raises a `LinkError` whose `may_still_write` is true: keep the blocks out of
+        use."""
+
+
+async def open_link(
+    offer: GrantOffer, pool: KvPool, *, executor: Executor | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> Link:
+    """The best link from `pool` into what is offered: shared memory on the same host, else ZeroMQ.
+
+    `timeout_s` is the deadline of the handshake and of every later write. `executor` runs the copies of a
+    shared-memory link; without one they run in the calling thread. Raises `LinkRefused` at once, naming both
+    sides, where they do not fit; `LinkTimeout`; `LinkLost`.
+    """
+    if offer.protocol != PROTOCOL_VERSION:
+        raise LinkRefused(f"{pool.name} speaks KV protocol {PROTOCOL_VERSION}, {offer.name} {offer.protocol}")
+    reason = misfit(pool.name, pool.layout, offer.name, offer.layout)
+    if reason is not None:
+        raise LinkRefused(reason)
+    if offer.memory_address is not None and offer.host_id == host_id() != "":
+        try:
+            return await ShmLink.open(offer, pool, executor, timeout_s)
+        except ConnectionRefusedError:
+            pass  # gone, or in another network namespace; ZeroMQ finds out
+    return await ZmqLink.open(offer, pool, timeout_s)

@@ -1,0 +1,78 @@
+"""A pool that others may write to: one thread that opens both doors, so that a busy event loop delays
+nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import zmq
+
+from common.kv.offer import GrantOffer, host_id
+from common.kv.pool import KvPool
+from common.kv.shm import MemoryDoor
+from common.kv.zmq_door import ZmqDoor
+
+
+class PoolServer:
+    """Grants a pool to whoever has its `offer`. Close it before the pool."""
+
+    def __init__(self, pool: KvPool, host: str, incarnation: str) -> None:
+        self._zmq_door = ZmqDoor(pool, host)
+        can_share = pool.fd is not None and sys.platform == "linux"
+        self._memory_door = MemoryDoor(pool) if can_share else None
+        self.offer = GrantOffer(
+            name=pool.name,
+            incarnation=incarnation,
+            layout=pool.layout,
+            host_id=host_id(),
+            zmq_endpoint=self._zmq_door.endpoint,
+            token=secrets.token_bytes(16),
+            memory_address=None if self._memory_door is None else self._memory_door.address,
+        )
+        self._wake, self._woken = socket.socketpair()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-server")
+        self._serving = self._executor.submit(self._serve)
+
+    @classmethod
+    async def start(cls, pool: KvPool, host: str, incarnation: str) -> PoolServer:
+        """Listens on `host`, an address that writers reach, and a free port. Raises `zmq.ZMQError`."""
+        return cls(pool, host, incarnation)
+
+    async def aclose(self) -> None:
+        """Writers see their links end. Idempotent."""
+        if self._wake.fileno() < 0:
+            return
+        self._wake.close()
+        try:
+            await asyncio.wrap_future(self._serving)
+        finally:
+            self._executor.shutdown(wait=False)
+
+    def _serve(self) -> None:
+        try:
+            while self._serve_once():
+                pass
+        finally:
+            self._woken.close()
+            self._zmq_door.close()
+            if self._memory_door is not None:
+                self._memory_door.close()
+
+    def _serve_once(self) -> bool:
+        """Waits for something to do and does it; False: it is time to stop."""
+        poller = zmq.Poller()
+        poller.register(self._zmq_door.socket, zmq.POLLIN)
+        for fileno in [self._woken.fileno(), *(self._memory_door.filenos if self._memory_door else [])]:
+            poller.register(fileno, zmq.POLLIN)
+        for ready, _ in poller.poll():
+            if ready == self._woken.fileno():
+                return False
+            if ready == self._zmq_door.socket:
+                self._zmq_door.on_readable(self.offer)
+            elif self._memory_door is not None and isinstance(ready, int):
+                self._memory_door.on_readable(ready, self.offer)
+        return True
