@@ -12,6 +12,7 @@ DejavuError
  ├─ Overloaded               the system is full; try again after `retry_after_s`
  ├─ Unavailable              nobody answers, or no pipeline is ready
  ├─ RequestFailed            the request was let in and could not be finished
+ │   └─ StageLost            a stage died and nothing could take its place
  ├─ RequestCancelled         somebody cancelled the request
  ├─ ProtocolError            the other side says something that makes no sense
  └─ ConfigurationError       the system cannot start like this; the message says what to do
@@ -97,6 +98,10 @@ class RequestFailed(DejavuError):
     code = "request_failed"
 
 
+class StageLost(RequestFailed):
+    code = "stage_lost"
+
+
 class RequestCancelled(DejavuError):
     code = "request_cancelled"
 
@@ -121,6 +126,7 @@ _LEAVES: tuple[type[DejavuError], ...] = (
     Overloaded,
     Unavailable,
     RequestFailed,
+    StageLost,
     RequestCancelled,
     ProtocolError,
     ConfigurationError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +17,14 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TOKENS_LIMIT = 1 << 20
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """Parameters of one request, under the names people know; the defaults sample at temperature 1.
 
-    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `stop` strings are cut from the text;
-    tokens of `stop_token_ids` and EOS are delivered, with empty text. `durability` is "async", "lag:k" or "sync".
+    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `stop` strings (a single one
+    becomes a list) are cut from the text; tokens of `stop_token_ids` and EOS are delivered, with empty text.
+    `durability` is "async", "lag:k" or "sync". Nothing is checked before `validate`.
     """
 
     max_tokens: int = 16
@@ -42,10 +44,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     durability: str | None = None
 
-    @property
-    def stop_strings(self) -> list[str]:
-        """`stop` as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", [self.stop])
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -81,16 +82,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_real("temperature", self.temperature, 0.0, 100.0)
         _check_real("top_p", self.top_p, 0.0, 1.0, excludes_low=True)
         _check_real("min_p", self.min_p, 0.0, 1.0)
-        _check_real("repetition_penalty", self.repetition_penalty, 0.0, 100.0, excludes_low=True)
+        _check_real("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_real("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_real("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
 
     def _check_stops(self, vocab_size: int | None) -> None:
-        if not isinstance(self.stop, str | list) or len(self.stop_strings) > MAX_STOPS:
+        if not isinstance(self.stop, list) or len(self.stop) > MAX_STOPS:
             raise InvalidParameter(f"must be a string or at most {MAX_STOPS} strings", field="stop")
-        for stop in self.stop_strings:
-            if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
-                raise InvalidParameter(f"each must have 1 to {MAX_STOP_CHARS} characters", field="stop")
+        for stop in self.stop:
+            _check_stop(stop)
         if not isinstance(self.stop_token_ids, list) or len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidParameter(f"must be at most {MAX_STOP_TOKEN_IDS} token ids", field="stop_token_ids")
         for token_id in self.stop_token_ids:
@@ -101,20 +101,30 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int:
         raise InvalidParameter(f"must be an integer, not {type(value).__name__}", field=name)
     if not low <= value <= high:
-        raise InvalidParameter(f"{value} is not between {low} and {high}", field=name)
+        raise InvalidParameter(f"must be between {low} and {high}", field=name)
 
 
 def _check_real(name: str, value: object, low: float, high: float, excludes_low: bool = False) -> None:
     if type(value) not in (int, float):
         raise InvalidParameter(f"must be a number, not {type(value).__name__}", field=name)
     assert isinstance(value, int | float)
-    if not math.isfinite(value) or not low <= value <= high or (excludes_low and value == low):
+    if not low <= value <= high or (excludes_low and value == low):
         bounds = f"above {low:g} and at most {high:g}" if excludes_low else f"between {low:g} and {high:g}"
-        raise InvalidParameter(f"{value} is not {bounds}", field=name)
+        raise InvalidParameter(f"must be {bounds}", field=name)
+
+
+def _check_stop(stop: object) -> None:
+    if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_CHARS:
+        raise InvalidParameter(f"each must have 1 to {MAX_STOP_CHARS} characters", field="stop")
+    try:
+        stop.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidParameter("is not valid Unicode (a lone surrogate)", field="stop") from error
 
 
 def _is_durability(value: object) -> bool:
     if not isinstance(value, str):
         return False
     kind, _, lag = value.partition(":")
-    return value in ("async", "sync") or (kind == "lag" and lag.isdecimal() and len(lag) <= 6)
+    is_count = lag.isascii() and lag.isdecimal() and len(lag) <= 6
+    return value in ("async", "sync") or (kind == "lag" and is_count)

@@ -1,18 +1,18 @@
-"""Draws the next token of each row of logits, without state: a row gives the same token alone or in any batch.
+"""Draws the next token of each row of logits, without state: a row gives the same token in every batch.
 
 In order, as transformers and vLLM do:
 
-1. repetition penalty over prompt and output ids (a positive logit is divided, a negative one multiplied), then
-   frequency penalty (times the count) and presence penalty over output ids;
+1. repetition penalty over prompt and output ids (a positive logit is divided, a negative one multiplied),
+   then frequency penalty (times the count) and presence penalty over output ids;
 2. while fewer than `min_tokens` tokens are out: no EOS (unless `ignore_eos`) and no stop token;
 3. temperature 0 (below 1e-5) ends here, with the largest logit;
-4. divide by temperature; then `min_p`, `top_k`, `top_p`, each on what the one before left. Tokens that tie with the
-   last one kept are kept too, so that the set does not depend on a sorting order;
+4. divide by temperature; then `min_p`, `top_k`, `top_p`, each on what the one before left. Tokens that tie
+   with the last one kept are kept too, so that the set does not depend on a sorting order;
 5. the largest log-probability + noise, where the noise is `common.model.noise`'s function of seed, choice,
    position and token id: exactly a draw from the distribution. No seed counts as seed 0.
 
-Log-probabilities are of the model's own distribution: the log-softmax of its logits before penalties, masks and
-temperature. A logit that is not a number counts as impossible.
+Log-probabilities are of the model's own distribution: the log-softmax of its logits before penalties, masks
+and temperature. A logit that is not a number counts as impossible.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MIN_TEMPERATURE = 1e-5
 _IMPOSSIBLE = -1e30
 # no token this far below the likeliest can win, whatever its noise
 _HOPELESS = MIN_GUMBEL - MAX_GUMBEL
-_GROUP_ELEMENTS = {"cpu": 1 << 18}  # logits handled at once: what stays in the cache
+_GROUP_ELEMENTS = {"cpu": 1 << 15}  # logits handled at once: what stays in the cache
 _GROUP_ELEMENTS_DEVICE = 1 << 24
 
 
@@ -64,7 +64,7 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """`logprob` and the likeliest `top_logprobs` (token id, logprob), best first, where the row asks for them."""
+    """`logprob`, and the likeliest `top_logprobs` (token id, logprob), best first, where the row asks."""
 
     token_id: int
     logprob: float | None = None
@@ -72,7 +72,7 @@ class SampledToken:
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
-    """One token per row of `logits` [rows, vocabulary], any float type, any device; `logits` is left as it is."""
+    """One token per row of `logits` [rows, vocabulary], of any float type, on any device; changes nothing."""
     if logits.dim() != 2 or logits.shape[0] != len(rows):
         raise ValueError(f"{len(rows)} rows do not fit logits of shape {tuple(logits.shape)}")
     plain = [i for i, row in enumerate(rows) if row.is_greedy and not row.changes_logits]
@@ -109,9 +109,14 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         if _has_penalty(row.params):
             _penalise(scores, row)
         if row.num_output_tokens < row.params.min_tokens:
-            ends = [*row.params.stop_token_ids, *(() if row.params.ignore_eos else row.eos_token_ids)]
-            scores[torch.tensor(ends, dtype=torch.int64, device=scores.device)] = _IMPOSSIBLE
+            _forbid_ends(scores, row)
     return adjusted
+
+
+def _forbid_ends(scores: torch.Tensor, row: SamplingRow) -> None:
+    ends = [*row.params.stop_token_ids, *(() if row.params.ignore_eos else row.eos_token_ids)]
+    ends = [token_id for token_id in ends if token_id < len(scores)]
+    scores[torch.tensor(ends, dtype=torch.int64, device=scores.device)] = _IMPOSSIBLE
 
 
 def _has_penalty(params: SamplingParams) -> bool:
@@ -173,7 +178,7 @@ def _row_cutoff(scores: torch.Tensor, params: SamplingParams) -> float:
 
 
 def cutoff(ascending: np.ndarray[tuple[int], np.dtype[np.float32]], params: SamplingParams) -> float:
-    """The smallest score that `min_p`, `top_k` and `top_p` keep; `ascending` scores end with 0, the likeliest."""
+    """The smallest score that `min_p`, `top_k`, `top_p` keep of `ascending` ones, which end with 0."""
     first = 0
     if params.min_p > 0.0:
         first = int(np.searchsorted(ascending, np.float32(math.log(params.min_p))))
