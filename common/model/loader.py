@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging as transformers_logging
 
 from common.model.attention import ATTENTION_NAME, current_pass, paged_attention
 from common.model.linear import pack_linears
@@ -104,6 +105,9 @@ def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu") ->
     state = _read_state(spec, layers, is_first, is_last, bool(config.tie_word_embeddings))
     dtype: torch.dtype = getattr(torch, spec.dtype)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    # what a stage does not own is missing on purpose: no report of it on stderr
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     model, report = model_class.from_pretrained(
         None,
         config=config,

@@ -123,7 +123,8 @@ class StageService(abc.ABC):
         finally:
             self.inbox.close()
             self.peers.close()
-            self.compute.close()
+            # not on the event loop: what runs may be waiting for it
+            await asyncio.to_thread(self.compute.close)
             await self.close_pool()
             self.pool.close()
 

@@ -59,6 +59,7 @@ class PromptScheduler:
     ) -> None:
         self.epoch = epoch
         self.allocator = BlockAllocator(num_blocks)
+        self._num_blocks = num_blocks
         self._max_flying = num_stages + 1
         self._block_size = block_size
         self._chunk_tokens = chunk_tokens
@@ -70,6 +71,14 @@ class PromptScheduler:
         self._closes: list[str] = []
         self._num_arrivals = 0
         self._num_steps = 0
+
+    def kv_blocks(self) -> dict[str, int]:
+        """Blocks in all, free, and withdrawn because somebody might still use them."""
+        return {
+            "total": self._num_blocks,
+            "free": self.allocator.num_free,
+            "quarantined": self.allocator.num_quarantined,
+        }
 
     @property
     def num_waiting(self) -> int:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterable
 from typing import Any, assert_never
 
-from common.kv.offer import GrantOffer
-from common.kv.stream import Arrival, HandoffWriter
 from common.membership import PipelineRecord
 from common.messages import (
     CancelPrefill,
     Drawn,
     FirstToken,
     HandoffEnded,
-    KvArrived,
     Prefill,
     StageInboxMessage,
     Step,
@@ -23,8 +19,8 @@ from common.messages import (
 from common.model.spec import ModelSpec
 from common.stage.options import StageOptions
 from common.stage.service import StageService
-from common.stage.worker import StageSequence, StageWorker
-from services.prompt_stage.handoffs import Handoffs
+from common.stage.worker import StageWorker
+from services.prompt_stage.handoffs import ChunkSpan, Handoffs
 from services.prompt_stage.scheduler import Action, DeliverFirst, NeverStarted, PromptScheduler
 
 logger = logging.getLogger(__name__)
@@ -38,8 +34,35 @@ class PromptStage(StageService):
         self._scheduler: PromptScheduler | None = None
         self._handoffs: Handoffs
 
+    # ------------------------------------------------------------ the stage's part
+
+    async def open_pool(self) -> dict[str, str]:
+        options = self.options
+        self._handoffs = Handoffs(
+            self.loop, self.pool, options.stage_index, options.num_stages, self.peers.send, options.link
+        )
+        return {}
+
+    async def close_pool(self) -> None:
+        await self._handoffs.aclose()
+
+    async def pipeline_published(self, record: PipelineRecord) -> None:
+        if record.role == "token_stage":
+            await self.peers.connect(record.stages[0].name, record.stages[0].endpoint)
+            await self._handoffs.connect(record)
+
     def new_worker(self) -> StageWorker:
-        return self.make_worker(on_layer=self._handoffs.layer_done, on_close=self._handoffs.close)
+        handoffs = self._handoffs
+        spans: list[ChunkSpan] = []
+
+        def on_layer(step: Step, local_layer: int) -> None:
+            nonlocal spans
+            if local_layer == 0:
+                spans = handoffs.chunk_spans(step, worker.sequences)
+            handoffs.layer_done(spans, local_layer)
+
+        worker = self.make_worker(on_layer, handoffs.close)
+        return worker
 
     # ------------------------------------------------------------ the driver's part
 
@@ -92,3 +115,19 @@ class PromptStage(StageService):
                         )
                 case _:
                     assert_never(action)
+
+    # ------------------------------------------------------------ status
+
+    def role_stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = {
+            "kv_blocks": self.kv_blocks(),
+            "link": self._handoffs.link_names,
+            "handoff": {"sent_bytes": self._handoffs.sent_bytes},
+        }
+        if self._scheduler is not None:
+            stats["kv_blocks"] = self._scheduler.kv_blocks()
+            stats["sequences"] = {
+                "running": self._scheduler.num_running,
+                "waiting": self._scheduler.num_waiting,
+            }
+        return stats
