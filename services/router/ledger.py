@@ -155,9 +155,11 @@ def new_request(
     eos_token_ids: tuple[int, ...],
 ) -> Request:
     """A request with one choice per `params.n`; `delivered` ids are replayed through the text streams."""
+    # delivered, but without text
+    silent_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
     choices = []
     for index in range(params.n):
-        text = None if codec is None else TextStream(codec, list(params.stop))
+        text = None if codec is None else TextStream(codec, params.stop, silent_ids)
         choice = Choice(f"{request_id}/{index}", index, text)
         for token_id in delivered[index] if index < len(delivered) else []:
             choice.delivered.append(token_id)
