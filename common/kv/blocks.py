@@ -133,9 +133,7 @@ class BlockAllocator:
         counted = (self._free.size, self._num_headroom, self._num_quarantined)
         agree = counted == (sizes["free"], sizes["headroom"], sizes["quarantined"])
         if not (apart and within and agree and sum(sizes.values()) == self.num_blocks):
-            raise AssertionError(
-                f"blocks do not add up to {self.num_blocks}: {sizes}, counted {counted}, {apart=}"
-            )
+            raise AssertionError(f"blocks do not add up to {self.num_blocks}: {sizes}, counted {counted}, {apart=}")
 
     # ------------------------------------------------------------ placing
 

@@ -51,9 +51,7 @@ def _packed(num_bytes: Int64) -> Int64:
     return np.cumsum(num_bytes) - num_bytes
 
 
-def _copy_small(
-    num_bytes: int, source: Bytes, from_offsets: Int64, destination: Bytes, to_offsets: Int64
-) -> None:
+def _copy_small(num_bytes: int, source: Bytes, from_offsets: Int64, destination: Bytes, to_offsets: Int64) -> None:
     pieces, from_index = _as_pieces(source, from_offsets, num_bytes)
     places, to_index = _as_pieces(destination, to_offsets, num_bytes)
     step = max(1, _BATCH_BYTES // num_bytes)

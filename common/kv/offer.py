@@ -86,9 +86,7 @@ def misfit(writer_name: str, writer: PoolLayout, owner_name: str, owner: PoolLay
 def judge(hello: Hello, offer: GrantOffer) -> Welcome | Refusal:
     """The owner's answer to a writer."""
     if hello.protocol != offer.protocol:
-        return Refusal(
-            f"{hello.name} speaks KV protocol {hello.protocol}, {offer.name} speaks {offer.protocol}"
-        )
+        return Refusal(f"{hello.name} speaks KV protocol {hello.protocol}, {offer.name} speaks {offer.protocol}")
     if not hmac.compare_digest(hello.token, offer.token):
         return Refusal(f"{hello.name} does not have the token of {offer.name}")
     reason = misfit(hello.name, hello.layout, offer.name, offer.layout)

@@ -98,9 +98,7 @@ class ShmLink:
 
     name = "shm"
 
-    def __init__(
-        self, offer: GrantOffer, entrance: _Entrance, executor: Executor | None, timeout_s: float
-    ) -> None:
+    def __init__(self, offer: GrantOffer, entrance: _Entrance, executor: Executor | None, timeout_s: float) -> None:
         self._offer = offer
         self._connection = entrance.connection
         self._memory: Bytes | None = entrance.memory
@@ -111,9 +109,7 @@ class ShmLink:
         self._loop.add_reader(self._connection, self._on_readable)
 
     @classmethod
-    async def open(
-        cls, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float
-    ) -> ShmLink:
+    async def open(cls, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float) -> ShmLink:
         """Raises `ConnectionRefusedError` where nobody listens (another host or network namespace),
         `LinkRefused`, `LinkTimeout` or `LinkLost`."""
         entering = asyncio.ensure_future(asyncio.to_thread(_enter, offer, pool, timeout_s))
@@ -145,9 +141,7 @@ class ShmLink:
         copies = [asyncio.wrap_future(copy) for copy in list(self._copies)]
         await asyncio.gather(*copies, return_exceptions=True)
 
-    async def _copy_elsewhere(
-        self, executor: Executor, source: KvPool, plan: CopyPlan, memory: Bytes
-    ) -> None:
+    async def _copy_elsewhere(self, executor: Executor, source: KvPool, plan: CopyPlan, memory: Bytes) -> None:
         copy = executor.submit(copy_pieces, plan, source.memory, memory)
         self._copies.add(copy)
         copy.add_done_callback(self._copies.discard)

@@ -51,9 +51,7 @@ class ZmqDoor:
     def close(self) -> None:
         self.socket.close(linger=0)
 
-    def _serve(
-        self, writer: bytes, frames: Sequence[memoryview], offer: GrantOffer
-    ) -> Welcome | Written | Refusal:
+    def _serve(self, writer: bytes, frames: Sequence[memoryview], offer: GrantOffer) -> Welcome | Written | Refusal:
         try:
             message = msgspec.msgpack.decode(frames[0], type=Hello | Write)
             if isinstance(message, Hello):

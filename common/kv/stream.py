@@ -1,0 +1,223 @@
+"""Streaming KV out of a pool while it is being computed: the writer of a prompt stage."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from common.kv.arrival import Arrival
+from common.kv.errors import LinkError, LinkLost
+from common.kv.lane import HandoffSpan, Job, Lane, Written
+from common.kv.link import DEFAULT_TIMEOUT_S
+from common.kv.offer import GrantOffer
+from common.kv.pool import KvPool
+from common.kv.staging import mark_work
+
+__all__ = ["Arrival", "HandoffSpan", "HandoffWriter"]
+
+MAX_WAITING_JOBS = 4096
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Of one attempt at one sequence: jobs not over yet, the first error, and who waits for the end."""
+
+    num_jobs: int = 0
+    error: LinkError | None = None
+    drained: Future[LinkError | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """Jobs for a pipeline that nobody has connected yet."""
+
+    jobs: list[Job]
+    deadline: asyncio.TimerHandle
+
+
+class HandoffWriter:
+    """Writes layers of sequences into the pools of pipelines, on one thread of its own with an event loop of
+    its own.
+
+    `submit` and `drain` may be called from any thread; the rest belongs to the event loop that called
+    `start`, and `on_arrival` is called there.
+    """
+
+    def __init__(self, pool: KvPool, on_arrival: Callable[[Arrival], None], timeout_s: float) -> None:
+        self._pool = pool
+        self._on_arrival = on_arrival
+        self._timeout_s = timeout_s
+        self._home = asyncio.get_running_loop()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="kv-copier", daemon=True)
+        self._lanes: dict[str, list[Lane]] = {}
+        self._early: dict[str, _Early] = {}
+        self._progress: dict[tuple[str, int], _Progress] = {}
+        self._lock = threading.Lock()
+        self._room = threading.Semaphore(MAX_WAITING_JOBS)
+        self._is_closed = False
+        self._crash: BaseException | None = None
+        self.sent_bytes = 0
+        self._thread.start()
+
+    @classmethod
+    async def start(
+        cls, pool: KvPool, on_arrival: Callable[[Arrival], None], *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> HandoffWriter:
+        """`timeout_s` is the deadline of every single write."""
+        return cls(pool, on_arrival, timeout_s)
+
+    async def connect(self, destination: str, offers: Sequence[GrantOffer]) -> None:
+        """Opens the way into a pipeline's pools, one offer per stage in order; ways to pools it had before
+        and that are not offered again are closed, with what still waited for them (`[]`: forget the
+        pipeline).
+
+        Raises the first `LinkError`; the way is tried again when it is needed.
+        """
+        await self._on_copier(self._connect(destination, list(offers)))
+
+    def links(self, destination: str) -> list[str | None]:
+        """Name of the link to each of the pipeline's stages; None where there is none at present."""
+        return [lane.link_name for lane in self._lanes.get(destination, [])]
+
+    def submit(self, span: HandoffSpan, local_layer: int) -> None:
+        """The span's KV in the pool's n-th layer exists (on a device: the current stream will have made it):
+        send it. Blocks while too much waits. What fails is reported by `drain`."""
+        layer = self._pool.layout.first_layer + local_layer
+        job = Job(span, layer, mark_work(self._pool.device))
+        self._room.acquire()
+        with self._lock:
+            if self._crash is not None:
+                raise RuntimeError("the copier thread has crashed") from self._crash
+            self._progress.setdefault((span.sequence_id, span.attempt), _Progress()).num_jobs += 1
+            if not self._is_closed:
+                self._loop.call_soon_threadsafe(self._enter, job)
+                return
+        self._fail(job)
+
+    def drain(self, sequence_id: str, attempt: int) -> Future[LinkError | None]:
+        """Done when everything submitted for this attempt is over: our blocks may then be overwritten. The
+        result is the first error, None if all of it arrived. Where the error says `may_still_write` the
+        destination's blocks are not safe yet. Call it once, after the last `submit`."""
+        future: Future[LinkError | None] = Future()
+        key = (sequence_id, attempt)
+        with self._lock:
+            progress = self._progress.setdefault(key, _Progress())
+            progress.drained = future
+            if progress.num_jobs and self._crash is None:
+                return future
+            del self._progress[key]
+        if progress.num_jobs:
+            future.set_exception(self._crash)
+        else:
+            future.set_result(progress.error)
+        return future
+
+    async def aclose(self) -> None:
+        """Closes all ways; what waited counts as failed, so every `drain` ends. Idempotent."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        closing = [self._on_copier(self._connect(destination, [])) for destination in [*self._lanes, *self._early]]
+        await asyncio.gather(*closing)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        await asyncio.to_thread(self._thread.join)
+        self._loop.close()
+
+    # ------------------------------------------------------------ on the copier's thread
+
+    async def _on_copier(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def _connect(self, destination: str, offers: list[GrantOffer]) -> None:
+        before = {lane.offer: lane for lane in self._lanes.get(destination, [])}
+        lanes = [
+            before.pop(offer) if offer in before else self._new_lane(index, offer) for index, offer in enumerate(offers)
+        ]
+        self._lanes[destination] = lanes
+        if not lanes:
+            del self._lanes[destination]
+        self._end_early(destination)
+        await asyncio.gather(*(lane.aclose() for lane in before.values()))
+        results = await asyncio.gather(*(lane.open() for lane in lanes), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _enter(self, job: Job) -> None:
+        destination = job.span.destination
+        if destination in self._lanes:
+            self._put(job)
+        elif self._is_closed:
+            self._fail(job)
+        elif destination in self._early:
+            self._early[destination].jobs.append(job)
+        else:
+            deadline = self._loop.call_later(self._timeout_s, self._end_early, destination)
+            self._early[destination] = _Early([job], deadline)
+
+    def _put(self, job: Job) -> None:
+        for lane in self._lanes.get(job.span.destination, []):
+            if lane.offer.layout.first_layer <= job.layer < lane.offer.layout.last_layer:
+                lane.put(job)
+                return
+        self._fail(job)
+
+    def _end_early(self, destination: str) -> None:
+        """The pipeline has been connected, or is waited for no longer."""
+        early = self._early.pop(destination, None)
+        if early is not None:
+            early.deadline.cancel()
+            for job in early.jobs:
+                self._put(job)
+
+    def _fail(self, job: Job) -> None:
+        error = LinkLost(f"no way to layer {job.layer} of {job.span.destination}")
+        self._written(Written(job.span, 1, 0, None, error))
+
+    def _new_lane(self, index: int, offer: GrantOffer) -> Lane:
+        lane = Lane(self._pool, index, offer, self._timeout_s, self._written)
+        lane.task.add_done_callback(self._lane_ended)
+        return lane
+
+    def _lane_ended(self, task: asyncio.Task[None]) -> None:
+        """Only a bug ends a lane with an exception: then nobody may wait for ever."""
+        crash = None if task.cancelled() else task.exception()
+        if crash is None:
+            return
+        with self._lock:
+            self._crash = crash
+            waiting = [progress.drained for progress in self._progress.values() if progress.drained is not None]
+        self._room.release(MAX_WAITING_JOBS)
+        for drained in waiting:
+            drained.set_exception(crash)
+
+    def _written(self, written: Written) -> None:
+        key = (written.span.sequence_id, written.span.attempt)
+        for _ in range(written.num_jobs):
+            self._room.release()
+        with self._lock:
+            self.sent_bytes += written.num_bytes
+            progress = self._progress[key]
+            progress.num_jobs -= written.num_jobs
+            progress.error = _worse(progress.error, written.error)
+            is_over = progress.num_jobs == 0 and progress.drained is not None
+            if is_over:
+                del self._progress[key]
+        if written.arrival is not None:
+            self._home.call_soon_threadsafe(self._on_arrival, written.arrival)
+        if is_over and progress.drained is not None:
+            progress.drained.set_result(progress.error)
+
+
+def _worse(one: LinkError | None, other: LinkError | None) -> LinkError | None:
+    """The first error, unless a later one is worse."""
+    if one is None or (other is not None and other.may_still_write and not one.may_still_write):
+        return other
+    return one
