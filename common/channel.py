@@ -105,9 +105,7 @@ class Inbox:
         try:
             socket.bind(address)
             endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-            transport, _ = await aiozmq.create_zmq_connection(
-                lambda: _Protocol(on_frames), zmq.ROUTER, zmq_sock=socket
-            )
+            transport, _ = await aiozmq.create_zmq_connection(lambda: _Protocol(on_frames), zmq.ROUTER, zmq_sock=socket)
         except zmq.ZMQError as error:
             socket.close(linger=0)
             raise OSError(error.errno, f"{address}: {error.strerror}") from error
@@ -136,9 +134,7 @@ class Outbox:
         socket = _new_socket(zmq.DEALER, 256 << 20)
         socket.setsockopt_string(zmq.IDENTITY, identity)
         socket.connect(endpoint)
-        transport, _ = await aiozmq.create_zmq_connection(
-            lambda: _Protocol(on_frames), zmq.DEALER, zmq_sock=socket
-        )
+        transport, _ = await aiozmq.create_zmq_connection(lambda: _Protocol(on_frames), zmq.DEALER, zmq_sock=socket)
         return cls(transport, endpoint)
 
     def send(self, *frames: bytes | memoryview) -> None:

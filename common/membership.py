@@ -172,9 +172,7 @@ class Membership:
         self._keeper = self._tasks.create_task(self.lease.keep())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._keeper.cancel()
         try:
             is_cancelled = isinstance(error, asyncio.CancelledError)

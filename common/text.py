@@ -94,9 +94,7 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any], special: dict[str, str
     after = [special["eos_token"]] if config.get("add_eos_token") else []
     if before or after:
         ids = {(token, tokenizer.token_to_id(token)) for token in before + after}
-        tokenizer.post_processor = processors.TemplateProcessing(
-            [*before, "$A", *after], special_tokens=[*ids]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing([*before, "$A", *after], special_tokens=[*ids])
     return tokenizer
 
 
@@ -222,9 +220,7 @@ class TextStream:
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = (), silent_ids: Collection[int] = ()) -> None:
         is_byte_level = isinstance(codec.tokenizer.decoder, decoders.ByteLevel)
-        self._detokenizer: _Detokenizer = (
-            _ByteLevelDetokenizer(codec) if is_byte_level else _WindowDetokenizer(codec)
-        )
+        self._detokenizer: _Detokenizer = _ByteLevelDetokenizer(codec) if is_byte_level else _WindowDetokenizer(codec)
         self._matchers = [_Matcher(each) for each in stop]
         self._silent_ids = silent_ids
         self._held = ""

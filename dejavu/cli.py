@@ -70,9 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show what runs where", description="Shows what runs where.")
     status.add_argument("--json", action="store_true", help="the whole status document, as JSON")
     _add_endpoint(status)
-    commands.add_parser(
-        "serve", help="start a system (`dejavu serve --help` lists its options)", add_help=False
-    )
+    commands.add_parser("serve", help="start a system (`dejavu serve --help` lists its options)", add_help=False)
     return parser
 
 
@@ -85,18 +83,12 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     defaults = SamplingParams(max_tokens=64)
     parser.add_argument("text", metavar="TEXT", help="the prompt")
-    parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help=f"at most N tokens ({defaults.max_tokens})"
-    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"at most N tokens ({defaults.max_tokens})")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (1.0)")
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="only the likeliest tokens with mass P (1.0)"
-    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens with mass P (1.0)")
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens (0: all)")
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable (default: random)")
-    parser.add_argument(
-        "--stop", action="append", metavar="S", help="end before this string; may be repeated"
-    )
+    parser.add_argument("--stop", action="append", metavar="S", help="end before this string; may be repeated")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
     parser.set_defaults(max_tokens=defaults.max_tokens, temperature=defaults.temperature, stop=[])
     parser.set_defaults(top_p=defaults.top_p, top_k=defaults.top_k)

@@ -19,9 +19,7 @@ def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("DEJAVU_STATE_DIR") or Path.home() / ".local" / "state" / "dejavu")
 
 
-def find_endpoints(
-    endpoint: str | Sequence[str] | None, environment: Mapping[str, str] = os.environ
-) -> list[str]:
+def find_endpoints(endpoint: str | Sequence[str] | None, environment: Mapping[str, str] = os.environ) -> list[str]:
     """The routers to try: the given ones, else `DEJAVU_ENDPOINT` (comma list), else those that a running
     `serve` left in its state directory, else the default port. Raises `InvalidParameter` for what is none."""
     given = endpoint if endpoint is not None else environment.get("DEJAVU_ENDPOINT") or _recorded(environment)

@@ -17,9 +17,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TOKENS_LIMIT = 1 << 20
 
 
-class SamplingParams(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
-):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Parameters of one request, under the names people know; the defaults sample at temperature 1.
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `stop` strings (a single one

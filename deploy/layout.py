@@ -61,7 +61,14 @@ def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list
         ranges = split_layers(spec.num_layers, len(split) if split else num_stages, split)
         for pipeline in (f"{kind}-{index}" for index in range(num_pipelines)):
             for index, (first, last) in enumerate(ranges):
-                arguments = ["--pipeline", pipeline, "--stage-index", str(index), "--num-stages", str(len(ranges))]
+                arguments = [
+                    "--pipeline",
+                    pipeline,
+                    "--stage-index",
+                    str(index),
+                    "--num-stages",
+                    str(len(ranges)),
+                ]
                 arguments += ["--layers", f"{first}:{last}"] + ["--colocated"] * options.is_colocated
                 stages.append((f"{pipeline}-stage-{index}", f"{kind}_stage", arguments))
     return stages

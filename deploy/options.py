@@ -101,7 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default=str(ROOT / "models" / "tiny"), metavar="DIR_OR_HUB_ID", help="Hugging Face checkpoint")
+    add(
+        "--model",
+        default=str(ROOT / "models" / "tiny"),
+        metavar="DIR_OR_HUB_ID",
+        help="Hugging Face checkpoint",
+    )
     for name, what in (
         ("prompt-pipelines", "prompt pipelines"),
         ("prompt-stages", "stages of each prompt pipeline"),
@@ -114,8 +119,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-split", type=_split, metavar="A,B", help="layers of each prompt stage (default: even)")
     add("--token-split", type=_split, metavar="A,B", help="layers of each token stage (default: even)")
     add("--device", default="auto", choices=["cpu", "cuda", "auto"], help="auto: cuda where there is one")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the checkpoint's")
-    add("--kv-memory", type=_bytes, default=DEFAULT_KV_BYTES, metavar="BYTES", help="KV pool of a stage (K, M, G)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: the checkpoint's",
+    )
+    add(
+        "--kv-memory",
+        type=_bytes,
+        default=DEFAULT_KV_BYTES,
+        metavar="BYTES",
+        help="KV pool of a stage (K, M, G)",
+    )
     add("--block-size", type=_count, default=16, metavar="N", help="tokens of a KV block")
     add("--chunk-size", type=_count, default=256, metavar="N", help="tokens of a prefill step")
     add("--link", default="auto", choices=["auto", "shm", "zmq"], help="how KV travels between stages")
@@ -124,7 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=5555, help="where clients connect (0: any free port)")
     add("--etcd", metavar="URL", help="use this etcd instead of a private one")
-    add("--state-dir", default=str(DEFAULT_STATE_DIR), metavar="DIR", help="endpoints for clients on this machine")
+    add(
+        "--state-dir",
+        default=str(DEFAULT_STATE_DIR),
+        metavar="DIR",
+        help="endpoints for clients on this machine",
+    )
     return parser
 
 

@@ -44,7 +44,7 @@ class ZmqConnection:
     """A client for gevent: one DEALER, one request at a time."""
 
     def __init__(self, endpoint: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: Any = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, secrets.token_hex(8).encode())
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.RCVTIMEO, int(wire.PING_INTERVAL_S * 1000))
@@ -102,10 +102,13 @@ class StreamingUser(User):  # type: ignore[misc]
     def on_stop(self) -> None:
         self._connection.close()
 
-    @task
+    @task  # type: ignore[untyped-decorator]
     def complete(self) -> None:
         params = SamplingParams(
-            max_tokens=random.choice((16, 32, 64)), temperature=0.8, seed=secrets.randbits(63), ignore_eos=True
+            max_tokens=random.choice((16, 32, 64)),
+            temperature=0.8,
+            seed=secrets.randbits(63),
+            ignore_eos=True,
         )
         started_s = time.monotonic()
         try:

@@ -16,7 +16,8 @@ PACKAGES = ("torch", "transformers", "pyzmq", "uvloop", "msgspec")
 def describe_machine() -> dict[str, Any]:
     """Facts that belong to every figure."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        "",
     )
     memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
     versions = {}

@@ -51,9 +51,7 @@ def main() -> int:
     for layout in arguments.layout or list(LAYOUTS):
         options = ["--model", arguments.model, "--dtype", arguments.dtype, *LAYOUTS[layout]]
         options += arguments.serve_options.split()
-        results["layouts"][layout] = asyncio.run(
-            _measure(options, workload, arguments.repetitions, vocab_size, layout)
-        )
+        results["layouts"][layout] = asyncio.run(_measure(options, workload, arguments.repetitions, vocab_size, layout))
         results["layouts"][layout]["serve_options"] = options
     if arguments.baseline:
         results["baseline"] = measure_baseline(arguments.model, arguments.dtype, workload, vocab_size)
@@ -82,7 +80,14 @@ async def _measure(
 
 
 def _line(figures: dict[str, Any]) -> str:
-    names = ("output_tokens_per_s", "prompt_tokens_per_s", "ttft_p50_ms", "tpot_p50_ms", "gap_p99_ms", "num_failed")
+    names = (
+        "output_tokens_per_s",
+        "prompt_tokens_per_s",
+        "ttft_p50_ms",
+        "tpot_p50_ms",
+        "gap_p99_ms",
+        "num_failed",
+    )
     return " ".join(f"{name}={figures[name]}" for name in names)
 
 

@@ -52,9 +52,7 @@ class Workload:
 def load_workload(path: Path, limit: int | None = None) -> Workload:
     """Reads a workload file."""
     document = json.loads(path.read_text())
-    items = [
-        WorkItem(float(r.get("at", 0.0)), tuple(r["prompt"]), int(r["max_tokens"])) for r in document["requests"]
-    ]
+    items = [WorkItem(float(r.get("at", 0.0)), tuple(r["prompt"]), int(r["max_tokens"])) for r in document["requests"]]
     return Workload(document.get("name", path.stem), tuple(items[:limit]))
 
 

@@ -237,9 +237,7 @@ def train(
     print(f"done: {step} steps, held-out loss {held_out_loss(model, held_out_ids):.3f} nats", flush=True)
 
 
-def train_step(
-    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, rows: torch.Tensor, rate: float
-) -> float:
+def train_step(model: LlamaForCausalLM, optimizer: torch.optim.AdamW, rows: torch.Tensor, rate: float) -> float:
     """Take one clipped AdamW step at the given rate; returns the loss in nats."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -27,9 +27,7 @@ class Lease:
     lapsed, it takes a new one (another `id`) first. An outage of etcd never ends it.
     """
 
-    def __init__(
-        self, client: EtcdClient, ttl_s: float, on_renewed: Callable[[], Awaitable[None]] = _nothing
-    ) -> None:
+    def __init__(self, client: EtcdClient, ttl_s: float, on_renewed: Callable[[], Awaitable[None]] = _nothing) -> None:
         self._client = client
         self._on_renewed = on_renewed
         self._renewed_at_s = 0.0

@@ -87,7 +87,8 @@ class HandoffWriter:
 
     def submit(self, span: HandoffSpan, local_layer: int) -> None:
         """The span's KV in the pool's n-th layer exists (on a device: the current stream will have made it):
-        send it. Blocks while too much waits. What fails is reported by `drain`."""
+        send it. A pipeline that is not connected yet is waited for. Blocks while too much waits. What fails
+        is reported by `drain`."""
         layer = self._pool.layout.first_layer + local_layer
         job = Job(span, layer, mark_work(self._pool.device))
         self._room.acquire()
@@ -124,8 +125,7 @@ class HandoffWriter:
             if self._is_closed:
                 return
             self._is_closed = True
-        closing = [self._on_copier(self._connect(destination, [])) for destination in [*self._lanes, *self._early]]
-        await asyncio.gather(*closing)
+        await self._on_copier(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join)
         self._loop.close()
@@ -149,6 +149,10 @@ class HandoffWriter:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+    async def _close(self) -> None:
+        known = {*self._lanes, *self._early}
+        await asyncio.gather(*(self._connect(destination, []) for destination in known))
 
     def _enter(self, job: Job) -> None:
         destination = job.span.destination

@@ -57,6 +57,7 @@ class ZmqLink:
         self._all_written.set()
         self._num_sent = 0
         self._broken: LinkError | None = None
+        self._end: asyncio.Future[None] = loop.create_future()
         self._answer: asyncio.Future[bytes] = loop.create_future()
         self._socket = zmq.asyncio.Context.shadow(zmq.Context.instance()).socket(zmq.DEALER)
         _configure(self._socket, timeout_s)
@@ -122,15 +123,23 @@ class ZmqLink:
             raise LinkTimeout(message, may_still_write=True) from None
 
     async def _send(self, memory: Bytes, part: CopyPlan) -> asyncio.Future[None]:
-        if self._broken is not None:
-            raise LinkLost(self._broken.message, may_still_write=bool(self._unwritten))
+        self._check()
         self._num_sent += 1
         header = Write(self._num_sent, part.destination_offset.tobytes(), part.num_bytes.tobytes())
         written = self._unwritten[self._num_sent] = asyncio.get_running_loop().create_future()
         self._all_written.clear()
         frames = [msgspec.msgpack.encode(header), *_payload(memory, part)]
-        await self._socket.send_multipart(frames, copy=False)
+        sending = self._socket.send_multipart(frames, copy=False)
+        # without a peer ZeroMQ would never take the message
+        await asyncio.wait([sending, self._end], return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            sending.cancel()
+            self._check()
         return written
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise LinkLost(self._broken.message, may_still_write=bool(self._unwritten))
 
     async def _receive(self) -> None:
         while True:
@@ -163,6 +172,8 @@ class ZmqLink:
 
     def _break(self, error: LinkError) -> None:
         self._broken = self._broken or error
+        if not self._end.done():
+            self._end.set_result(None)
         futures: list[asyncio.Future[Any]] = [self._answer, *self._unwritten.values()]
         for waiting in futures:
             if not waiting.done():

@@ -95,7 +95,13 @@ class AttentionPass:
             reach = _within(plan, window)
             attend = _attend_token if plan.end - plan.first == 1 else _attend_prompt
             output[plan.first : plan.end] = attend(
-                plan, rows, _gather(keys, plan.runs, reach), _gather(values, plan.runs, reach), scale, window, slopes
+                plan,
+                rows,
+                _gather(keys, plan.runs, reach),
+                _gather(values, plan.runs, reach),
+                scale,
+                window,
+                slopes,
             )
         return output
 

@@ -7,7 +7,6 @@ are missing or fail the plain layers stay.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,5 +62,3 @@ def _as_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if isinstance(module, Conv1D):
         return module.weight.detach().t().contiguous(), module.bias.detach()
     return None
-
-

@@ -54,9 +54,7 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tu
     return c0, c1, c2, c3
 
 
-def gumbel(
-    seed: torch.Tensor, choice: torch.Tensor, position: torch.Tensor, token_ids: torch.Tensor
-) -> torch.Tensor:
+def gumbel(seed: torch.Tensor, choice: torch.Tensor, position: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """The float64 noise of each token id; all arguments are int64 of one shape and device."""
     lanes = _lanes(seed, choice, position, token_ids >> 2)
     return _to_gumbel(lanes.gather(-1, (token_ids & 3).unsqueeze(-1)).squeeze(-1))
@@ -71,9 +69,7 @@ def gumbel_of_vocabulary(
     return _to_gumbel(lanes.flatten(1)[:, :vocab_size])
 
 
-def _lanes(
-    seed: torch.Tensor, choice: torch.Tensor, position: torch.Tensor, quads: torch.Tensor
-) -> torch.Tensor:
+def _lanes(seed: torch.Tensor, choice: torch.Tensor, position: torch.Tensor, quads: torch.Tensor) -> torch.Tensor:
     """int64 [..., 4]: the four words of each counter."""
     words = (quads, position, choice, torch.zeros_like(position), seed & _MASK, seed >> 32)
     if quads.device.type != "cpu":

@@ -21,9 +21,7 @@ class StageRunner:
         self._device = pool.layer(0)[0].device
 
     @torch.inference_mode()
-    def run(
-        self, batch: StageBatch, hidden: Tensor | None, on_layer: Callable[[int], None] | None = None
-    ) -> Tensor:
+    def run(self, batch: StageBatch, hidden: Tensor | None, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Computes the batch and writes its KV into the pool.
 
         `hidden` [rows, hidden_size] comes from the previous stage (None on the first, which embeds `token_ids`).

@@ -154,9 +154,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     return _best_of_each(row, token_id, noisy, len(rows))
 
 
-def _noise_keys(
-    rows: Sequence[SamplingRow], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _noise_keys(rows: Sequence[SamplingRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     keys = [(row.params.seed or 0, row.choice, row.position) for row in rows]
     seed, choice, position = torch.tensor(keys, dtype=torch.int64, device=device).unbind(1)
     return seed, choice, position

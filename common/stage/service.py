@@ -25,7 +25,14 @@ from common.etcd.client import EtcdClient
 from common.kv.layout import PoolLayout, num_blocks_for
 from common.kv.pool import KvPool
 from common.loop_monitor import LoopMonitor
-from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Membership, PipelineRecord
+from common.membership import (
+    MemberChanged,
+    MemberJoined,
+    MemberLost,
+    MemberRecord,
+    Membership,
+    PipelineRecord,
+)
 from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone
 from common.model.loader import load_stage
 from common.model.runner import StageRunner
@@ -95,10 +102,10 @@ class StageService(abc.ABC):
         """Called once the pool exists; returns details to register under."""
         return {}
 
-    async def close_pool(self) -> None:
+    async def close_pool(self) -> None:  # noqa: B027 - a role may have nothing to add
         """Called before the pool is closed."""
 
-    async def pipeline_published(self, record: PipelineRecord) -> None:
+    async def pipeline_published(self, record: PipelineRecord) -> None:  # noqa: B027
         """Any pipeline got a new record."""
 
     # ------------------------------------------------------------ life
@@ -115,11 +122,13 @@ class StageService(abc.ABC):
         gc.collect()
         gc.freeze()
         try:
-            async with EtcdClient(self.options.etcd) as etcd:
-                async with Membership(etcd, self.options.cluster, LEASE_TTL_S) as membership:
-                    await membership.register(self._member(details))
-                    async with asyncio.TaskGroup() as self.tasks:
-                        await self._attend(membership, stop)
+            async with (
+                EtcdClient(self.options.etcd) as etcd,
+                Membership(etcd, self.options.cluster, LEASE_TTL_S) as membership,
+            ):
+                await membership.register(self._member(details))
+                async with asyncio.TaskGroup() as self.tasks:
+                    await self._attend(membership, stop)
         finally:
             self.inbox.close()
             self.peers.close()
@@ -323,9 +332,7 @@ class StageService(abc.ABC):
         worker = self.worker
         self._counters["steps"] += 1
         self._counters["tokens"] += sum(chunk.num_tokens for chunk in step.chunks)
-        self.compute.submit(
-            functools.partial(worker.execute, step, hidden), functools.partial(self._on_output, step)
-        )
+        self.compute.submit(functools.partial(worker.execute, step, hidden), functools.partial(self._on_output, step))
 
     def _on_output(self, step: Step, output: StepOutput) -> None:
         if step.epoch != self.epoch or self.record is None:

@@ -54,9 +54,7 @@ Action = DeliverFirst | NeverStarted
 class PromptScheduler:
     """State of one prompt pipeline at one epoch."""
 
-    def __init__(
-        self, *, epoch: int, num_stages: int, num_blocks: int, block_size: int, chunk_tokens: int
-    ) -> None:
+    def __init__(self, *, epoch: int, num_stages: int, num_blocks: int, block_size: int, chunk_tokens: int) -> None:
         self.epoch = epoch
         self.allocator = BlockAllocator(num_blocks)
         self._num_blocks = num_blocks

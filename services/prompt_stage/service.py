@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any, assert_never
 
+from common.kv.stream import HandoffSpan
 from common.membership import PipelineRecord
 from common.messages import (
     CancelPrefill,
@@ -19,8 +20,8 @@ from common.messages import (
 from common.model.spec import ModelSpec
 from common.stage.options import StageOptions
 from common.stage.service import StageService
-from common.stage.worker import StageWorker
-from services.prompt_stage.handoffs import ChunkSpan, Handoffs
+from common.stage.worker import StageSequence, StageWorker
+from services.prompt_stage.handoffs import Handoffs
 from services.prompt_stage.scheduler import Action, DeliverFirst, NeverStarted, PromptScheduler
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,8 @@ class PromptStage(StageService):
 
     async def open_pool(self) -> dict[str, str]:
         options = self.options
-        self._handoffs = Handoffs(
-            self.loop, self.pool, options.stage_index, options.num_stages, self.peers.send, options.link
-        )
+        self._handoffs = Handoffs(options.stage_index, options.num_stages, options.link, self.peers.send)
+        await self._handoffs.start(self.pool)
         return {}
 
     async def close_pool(self) -> None:
@@ -53,15 +53,21 @@ class PromptStage(StageService):
 
     def new_worker(self) -> StageWorker:
         handoffs = self._handoffs
-        spans: list[ChunkSpan] = []
+        spans: list[HandoffSpan] = []
 
         def on_layer(step: Step, local_layer: int) -> None:
             nonlocal spans
             if local_layer == 0:
-                spans = handoffs.chunk_spans(step, worker.sequences)
-            handoffs.layer_done(spans, local_layer)
+                spans = handoffs.spans(step, worker.sequences)
+            handoffs.submit(spans, local_layer)
 
-        worker = self.make_worker(on_layer, handoffs.close)
+        def on_close(sequence: StageSequence) -> None:
+            ended = handoffs.close(sequence)
+            if ended is not None and sequence.opened.handoff is not None:
+                pipeline = sequence.opened.handoff.pipeline
+                self.loop.call_soon_threadsafe(handoffs.tell_driver, pipeline, ended)
+
+        worker = self.make_worker(on_layer, on_close)
         return worker
 
     # ------------------------------------------------------------ the driver's part
@@ -109,9 +115,7 @@ class PromptStage(StageService):
                     for stage in range(self.options.num_stages):
                         self.peers.send(
                             driver,
-                            HandoffEnded(
-                                epoch, prefill.sequence_id, prefill.attempt, stage, self.options.num_stages
-                            ),
+                            HandoffEnded(epoch, prefill.sequence_id, prefill.attempt, stage, self.options.num_stages),
                         )
                 case _:
                     assert_never(action)
@@ -121,8 +125,7 @@ class PromptStage(StageService):
     def role_stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = {
             "kv_blocks": self.kv_blocks(),
-            "link": self._handoffs.link_names,
-            "handoff": {"sent_bytes": self._handoffs.sent_bytes},
+            **self._handoffs.stats(),
         }
         if self._scheduler is not None:
             stats["kv_blocks"] = self._scheduler.kv_blocks()

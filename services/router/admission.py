@@ -29,9 +29,7 @@ def check_form(submit: Submit, spec: ModelSpec, *, has_tokenizer: bool) -> None:
         raise _too_long(len(submit.prompt), submit.params.max_tokens, spec.max_context_tokens)
     if submit.params.stop and not has_tokenizer:
         raise InvalidParameter("this model has no tokenizer: use stop_token_ids", field="stop")
-    if len(submit.delivered) > submit.params.n or any(
-        len(ids) > submit.params.max_tokens for ids in submit.delivered
-    ):
+    if len(submit.delivered) > submit.params.n or any(len(ids) > submit.params.max_tokens for ids in submit.delivered):
         raise InvalidParameter("more delivered tokens than the request may have", field="delivered")
 
 

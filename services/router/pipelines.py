@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping
 from common.membership import MemberRecord, PipelineRecord
 
 
-def missing_pipelines(
-    members: Iterable[MemberRecord], published: Mapping[str, PipelineRecord]
-) -> list[PipelineRecord]:
+def missing_pipelines(members: Iterable[MemberRecord], published: Mapping[str, PipelineRecord]) -> list[PipelineRecord]:
     """Records to publish: every stage of the pipeline is registered, their layers join without a gap, and the
     incarnations differ from those published. The epoch is filled in by the store."""
     stages: dict[str, list[MemberRecord]] = defaultdict(list)

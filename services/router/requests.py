@@ -7,7 +7,15 @@ from typing import Protocol
 
 import msgspec
 
-from common.messages import Admit, CancelSequence, Message, PipelineReady, SequenceFailed, TokensProduced, pack_ids
+from common.messages import (
+    Admit,
+    CancelSequence,
+    Message,
+    PipelineReady,
+    SequenceFailed,
+    TokensProduced,
+    pack_ids,
+)
 from common.model.spec import ModelSpec
 from common.text import TextCodec
 from dejavu.errors import DejavuError, InvalidParameter, RequestConflict
@@ -218,9 +226,7 @@ class Requests:
             self._unload(choice)
         self.ledger.close(request)
         self._journal.counters[f"requests_{outcome}"] += 1
-        ended = Ended(
-            request.request_id, outcome, len(request.prompt_ids), request.num_output_tokens, error
-        )
+        ended = Ended(request.request_id, outcome, len(request.prompt_ids), request.num_output_tokens, error)
         self._wires.to_client(request.client, ended)
 
 

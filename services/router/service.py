@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -36,7 +36,7 @@ from services.router.clients import Clients
 from services.router.pipelines import missing_pipelines
 from services.router.placement import PipelineView
 from services.router.requests import LONG_TEXT_CHARS, Requests
-from services.router.status import Journal, describe
+from services.router.status import Journal, StatsRound, describe
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class RouterService:
         self._leader = ""
         self._is_leader = False
         self._monitor = LoopMonitor()
-        self._stats: dict[int, dict[str, dict[str, Any]]] = {}
+        self._queries: dict[int, StatsRound] = {}
         self._num_queries = 0
         self._changed = asyncio.Event()
         self._inbox: Inbox
@@ -129,7 +129,10 @@ class RouterService:
             detail={"client_endpoint": self._public.endpoint},
         )
         try:
-            async with EtcdClient(options.etcd) as etcd, Membership(etcd, options.cluster, LEASE_TTL_S) as membership:
+            async with (
+                EtcdClient(options.etcd) as etcd,
+                Membership(etcd, options.cluster, LEASE_TTL_S) as membership,
+            ):
                 await membership.register(record)
                 await self._live(etcd, membership, stop)
         finally:
@@ -138,9 +141,7 @@ class RouterService:
             self._peers.close()
 
     async def _live(self, etcd: EtcdClient, membership: Membership, stop: asyncio.Event) -> None:
-        election = Election(
-            etcd, self._options.cluster, membership.lease, self._options.name, self._public.endpoint
-        )
+        election = Election(etcd, self._options.cluster, membership.lease, self._options.name, self._public.endpoint)
         tasks = [
             self._tasks.create_task(self._watch_members(membership)),
             self._tasks.create_task(self._watch_pipelines(membership)),
@@ -176,9 +177,7 @@ class RouterService:
     async def _watch_pipelines(self, membership: Membership) -> None:
         async for record in membership.watch_pipelines():
             self._records[record.pipeline] = record
-            view = self._requests.pipelines.setdefault(
-                record.pipeline, PipelineView(record.pipeline, record.role)
-            )
+            view = self._requests.pipelines.setdefault(record.pipeline, PipelineView(record.pipeline, record.role))
             if record.epoch > view.epoch:
                 view.is_ready = False
             view.driver = record.stages[0].name
@@ -304,9 +303,9 @@ class RouterService:
             case SequenceFailed():
                 self._requests.sequence_failed(message)
             case StatsReply():
-                waiting = self._stats.get(message.query_id)
-                if waiting is not None:
-                    waiting[message.name] = msgspec.msgpack.decode(message.stats)
+                query = self._queries.get(message.query_id)
+                if query is not None:
+                    query.add(message.name, msgspec.msgpack.decode(message.stats))
 
     def _pipeline_ready(self, ready: PipelineReady) -> None:
         record = self._records.get(ready.pipeline)
@@ -320,14 +319,15 @@ class RouterService:
         """Asks every stage for its figures and answers with those that came in time."""
         self._num_queries += 1
         number = self._num_queries
-        replies = self._stats[number] = {}
         asked = [m.name for m in self._members.values() if m.role != "router"]
+        query = self._queries[number] = StatsRound(set(asked))
         for name in asked:
             self._peers.send(name, StatsQuery(number, self._options.name))
-        deadline = time.monotonic() + STATS_WAIT_S
-        while len(replies) < len(asked) and time.monotonic() < deadline:
-            await asyncio.sleep(0.002)
-        del self._stats[number]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STATS_WAIT_S):
+                await query.complete.wait()
+        del self._queries[number]
+        replies = query.replies
         replies[self._options.name] = {"loop": self._monitor.figures(), "link": "zmq"}
         live = {"requests": len(self._requests.ledger), "sequences": self._requests.ledger.num_sequences}
         document = describe(

@@ -15,7 +15,16 @@ from common.messages import ChunkWork, Drawn, SequenceOpen, Step, pack_ids
 from common.stage.prefill_plan import PendingPrompt, plan_chunk
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
-from services.token_stage.sequence import Action, Fail, FlyingStep, Grant, Phase, Produce, Sequence, StopPrefill
+from services.token_stage.sequence import (
+    Action,
+    Fail,
+    FlyingStep,
+    Grant,
+    Phase,
+    Produce,
+    Sequence,
+    StopPrefill,
+)
 
 MAX_SEQUENCES_PER_STEP = 256
 
@@ -210,9 +219,7 @@ class TokenScheduler:
             del self._ready[sequence.sequence_id]
             start = len(sequence.tokens) - 1
             self._open(sequence)
-            chunks.append(
-                ChunkWork(sequence.sequence_id, start, 1, new_blocks, sequence.tokens[-1], draws=True)
-            )
+            chunks.append(ChunkWork(sequence.sequence_id, start, 1, new_blocks, sequence.tokens[-1], draws=True))
             sequence.num_scheduled = start + 1
             sequence.num_in_flight += 1
             sequences.append(sequence)

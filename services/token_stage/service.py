@@ -9,10 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-
-
-from common.kv.checksum import SpanBinding, span_checksum
-from common.kv.pool import KvPool
+from common.kv.arrival import verify_arrival
 from common.kv.server import PoolServer
 from common.membership import PipelineRecord
 from common.messages import (
@@ -80,12 +77,10 @@ class TokenStage(StageService):
         """Verifies a hand-off off the event loop and confirms it to the driver."""
         if not self.accepts(arrived.epoch):
             return
-        future = self._verifier.submit(_is_intact, self.pool, arrived)
+        future = self._verifier.submit(verify_arrival, self.pool, arrived)
         loop = self.loop
         future.add_done_callback(
-            lambda done: None
-            if done.cancelled()
-            else loop.call_soon_threadsafe(self._verified, arrived, done.result())
+            lambda done: None if done.cancelled() else loop.call_soon_threadsafe(self._verified, arrived, done.result())
         )
 
     def _verified(self, arrived: KvArrived, intact: bool) -> None:
@@ -235,20 +230,6 @@ class TokenStage(StageService):
                 "waiting": self._scheduler.num_waiting,
             }
         return stats
-
-
-def _is_intact(pool: KvPool, arrived: KvArrived) -> bool:
-    """Whether what lies in the pool is what was sent."""
-    layout = pool.layout
-    end = arrived.start + arrived.num_tokens
-    binding = SpanBinding(
-        layout.fingerprint, arrived.sequence_id, arrived.layers, (arrived.start, end), arrived.token_hash
-    )
-    try:
-        return span_checksum(pool.memory, layout, arrived.blocks, binding) == arrived.checksum
-    except ValueError as error:
-        logger.warning("impossible arrival for %s: %s", arrived.sequence_id, error)
-        return False
 
 
 def _handoff_ended(scheduler: TokenScheduler, ended: HandoffEnded) -> list[Action]:

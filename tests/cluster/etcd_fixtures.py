@@ -29,9 +29,7 @@ def own_etcd(tmp_path: Path) -> Iterator[EtcdServer]:
         yield server
 
 
-def member(
-    name: str, incarnation: str = "1", state: str = "active", **detail: str | int | float
-) -> MemberRecord:
+def member(name: str, incarnation: str = "1", state: str = "active", **detail: str | int | float) -> MemberRecord:
     return MemberRecord(
         name=name,
         role="token_stage",

@@ -69,9 +69,7 @@ async def test_keys_transactions_and_leases(shared_etcd: EtcdServer) -> None:
 
         made = await client.transaction([is_absent("/keys/b")], [Put("/keys/b", b"1")])
         assert made.succeeded and made.revision == revision + 1
-        refused = await client.transaction(
-            [is_absent("/keys/b")], [Put("/keys/b", b"2")], [Delete("/keys/a")]
-        )
+        refused = await client.transaction([is_absent("/keys/b")], [Put("/keys/b", b"2")], [Delete("/keys/a")])
         assert not refused.succeeded
         items, listed_at = await client.get_prefix("/keys/")
         assert [(item.key, item.value) for item in items] == [("/keys/b", b"1")]

@@ -38,9 +38,7 @@ async def generate_all(endpoint: str, work: list[list[int]], params: SamplingPar
 
 def free_blocks(status: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return {
-        s["name"]: (s["kv_blocks"]["free"], s["kv_blocks"]["total"])
-        for s in status["services"]
-        if s.get("kv_blocks")
+        s["name"]: (s["kv_blocks"]["free"], s["kv_blocks"]["total"]) for s in status["services"] if s.get("kv_blocks")
     }
 
 
@@ -169,7 +167,13 @@ def check_command_line(system: System) -> None:
     )  # fmt: skip
     assert bad.returncode != 0 and "temperature" in bad.stderr
     status = subprocess.run(
-        [*command, "status", "--json"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [*command, "status", "--json"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     roles = {service["role"] for service in json.loads(status.stdout)["services"]}
     assert {"router", "prompt_stage", "token_stage"} <= roles

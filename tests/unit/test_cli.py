@@ -41,9 +41,7 @@ async def test_generate_prints_text_as_it_arrives() -> None:
         router.send(client, Accepted(submit.request_id, 4), frames(submit, 0, 2))
 
     async with FakeRouter(begin) as router:
-        options = (
-            "--max-tokens 9 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3 --stop X --stop Y --ignore-eos"
-        )
+        options = "--max-tokens 9 --temperature 0.5 --top-p 0.9 --top-k 7 --seed 3 --stop X --stop Y --ignore-eos"
         process = await start("generate", "Tell", *options.split(), DEJAVU_ENDPOINT=router.endpoint)
         assert process.stdout is not None
         assert await process.stdout.readexactly(9) == b"Once upon"

@@ -25,7 +25,5 @@ EOS = (2, 3)
         ({"min_tokens": 16}, 2, 16, "length"),
     ],
 )
-def test_finish_reason(
-    params: dict[str, object], token_id: int, num_output_tokens: int, reason: str | None
-) -> None:
+def test_finish_reason(params: dict[str, object], token_id: int, num_output_tokens: int, reason: str | None) -> None:
     assert finish_reason(SamplingParams.from_mapping(params), EOS, token_id, num_output_tokens) == reason

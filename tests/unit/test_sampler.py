@@ -58,9 +58,7 @@ def test_philox_gives_its_authors_known_answers(counter: list[int], key: list[in
     assert arrays == tensors
 
 
-@pytest.mark.parametrize(
-    ("seed", "choice", "position"), [(0, 0, 0), (81985529216486, 3, 1000), (2**63 - 1, 7, 131071)]
-)
+@pytest.mark.parametrize(("seed", "choice", "position"), [(0, 0, 0), (81985529216486, 3, 1000), (2**63 - 1, 7, 131071)])
 def test_noise_is_as_published(seed: int, choice: int, position: int) -> None:
     keys = [torch.tensor([number]) for number in (seed, choice, position)]
     published = next(
@@ -69,9 +67,7 @@ def test_noise_is_as_published(seed: int, choice: int, position: int) -> None:
         if line.split()[:3] == [str(seed), str(choice), str(position)]
     )
     expected = [-math.log(-math.log((int(word, 16) + 0.5) / 2**32)) for word in published]
-    assert gumbel_of_vocabulary(keys[0], keys[1], keys[2], 4)[0].tolist() == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert gumbel_of_vocabulary(keys[0], keys[1], keys[2], 4)[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_noise_of_some_tokens_is_that_of_the_vocabulary() -> None:

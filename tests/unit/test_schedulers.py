@@ -1,4 +1,4 @@
-"""Both drivers together, without I/O: random requests, cancels and message orders; everybody ends, every block returns."""
+"""Both drivers together, without I/O: in any order of messages everybody ends and every block returns."""
 
 from __future__ import annotations
 

@@ -78,9 +78,7 @@ def random_ids(codec: TextCodec, rng: random.Random) -> list[int]:
     """Any ids, or a real text (so that code points are whole), or both; some are unknown to the tokenizer."""
     vocab_size = codec.tokenizer.get_vocab_size()
     noise = [rng.randrange(vocab_size + 5) for _ in range(rng.randrange(12))]
-    text = codec.encode(
-        "".join(rng.choices(["the cat", " 🌍", "日本語", "é ", "  ", "👩\u200d🚀", "sat"], k=4))
-    )
+    text = codec.encode("".join(rng.choices(["the cat", " 🌍", "日本語", "é ", "  ", "👩\u200d🚀", "sat"], k=4)))
     return rng.choice([noise, text, text + noise, noise + text])
 
 

@@ -156,6 +156,4 @@ def test_interval_set_joins_neighbours_and_splits() -> None:
     assert list(intervals) == [(0, 2), (3, 6), (10, 12)]
     assert intervals.size == 7
     assert intervals.end_of(3) == 6 and intervals.end_of(2) == 2 and intervals.end_of(11) == 12
-    assert (
-        intervals.best_fit(2) == (0, 2) and intervals.best_fit(3) == (3, 6) and intervals.best_fit(4) is None
-    )
+    assert intervals.best_fit(2) == (0, 2) and intervals.best_fit(3) == (3, 6) and intervals.best_fit(4) is None

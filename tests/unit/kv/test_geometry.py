@@ -54,9 +54,7 @@ def test_runs_become_one_piece_per_plane_and_whole_pools_one_piece() -> None:
 
 
 def test_a_long_hand_off_is_planned_within_two_milliseconds() -> None:
-    ours = layout(
-        last_layer=32, num_blocks=200, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16"
-    )
+    ours = layout(last_layer=32, num_blocks=200, block_size=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
     shuffled = table(random.Random(1), 200, 128)
     took_s = []
     for _ in range(10):

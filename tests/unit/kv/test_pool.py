@@ -25,9 +25,7 @@ def test_sizes() -> None:
     assert num_blocks_for(LAYOUT, 8 * LAYOUT.bytes_per_block + 7) == 8
 
 
-@pytest.mark.parametrize(
-    "change", [{"dtype": "int64"}, {"num_blocks": 0}, {"last_layer": 2}, {"first_head": -1}]
-)
+@pytest.mark.parametrize("change", [{"dtype": "int64"}, {"num_blocks": 0}, {"last_layer": 2}, {"first_head": -1}])
 def test_impossible_layouts_are_refused(change: dict[str, int | str]) -> None:
     fields = {name: getattr(LAYOUT, name) for name in LAYOUT.__struct_fields__}
     with pytest.raises(ValueError):
