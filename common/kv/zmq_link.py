@@ -129,9 +129,10 @@ class ZmqLink:
         written = self._unwritten[self._num_sent] = asyncio.get_running_loop().create_future()
         self._all_written.clear()
         frames = [msgspec.msgpack.encode(header), *_payload(memory, part)]
-        sending = self._socket.send_multipart(frames, copy=False)
+        sending = asyncio.ensure_future(self._socket.send_multipart(frames, copy=False))
         # without a peer ZeroMQ would never take the message
-        await asyncio.wait([sending, self._end], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [sending, self._end]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
             sending.cancel()
             self._check()

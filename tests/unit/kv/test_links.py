@@ -155,13 +155,13 @@ async def test_what_does_not_fit_is_refused_naming_both(kind: str) -> None:
     destination = KvPool.create(layout(), name="token-0-1")
     server = await PoolServer.start(destination, "127.0.0.1", "first")
     offer = only(kind, server.offer)
-    for change, words in {
+    unfit: dict[str, tuple[int | str, str]] = {
         "fingerprint": ("other", "model of prompt-0-0 is other, of token-0-1 it is model"),
         "dtype": ("float16", "dtype of prompt-0-0 is float16"),
         "head_dim": (16, "head_dim of prompt-0-0 is 16"),
         "first_head": (2, "KV heads"),
-    }.items():
-        value, message = words
+    }
+    for change, (value, message) in unfit.items():
         source = KvPool.create(layout(**{change: value}), name="prompt-0-0")
         with pytest.raises(LinkRefused, match=message):
             await open_link(offer, source, timeout_s=TIMEOUT_S)
@@ -290,7 +290,8 @@ async def test_strangers_at_the_doors() -> None:
         stranger.send(b"open sesame")
         stranger.settimeout(TIMEOUT_S)
         assert stranger.recv(100) == b""
-    with socket.create_connection(server.offer.zmq_endpoint.removeprefix("tcp://").split(":")) as stranger:
+    host, _, port = server.offer.zmq_endpoint.removeprefix("tcp://").partition(":")
+    with socket.create_connection((host, int(port))) as stranger:
         stranger.send(b"GET / HTTP/1.1\r\n\r\n")
     source = random_pool(layout())
     for kind in KINDS:
