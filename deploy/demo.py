@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import tempfile
@@ -42,6 +43,7 @@ async def _system(extra: Sequence[str]) -> AsyncIterator[str]:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "dejavu", "serve", "--port", "0", "--state-dir", folder, *LAYOUT, *extra,
             stdout=asyncio.subprocess.PIPE,
+            env={"DEJAVU_LOG_LEVEL": "WARNING", **os.environ},
         )  # fmt: skip
         assert process.stdout is not None
         try:

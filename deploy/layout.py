@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from common.kv.layout import PoolLayout, num_blocks_for
 from common.model.spec import ModelSpec, split_layers
+from dejavu.errors import ConfigurationError
 from deploy.options import ServeOptions
 
 
@@ -51,6 +53,19 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
     return services
 
 
+def _check_kv_memory(options: ServeOptions, spec: ModelSpec, num_layers: int) -> None:
+    """Raises `ConfigurationError` where a stage's pool would hold no block."""
+    layout = PoolLayout(
+        0, num_layers, 1, options.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.fingerprint
+    )
+    if num_blocks_for(layout, options.kv_memory_bytes) < 1:
+        raise ConfigurationError(
+            f"{options.kv_memory_bytes} bytes hold no block: {options.block_size} tokens of {num_layers} layers "
+            f"need {layout.bytes_per_block} bytes",
+            field="kv_memory",
+        )
+
+
 def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list[str]]]:
     """(name, role, arguments) of every stage."""
     kinds = [("token", options.token_pipelines, options.token_stages, options.token_split)]
@@ -59,6 +74,7 @@ def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list
     stages = []
     for kind, num_pipelines, num_stages, split in kinds:
         ranges = split_layers(spec.num_layers, len(split) if split else num_stages, split)
+        _check_kv_memory(options, spec, max(last - first for first, last in ranges))
         for pipeline in (f"{kind}-{index}" for index in range(num_pipelines)):
             for index, (first, last) in enumerate(ranges):
                 arguments = [
