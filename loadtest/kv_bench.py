@@ -1,0 +1,199 @@
+"""How fast KV moves between two processes: `python -m loadtest.kv_bench --json FILE`.
+
+Per link and size: the time of one write from this process into the pool of another, its GB/s, and both beside a plain
+copy of as many bytes within this process, taken in turns in the same run. Then checksums, plans and a whole hand-off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from common.kv.checksum import SpanBinding, span_checksum
+from common.kv.geometry import CopyPlan, plan_copies
+from common.kv.layout import PoolLayout
+from common.kv.link import GrantOffer, Link, open_link
+from common.kv.pool import Bytes, KvPool
+from common.kv.server import PoolServer
+from common.kv.stream import HandoffSpan, HandoffWriter
+from loadtest.machine import describe_machine
+
+LAYOUT = PoolLayout(
+    first_layer=0,
+    last_layer=32,
+    num_blocks=160,
+    block_size=16,
+    num_kv_heads=8,
+    head_dim=128,
+    dtype="bfloat16",
+    fingerprint="bench",
+)
+"""32 layers of 8 heads x 128 in bfloat16, 2,560 tokens: 336 MB."""
+SIZES_BYTES = [4096 << (2 * power) for power in range(9)]
+HANDOFF_TOKENS = 2048
+Way = Callable[[], Awaitable[None]]
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser("loadtest.kv_bench", description=__doc__)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements per cell; each tries every way once")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(_serve())
+        return 0
+    if not arguments.json:
+        parser.error("--json FILE is missing")
+    results: dict[str, Any] = {"machine": describe_machine(), "options": vars(arguments)}
+    with _owner() as offer:
+        results |= asyncio.run(_measure(offer, arguments.rounds))
+    _show(results)
+    Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+async def _serve() -> None:
+    server = await PoolServer.start(KvPool.create(LAYOUT, name="owner"), "127.0.0.1", "bench")
+    print(server.offer.encode(), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.aclose()
+
+
+@contextmanager
+def _owner() -> Iterator[GrantOffer]:
+    command = [sys.executable, "-m", "loadtest.kv_bench", "--serve"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        yield GrantOffer.decode(process.stdout.readline())
+        process.stdin.close()
+
+
+async def _measure(offer: GrantOffer, num_rounds: int) -> dict[str, Any]:
+    source = KvPool.create(LAYOUT, name="writer")
+    source.memory[:] = np.random.default_rng(0).integers(0, 256, LAYOUT.total_bytes, dtype=np.uint8)
+    private = np.zeros(LAYOUT.total_bytes, dtype=np.uint8)
+    offers = [offer, msgspec.structs.replace(offer, memory_address=None)]
+    links = [await open_link(one, source) for one in offers]
+    figures = {
+        "writes": [await _write_cell(size, links, source, private, num_rounds) for size in SIZES_BYTES],
+        "span": await _span_cell(source, private, num_rounds),
+    }
+    for link in links:
+        await link.aclose()
+    return figures | {"handoff": [await _handoff_cell(one, source, private, num_rounds) for one in offers]}
+
+
+async def _write_cell(
+    size: int, links: Sequence[Link], source: KvPool, private: Bytes, num_rounds: int
+) -> dict[str, Any]:
+    """One contiguous piece of `size` bytes."""
+    plan = CopyPlan(np.array([0]), np.array([0]), np.array([size]))
+
+    async def memcpy() -> None:
+        private[:size] = source.memory[:size]
+
+    ways: dict[str, Way] = {"memcpy": memcpy}
+    for link in links:
+        ways[link.name] = functools.partial(link.write, source, plan)
+    return {"size_bytes": size, "ways": await _in_turns(ways, size, num_rounds)}
+
+
+async def _span_cell(source: KvPool, private: Bytes, num_rounds: int) -> dict[str, Any]:
+    """What a hand-off of a whole prompt costs besides the copy: the plan, the checksum."""
+    blocks, tokens, layers = range(HANDOFF_TOKENS // 16), (0, HANDOFF_TOKENS), (0, 32)
+    binding = SpanBinding("bench", "sequence", layers, tokens, b"")
+    size = HANDOFF_TOKENS * 32 * LAYOUT.bytes_per_token_layer
+
+    async def plan() -> None:
+        plan_copies(LAYOUT, blocks, LAYOUT, blocks, tokens, layers)
+
+    async def checksum() -> None:
+        span_checksum(source.memory, LAYOUT, blocks, binding)
+
+    async def crc32() -> None:
+        zlib.crc32(source.memory[:size].data)
+
+    async def memcpy() -> None:
+        private[:size] = source.memory[:size]
+
+    ways: dict[str, Way] = {"memcpy": memcpy, "plan": plan, "checksum": checksum, "crc32": crc32}
+    return {"size_bytes": size, "ways": await _in_turns(ways, size, num_rounds)}
+
+
+async def _handoff_cell(offer: GrantOffer, source: KvPool, private: Bytes, num_rounds: int) -> dict[str, Any]:
+    """A whole prompt layer by layer, checksums included, from the first `submit` until `drain`."""
+    writer = await HandoffWriter.start(source, lambda arrival: None)
+    await writer.connect("bench", [offer])
+    blocks, size = range(HANDOFF_TOKENS // 16), HANDOFF_TOKENS * 32 * LAYOUT.bytes_per_token_layer
+    attempts = itertools.count()
+
+    async def handoff() -> None:
+        attempt = next(attempts)
+        span = HandoffSpan("sequence", attempt, "bench", (0, HANDOFF_TOKENS), blocks, blocks, b"")
+        for layer in range(32):
+            writer.submit(span, layer)
+        error = await asyncio.wrap_future(writer.drain("sequence", attempt))
+        if error is not None:
+            raise error
+
+    async def memcpy() -> None:
+        private[:size] = source.memory[:size]
+
+    ways: dict[str, Way] = {"memcpy": memcpy, "handoff": handoff}
+    figures = await _in_turns(ways, size, num_rounds)
+    [kind] = writer.links("bench")
+    await writer.aclose()
+    return {"link": kind, "size_bytes": size, "num_tokens": HANDOFF_TOKENS, "ways": figures}
+
+
+async def _in_turns(ways: dict[str, Way], size: int, num_rounds: int) -> dict[str, Any]:
+    """Every way once per round, so that a disturbance hits all of them."""
+    repeats = min(64, max(1, (4 << 20) // size))
+    taken_s: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(num_rounds + 1):
+        for name, way in ways.items():
+            started_s = time.perf_counter()
+            for _ in range(repeats):
+                await way()
+            if round_number:  # the first warms up
+                taken_s[name].append((time.perf_counter() - started_s) / repeats)
+    return {name: _figures(times, size) for name, times in taken_s.items()}
+
+
+def _figures(times_s: list[float], size: int) -> dict[str, Any]:
+    median_s, best_s = statistics.median(times_s), min(times_s)
+    return {
+        "median_us": round(median_s * 1e6, 1),
+        "best_us": round(best_s * 1e6, 1),
+        "median_gb_per_s": round(size / median_s / 1e9, 2),
+        "best_gb_per_s": round(size / best_s / 1e9, 2),
+        "all_us": [round(taken_s * 1e6, 1) for taken_s in times_s],
+    }
+
+
+def _show(results: dict[str, Any]) -> None:
+    for cell in [*results["writes"], results["span"], *results["handoff"]]:
+        ways = cell["ways"]
+        shown = (f"{name} {way['median_us']:.0f} us {way['median_gb_per_s']} GB/s" for name, way in ways.items())
+        print(f"{cell['size_bytes']:>11} {cell.get('link', '')}", " | ".join(shown))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
