@@ -13,12 +13,13 @@ from common.model.loader import StageModel
 
 
 class StageRunner:
-    """Runs a stage over its pool. Not thread-safe: one thread computes."""
+    """Runs a stage over its pool. Not thread-safe: one thread computes. `is_gathering`: see `AttentionPass`."""
 
-    def __init__(self, model: StageModel, pool: PagedPool) -> None:
+    def __init__(self, model: StageModel, pool: PagedPool, *, is_gathering: bool | None = None) -> None:
         self.model = model
         self._pool = pool
         self._device = pool.layer(0)[0].device
+        self._is_gathering = is_gathering
 
     @torch.inference_mode()
     def run(self, batch: StageBatch, hidden: Tensor | None, on_layer: Callable[[int], None] | None = None) -> Tensor:
@@ -29,7 +30,14 @@ class StageRunner:
         [rows, hidden_size], or on the last stage logits [chunks that want them, vocab_size].
         """
         positions = [p for c in batch.chunks for p in range(c.start, c.start + c.num_tokens)]
-        token = current_pass.set(AttentionPass(batch, self._pool, on_layer))
+        attention = AttentionPass(
+            batch,
+            self._pool,
+            slopes=self.model.alibi_slopes,
+            on_layer=on_layer,
+            is_gathering=self._is_gathering,
+        )
+        token = current_pass.set(attention)
         try:
             inputs = torch.tensor(batch.token_ids, device=self._device) if hidden is None else hidden
             output = self.model.forward(inputs, torch.tensor(positions, device=self._device))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ MAX_HEADER_BYTES = 100 << 20
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Facts of a checkpoint directory. `keys` maps each tensor's name to the file that holds it."""
+    """Facts of a checkpoint directory. `architecture` is one of `SUPPORTED`, `head_dim` that of keys and values,
+    `keys` maps each tensor's name to the file that holds it."""
 
     model_dir: Path
     name: str
-    model_type: str
+    architecture: str
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -34,7 +35,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     dtype: str
     fingerprint: str
-    keys: dict[str, str]
+    keys: dict[str, str] = field(repr=False, hash=False)
 
 
 def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
@@ -44,10 +45,10 @@ def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
         raise ConfigurationError(f"{folder} is not a directory with a Hugging Face checkpoint", field="model")
     config_file = folder / "config.json"
     config = _read_json(config_file)
-    model_type = config.get("model_type")
-    if model_type not in SUPPORTED:
+    architecture = config.get("model_type")
+    if architecture not in SUPPORTED:
         raise ConfigurationError(
-            f"{config_file}: architecture {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}",
+            f"{config_file}: architecture {architecture!r} is not supported; supported are {', '.join(SUPPORTED)}",
             field="model",
         )
     keys, digest = _read_headers(folder)
@@ -58,7 +59,7 @@ def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
         return ModelSpec(
             model_dir=folder,
             name=folder.resolve().name,
-            model_type=model_type,
+            architecture=architecture,
             num_layers=int(_first(config, "num_hidden_layers", "n_layer")),
             num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or hidden_size // num_heads),
@@ -111,7 +112,9 @@ def _max_context(config: dict[str, Any]) -> int:
 
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else config.get("eos_token_id")
+    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    if eos is None:
+        eos = config.get("eos_token_id")
     if eos is None:
         return ()
     return tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),)
