@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from deploy.layout import ServiceCommand
 
 logger = logging.getLogger(__name__)
 
-MAX_RESPAWNS = 5
-RESPAWN_WINDOW_S = 30.0
+MAX_SHORT_LIVES = 3
+SHORT_LIFE_S = 30.0
 STOP_LIMIT_S = 10.0
 FATAL_EXIT = 1
 """A service that ends with this has said why; starting it again would not help."""
@@ -68,17 +67,17 @@ class Supervisor:
                     process.send_signal(number)
 
     async def _keep(self, command: ServiceCommand) -> None:
-        deaths: deque[float] = deque(maxlen=MAX_RESPAWNS)
+        num_short_lives = 0
         try:
             while not self._is_stopping:
                 started_s = time.monotonic()
                 code = await self._run_once(command)
                 if self._is_stopping:
                     return
-                deaths.append(time.monotonic())
-                logger.warning("%s ended with %s after %.1f s", command.name, code, deaths[-1] - started_s)
-                is_flapping = len(deaths) == MAX_RESPAWNS and deaths[-1] - deaths[0] < RESPAWN_WINDOW_S
-                if code == FATAL_EXIT or is_flapping:
+                lived_s = time.monotonic() - started_s
+                logger.warning("%s ended with %s after %.1f s", command.name, code, lived_s)
+                num_short_lives = num_short_lives + 1 if lived_s < SHORT_LIFE_S else 0
+                if code == FATAL_EXIT or num_short_lives == MAX_SHORT_LIVES:
                     raise ServiceGaveUp(f"{command.name} cannot be kept alive (exit {code}); its log is above")
         finally:
             process = self._processes.get(command.name)
