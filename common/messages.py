@@ -2,7 +2,7 @@
 
 One ZeroMQ message is the encoded struct, followed by an optional payload frame (hidden states of a `Step`).
 Whatever depends on who owns a pipeline carries that pipeline's epoch; older epochs are refused at the door.
-A *sequence* is one choice of a request (`sequence_id` = "request_id/choice"); an *attempt* counts how often its
+A *sequence* is one choice of a request (`sequence_id` = "request_id/choice/term"); an *attempt* counts how often its
 KV cache was built (first prefill, again after a preemption or a failure), so that late messages are told apart.
 Token ids travel as little-endian int32 bytes (`pack_ids`).
 """
@@ -48,7 +48,8 @@ class Drawn(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PipelineReady(msgspec.Struct, frozen=True, array_like=True, tag="pipeline_ready"):
-    """A pipeline's driver reports that all its stages run this epoch, and how much KV fits."""
+    """A pipeline's driver reports to routers (a prompt pipeline's also to token drivers) that all its stages run
+    this epoch, and how much KV fits."""
 
     pipeline: str
     epoch: int
@@ -240,6 +241,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
 
 StageInboxMessage = (
     StatsQuery
+    | PipelineReady
     | StageReady
     | Admit
     | CancelSequence

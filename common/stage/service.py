@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -46,6 +46,13 @@ from dejavu.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 LEASE_TTL_S = 3.0
+
+
+class Sender(NamedTuple):
+    """Whom a message came from."""
+
+    name: str
+    incarnation: str
 
 
 class StageService(abc.ABC):
@@ -91,12 +98,15 @@ class StageService(abc.ABC):
         """A step came out of the last stage (stage 0 only)."""
 
     @abc.abstractmethod
-    def handle(self, sender: str, message: messages.StageInboxMessage) -> None:
-        """Any message that is not about steps and stages; `sender` is the member it came from."""
+    def handle(self, sender: Sender, message: messages.StageInboxMessage) -> None:
+        """Any message that is not about steps and stages."""
 
     @abc.abstractmethod
     def role_stats(self) -> dict[str, Any]:
         """Figures for `status`, at least kv_blocks."""
+
+    def member_lost(self, record: MemberRecord) -> None:  # noqa: B027
+        """An incarnation of a member is gone."""
 
     async def open_pool(self) -> dict[str, str]:
         """Called once the pool exists; returns details to register under."""
@@ -215,11 +225,12 @@ class StageService(abc.ABC):
                 case MemberJoined(record) | MemberChanged(record):
                     self.members[record.name] = record
                     await self.peers.connect(record.name, record.endpoint)
-                    if record.role == "router":
+                    if self._waits_for_us(record):
                         self._report_ready(record.name)
                 case MemberLost(record):
                     self.members.pop(record.name, None)
                     self.peers.drop(record.name)
+                    self.member_lost(record)
 
     def make_worker(self, on_layer: LayerHook | None = None, on_close: CloseHook | None = None) -> StageWorker:
         """A worker with an empty table."""
@@ -268,14 +279,19 @@ class StageService(abc.ABC):
         self._stages_ready = {self.epoch: blocks}
         self.new_driver(self.epoch, min(blocks.values()))
         for member in self.members.values():
-            if member.role == "router":
+            if self._waits_for_us(member):
                 self._report_ready(member.name)
 
-    def _report_ready(self, router: str) -> None:
+    def _waits_for_us(self, member: MemberRecord) -> bool:
+        """Routers place work on pipelines that are ready; token drivers send prompts to them."""
+        is_token_driver = member.role == "token_stage" and member.stage_index == 0
+        return member.role == "router" or (self.options.role == "prompt_stage" and is_token_driver)
+
+    def _report_ready(self, name: str) -> None:
         blocks = self._stages_ready.get(self.epoch, {})
         if self.options.is_driver and len(blocks) == self.options.num_stages:
             capacity = min(blocks.values()) * self.options.block_size
-            self.peers.send(router, PipelineReady(self.options.pipeline, self.epoch, capacity))
+            self.peers.send(name, PipelineReady(self.options.pipeline, self.epoch, capacity))
 
     # ------------------------------------------------------------ messages
 
@@ -297,7 +313,7 @@ class StageService(abc.ABC):
             case StatsQuery():
                 self._answer_stats(message)
             case _:
-                self.handle(peer.decode(errors="replace").rpartition(".")[0], message)
+                self.handle(Sender(*peer.decode(errors="replace").rpartition(".")[::2]), message)
 
     def accepts(self, epoch: int) -> bool:
         """The fence: False, and counted, for anything that is not of the current epoch."""

@@ -19,7 +19,7 @@ from common.messages import (
 )
 from common.model.spec import ModelSpec
 from common.stage.options import StageOptions
-from common.stage.service import StageService
+from common.stage.service import Sender, StageService
 from common.stage.worker import StageSequence, StageWorker
 from services.prompt_stage.handoffs import Handoffs
 from services.prompt_stage.scheduler import Action, DeliverFirst, NeverStarted, PromptScheduler
@@ -88,7 +88,7 @@ class PromptStage(StageService):
         if self._scheduler is not None:
             self._carry_out(self._scheduler.step_done(step, drawn))
 
-    def handle(self, sender: str, message: StageInboxMessage) -> None:
+    def handle(self, sender: Sender, message: StageInboxMessage) -> None:
         if self._scheduler is None:
             return
         match message:
@@ -98,7 +98,7 @@ class PromptStage(StageService):
             case CancelPrefill(sequence_id, attempt):
                 self._carry_out(self._scheduler.cancel(sequence_id, attempt))
             case _:
-                logger.warning("unexpected %s from %s", type(message).__name__, sender)
+                logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
         self.pump()
 
     def _carry_out(self, actions: Iterable[Action]) -> None:

@@ -153,14 +153,16 @@ def new_request(
     codec: TextCodec | None,
     delivered: list[list[int]],
     eos_token_ids: tuple[int, ...],
+    term: str,
 ) -> Request:
-    """A request with one choice per `params.n`; `delivered` ids are replayed through the text streams."""
+    """A request with one choice per `params.n`; `delivered` ids are replayed through the text streams. `term` makes
+    its sequences differ from those of an earlier request with the same id, here or at a former router."""
     # delivered, but without text
     silent_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
     choices = []
     for index in range(params.n):
         text = None if codec is None else TextStream(codec, params.stop, silent_ids)
-        choice = Choice(f"{request_id}/{index}", index, text)
+        choice = Choice(f"{request_id}/{index}/{term}", index, text)
         for token_id in delivered[index] if index < len(delivered) else []:
             choice.delivered.append(token_id)
             stopped = text is not None and text.push(token_id).stopped

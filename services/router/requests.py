@@ -42,13 +42,17 @@ class Wires(Protocol):
 class Requests:
     """Every live request of this router and the pipelines it can use."""
 
-    def __init__(self, spec: ModelSpec, codec: TextCodec | None, wires: Wires, journal: Journal) -> None:
+    def __init__(
+        self, spec: ModelSpec, codec: TextCodec | None, wires: Wires, journal: Journal, incarnation: str
+    ) -> None:
         self.ledger = Ledger()
         self.pipelines: dict[str, PipelineView] = {}
         self._spec = spec
         self._codec = codec
         self._wires = wires
         self._journal = journal
+        self._incarnation = incarnation
+        self._num_accepted = 0
         self._unplaced: dict[str, tuple[Request, Choice]] = {}
 
     # ------------------------------------------------------------ from clients
@@ -87,7 +91,9 @@ class Requests:
             self._codec,
             submit.delivered,
             self._spec.eos_token_ids,
+            f"{self._incarnation}.{self._num_accepted}",
         )
+        self._num_accepted += 1
         self.ledger.open(request)
         self._wires.to_client(client, Accepted(request.request_id, len(prompt_ids)))
         for choice in request.choices:

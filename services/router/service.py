@@ -68,7 +68,7 @@ class RouterService:
         self._incarnation = f"{os.getpid():x}-{time.time_ns():x}"
         self._peers = Peers(f"{options.name}.{self._incarnation}")
         self._journal = Journal()
-        self._requests = Requests(spec, codec, self, self._journal)
+        self._requests = Requests(spec, codec, self, self._journal, self._incarnation)
         self._clients = Clients()
         self._members: dict[str, MemberRecord] = {}
         self._records: dict[str, PipelineRecord] = {}

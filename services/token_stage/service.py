@@ -11,7 +11,7 @@ from typing import Any, assert_never
 
 from common.kv.arrival import verify_arrival
 from common.kv.server import PoolServer
-from common.membership import PipelineRecord
+from common.membership import MemberRecord
 from common.messages import (
     Admit,
     CancelPrefill,
@@ -22,6 +22,7 @@ from common.messages import (
     HandoffEnded,
     KvArrived,
     KvConfirmed,
+    PipelineReady,
     Prefill,
     ProducedToken,
     SequenceFailed,
@@ -33,7 +34,7 @@ from common.messages import (
 )
 from common.model.spec import ModelSpec
 from common.stage.options import StageOptions
-from common.stage.service import StageService
+from common.stage.service import Sender, StageService
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, Fail, Grant, Produce, StopPrefill
 
@@ -45,7 +46,7 @@ class _LiveSequence:
     """Whom to tell about a sequence: the router it came from, the prompt pipeline that computes its prompt."""
 
     admit: Admit
-    router: str
+    router: Sender
 
 
 class TokenStage(StageService):
@@ -55,6 +56,8 @@ class TokenStage(StageService):
         super().__init__(options, spec)
         self._scheduler: TokenScheduler | None = None
         self._live: dict[str, _LiveSequence] = {}
+        self._prompt_epochs: dict[str, int] = {}
+        """the epoch at which each prompt pipeline last said that it is ready"""
         self._received_bytes = 0
         self._corrupt_arrivals = 0
         self._server: PoolServer | None = None
@@ -93,7 +96,7 @@ class TokenStage(StageService):
             arrived.epoch, arrived.sequence_id, arrived.attempt, arrived.num_tokens * num_layers, intact
         )
         if self.options.is_driver:
-            self.handle(self.options.name, confirmed)
+            self.handle(Sender(self.options.name, self.incarnation), confirmed)
         elif self.record is not None:
             self.peers.send(self.record.stages[0].name, confirmed)
 
@@ -118,14 +121,19 @@ class TokenStage(StageService):
         if self._scheduler is not None:
             self._carry_out(self._scheduler.step_done(step, drawn))
 
-    def handle(self, sender: str, message: StageInboxMessage) -> None:
+    def handle(self, sender: Sender, message: StageInboxMessage) -> None:
         if isinstance(message, KvArrived):
             self._kv_arrived(message)
             return
         scheduler = self._scheduler
         if scheduler is None:
+            if isinstance(message, PipelineReady):
+                self._prompt_epochs[message.pipeline] = message.epoch
             return
         match message:
+            case PipelineReady(pipeline, epoch):
+                self._prompt_epochs[pipeline] = epoch
+                self._carry_out(scheduler.pipeline_replaced(pipeline, epoch))
             case Admit():
                 if self.accepts(message.epoch):
                     self._admit(scheduler, sender, message)
@@ -142,16 +150,20 @@ class TokenStage(StageService):
                 if self.accepts(message.epoch):
                     self._carry_out(_handoff_ended(scheduler, message))
             case _:
-                logger.warning("unexpected %s from %s", type(message).__name__, sender)
+                logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
         self.pump()
 
-    async def pipeline_published(self, record: PipelineRecord) -> None:
-        if record.role != "prompt_stage" or self._scheduler is None:
+    def member_lost(self, record: MemberRecord) -> None:
+        """Nobody reads the tokens of a router that is gone: its clients ask again at its successor."""
+        if record.role != "router" or self._scheduler is None:
             return
-        self._carry_out(self._scheduler.pipeline_replaced(record.pipeline, record.epoch))
+        for sequence_id, live in list(self._live.items()):
+            if live.router == (record.name, record.incarnation):
+                self._carry_out(self._scheduler.cancel(sequence_id))
+                self._live.pop(sequence_id, None)
         self.pump()
 
-    def _admit(self, scheduler: TokenScheduler, router: str, admit: Admit) -> None:
+    def _admit(self, scheduler: TokenScheduler, router: Sender, admit: Admit) -> None:
         self._live[admit.sequence_id] = _LiveSequence(admit, router)
         self._carry_out(
             scheduler.admit(
@@ -172,7 +184,7 @@ class TokenStage(StageService):
                 continue
             match action:
                 case Produce(sequence_id, index, drawn, reason):
-                    produced[live.router].append(ProducedToken(sequence_id, index, drawn, reason))
+                    produced[live.router.name].append(ProducedToken(sequence_id, index, drawn, reason))
                     if reason is not None:
                         ended.append(sequence_id)
                 case Grant():
@@ -181,7 +193,7 @@ class TokenStage(StageService):
                     self._stop_prefill(sequence_id, attempt)
                 case Fail(sequence_id, error):
                     failed = SequenceFailed(self.options.pipeline, self.epoch, sequence_id, error)
-                    self.peers.send(live.router, failed)
+                    self.peers.send(live.router.name, failed)
                     ended.append(sequence_id)
                 case _:
                     assert_never(action)
@@ -198,9 +210,11 @@ class TokenStage(StageService):
         )
         if record is None or self._scheduler is None:
             return
-        self._scheduler.assign_writer(grant.sequence_id, record.pipeline, record.epoch)
+        # one that is being replaced has not said yet that it is ready; then it is asked again when it does
+        epoch = self._prompt_epochs.get(record.pipeline, 0)
+        self._scheduler.assign_writer(grant.sequence_id, record.pipeline, epoch)
         prefill = Prefill(
-            record.epoch,
+            epoch,
             grant.sequence_id,
             grant.attempt,
             admit.choice,

@@ -1,0 +1,51 @@
+"""A killed process is replaced, and every stream goes on where it was, with the tokens it would have had."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from dejavu import AsyncClient, SamplingParams
+from tests.cluster.reference import assert_greedy
+from tests.cluster.system import TINY, running
+from tests.cluster.test_serving import FLOAT32, prompts, settled_status
+
+pytestmark = pytest.mark.cluster
+
+NUM_TOKENS = 250
+LONG = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+
+async def stream(client: AsyncClient, prompt: list[int], started: asyncio.Queue[int]) -> list[int]:
+    tokens: list[int] = []
+    async for token in client.stream(prompt, LONG):
+        tokens.append(token.id)
+        if len(tokens) == 5:
+            started.put_nowait(1)
+    return tokens
+
+
+async def pid_of(client: AsyncClient, name: str) -> int:
+    services = {service["name"]: service["pid"] for service in (await client.status())["services"]}
+    return int(services[name])
+
+
+@pytest.mark.parametrize("victim", ["token-0-stage-0", "token-0-stage-1", "prompt-0-stage-1", "router-0"])
+async def test_streams_survive_a_kill(victim: str) -> None:
+    work = prompts(21, [10, 40, 70, 33])
+    with running(*FLOAT32, "--prompt-stages", "2", "--token-stages", "2") as system:
+        async with AsyncClient(system.endpoint) as client:
+            started: asyncio.Queue[int] = asyncio.Queue()
+            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+            for _ in work:
+                await started.get()
+            os.kill(await pid_of(client, victim), signal.SIGKILL)
+            more = asyncio.ensure_future(client.generate(work[0], LONG))
+            answers = [*await asyncio.gather(*streams), (await more).token_ids]
+        await settled_status(system.endpoint)
+    for prompt, tokens in zip([*work, work[0]], answers, strict=True):
+        assert len(tokens) == NUM_TOKENS
+        assert_greedy(TINY, prompt, tokens)
