@@ -72,6 +72,7 @@ class RouterService:
         self._clients = Clients()
         self._members: dict[str, MemberRecord] = {}
         self._records: dict[str, PipelineRecord] = {}
+        self._reports: dict[str, PipelineReady] = {}
         self._leader = ""
         self._is_leader = False
         self._monitor = LoopMonitor()
@@ -182,6 +183,9 @@ class RouterService:
                 view.is_ready = False
             view.driver = record.stages[0].name
             view.is_colocated = bool(record.stages[0].detail.get("colocated"))
+            report = self._reports.pop(record.pipeline, None)
+            if report is not None:
+                self._pipeline_ready(report)
             self._changed.set()
 
     async def _watch_leader(self, election: Election) -> None:
@@ -308,12 +312,14 @@ class RouterService:
                     query.add(message.name, msgspec.msgpack.decode(message.stats))
 
     def _pipeline_ready(self, ready: PipelineReady) -> None:
+        """A driver reports as soon as it sees this router, which may be before this router sees the pipeline."""
         record = self._records.get(ready.pipeline)
-        view = self._requests.pipelines.get(ready.pipeline)
-        if record is None or view is None or ready.epoch < record.epoch:
+        if record is None or ready.epoch > record.epoch:
+            self._reports[ready.pipeline] = ready
+        elif ready.epoch < record.epoch:
             self._journal.counters["refused_frames"] += 1
-            return
-        self._requests.pipeline_ready(view, ready)
+        else:
+            self._requests.pipeline_ready(self._requests.pipelines[ready.pipeline], ready)
 
     async def _answer_status(self, client: bytes, query_id: int) -> None:
         """Asks every stage for its figures and answers with those that came in time."""
