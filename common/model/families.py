@@ -56,9 +56,11 @@ class Family:
     adapt: Callable[[Any, int], None] = _as_is
     """Called with (base model, first layer) once the weights are loaded."""
     has_alibi: bool = False
+    is_fusible: bool = False
+    """Whether its layers are of the kind that `fused` knows."""
 
 
-_LLAMA = Family(("embed_tokens",), ("norm",))
+_LLAMA = Family(("embed_tokens",), ("norm",), is_fusible=True)
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -18,17 +18,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common.model.attention import ATTENTION_NAME
 from common.model.checkpoint import fuse_experts, read_tensors, stage_keys
 from common.model.families import FAMILIES, alibi_slopes, drop_parts
+from common.model.fused import fuse_layers
 from common.model.linear import pack_linears
+from common.model.native import LANES, Kernels, load_kernels
 from common.model.spec import ModelSpec
 from dejavu.errors import ConfigurationError
 
 
 class StageModel:
     """Layers [a, b). `forward` takes token ids on the first stage and hidden states on the others; `head` exists on the
-    last stage. `alibi_slopes` [heads] where attention is biased by distance."""
+    last stage. `alibi_slopes` [heads] where attention is biased by distance; `kernels` where they can be used."""
 
-    def __init__(self, model: Any, spec: ModelSpec, layers: tuple[int, int]) -> None:
+    def __init__(self, model: Any, spec: ModelSpec, layers: tuple[int, int], kernels: Kernels | None) -> None:
         self.layers = layers
+        self.kernels = kernels
         self.is_first = layers[0] == 0
         self.is_last = layers[1] == spec.num_layers
         self._base = model.base_model
@@ -54,8 +57,9 @@ class StageModel:
         return logits
 
 
-def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu") -> StageModel:
-    """Reads the stage's tensors and builds it. Raises `ConfigurationError` naming file or tensor."""
+def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu", *, is_native: bool = True) -> StageModel:
+    """Reads the stage's tensors and builds it. On CPUs it uses the native kernels, unless `is_native` is False or they
+    cannot be had. Raises `ConfigurationError` naming file or tensor."""
     family = FAMILIES[spec.architecture]
     is_first, is_last = layers[0] == 0, layers[1] == spec.num_layers
     config = _stage_config(spec, layers)
@@ -74,9 +78,13 @@ def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu") ->
         base.rotary_emb = type(base.rotary_emb)(config=config)
     family.adapt(base, layers[0])
     model.eval().requires_grad_(False).to(device)
-    if device == "cpu":
-        pack_linears(model)
-    return StageModel(model, spec, layers)
+    if device != "cpu":
+        return StageModel(model, spec, layers, None)
+    kernels = load_kernels(getattr(torch, spec.dtype)) if is_native and spec.head_dim % LANES == 0 else None
+    if kernels is not None and family.is_fusible:
+        fuse_layers(base, kernels)
+    pack_linears(model)
+    return StageModel(model, spec, layers, kernels)
 
 
 def _stage_config(spec: ModelSpec, layers: tuple[int, int]) -> Any:

@@ -13,13 +13,14 @@ from common.model.loader import StageModel
 
 
 class StageRunner:
-    """Runs a stage over its pool. Not thread-safe: one thread computes. `is_gathering`: see `AttentionPass`."""
+    """Runs a stage over its pool. Not thread-safe: one thread computes. `is_gathering` (default: not on CPUs): see
+    `AttentionPass`; it matters only without kernels."""
 
     def __init__(self, model: StageModel, pool: PagedPool, *, is_gathering: bool | None = None) -> None:
         self.model = model
         self._pool = pool
         self._device = pool.layer(0)[0].device
-        self._is_gathering = is_gathering
+        self._is_gathering = self._device.type != "cpu" if is_gathering is None else is_gathering
 
     @torch.inference_mode()
     def run(self, batch: StageBatch, hidden: Tensor | None, on_layer: Callable[[int], None] | None = None) -> Tensor:
@@ -33,9 +34,10 @@ class StageRunner:
         attention = AttentionPass(
             batch,
             self._pool,
+            kernels=self.model.kernels,
+            is_gathering=self._is_gathering,
             slopes=self.model.alibi_slopes,
             on_layer=on_layer,
-            is_gathering=self._is_gathering,
         )
         token = current_pass.set(attention)
         try:

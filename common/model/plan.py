@@ -1,0 +1,159 @@
+"""Where the rows of a batch find their keys and values in the paged pool. Worked out once per batch, not per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from common.model.batch import SequenceChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [first_row, end_row) of the batch, one chunk, look at `num_slots` slots of the pool: those from `first_slot`
+    on, or those of `index` where the blocks are not one ascending run. `bias` ([rows, slots] or [heads, rows, slots])
+    is added to the scores; without one, several rows look at the slots causally."""
+
+    first_row: int
+    end_row: int
+    num_slots: int
+    first_slot: int
+    index: Tensor | None
+    bias: Tensor | None
+
+    def read(self, flat: Tensor) -> Tensor:
+        """flat [slots of the pool, kv_heads, dim] -> [kv_heads, num_slots, dim], in place if possible."""
+        if self.index is not None:
+            return flat.index_select(0, self.index).transpose(0, 1)
+        return flat.narrow(0, self.first_slot, self.num_slots).transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """Single tokens of a batch. Token i is row rows[i] (int64) and looks at positions [starts[i], lengths[i]) of the
+    block table that begins at blocks[tables[i]] (all int32)."""
+
+    rows: Tensor
+    tables: Tensor
+    starts: Tensor
+    lengths: Tensor
+    blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Single tokens as one batch: slots `index` [tokens, longest] and `bias` [tokens, 1 or heads, 1, longest]."""
+
+    index: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Plans for chunks over a pool of `block_size` on `device`. `slopes` [heads] where attention is biased by distance;
+    biases have the pool's `dtype`."""
+
+    chunks: Sequence[SequenceChunk]
+    block_size: int
+    device: torch.device
+    dtype: torch.dtype
+    slopes: Tensor | None
+
+    def slots(self) -> Tensor:
+        """Where the new KV goes: [rows], into a layer's [slots, kv_heads, dim]."""
+        slots = [
+            chunk.blocks[position // self.block_size] * self.block_size + position % self.block_size
+            for chunk in self.chunks
+            for position in range(chunk.start, chunk.start + chunk.num_tokens)
+        ]
+        return torch.tensor(slots, dtype=torch.long, device=self.device)
+
+    def prompts(self, window: int | None) -> list[Span]:
+        """The chunks of several tokens."""
+        return [self._span(row, chunk, window) for row, chunk in self._numbered() if chunk.num_tokens > 1]
+
+    def tokens(self, window: int | None) -> list[Span]:
+        """The chunks of one token."""
+        return [self._span(row, chunk, window) for row, chunk in self._numbered() if chunk.num_tokens == 1]
+
+    def token_table(self, window: int | None) -> TokenTable:
+        """The chunks of one token, as the kernels want them."""
+        rows: list[int] = []
+        tables: list[int] = []
+        starts: list[int] = []
+        lengths: list[int] = []
+        blocks: list[int] = []
+        for row, chunk in self._numbered():
+            if chunk.num_tokens == 1:
+                rows.append(row)
+                tables.append(len(blocks))
+                starts.append(_num_unseen(chunk, window))
+                lengths.append(chunk.start + 1)
+                blocks += chunk.blocks
+        return TokenTable(
+            torch.tensor(rows, dtype=torch.long),
+            *(torch.tensor(values, dtype=torch.int32) for values in (tables, starts, lengths, blocks)),
+        )
+
+    def padded(self, tokens: Sequence[Span]) -> Padded:
+        """`tokens` filled up to the longest."""
+        longest = max(span.num_slots for span in tokens)
+        indices: list[Tensor] = []
+        biases: list[Tensor] = []
+        for span in tokens:
+            missing = longest - span.num_slots
+            index, bias = span.index, span.bias
+            if index is None:
+                index = torch.arange(span.first_slot, span.first_slot + span.num_slots, device=self.device)
+            if bias is None:
+                bias = torch.zeros(1, 1, span.num_slots, dtype=self.dtype, device=self.device)
+            indices.append(pad(index, (0, missing)))
+            biases.append(pad(bias, (0, missing), value=float("-inf")))
+        return Padded(torch.stack(indices), torch.stack(biases))
+
+    def _numbered(self) -> list[tuple[int, SequenceChunk]]:
+        """Each chunk with its first row."""
+        numbered, row = [], 0
+        for chunk in self.chunks:
+            numbered.append((row, chunk))
+            row += chunk.num_tokens
+        return numbered
+
+    def _span(self, row: int, chunk: SequenceChunk, window: int | None) -> Span:
+        length = chunk.start + chunk.num_tokens
+        unseen = _num_unseen(chunk, window)
+        blocks = list(chunk.blocks[: -(-length // self.block_size)])
+        index = None
+        if blocks != list(range(blocks[0], blocks[0] + len(blocks))):
+            table = torch.tensor(blocks, device=self.device) * self.block_size
+            index = (table[:, None] + torch.arange(self.block_size, device=self.device)).flatten()[unseen:length]
+        first_slot = blocks[0] * self.block_size + unseen
+        bias = self._bias(chunk, unseen, window)
+        return Span(row, row + chunk.num_tokens, length - unseen, first_slot, index, bias)
+
+    def _bias(self, chunk: SequenceChunk, unseen: int, window: int | None) -> Tensor | None:
+        length = chunk.start + chunk.num_tokens
+        is_cut = window is not None and length > window
+        # a mask that torch knows by itself: of one row all is seen, and from position 0 on its causal mask fits
+        is_simple = chunk.num_tokens == 1 or (chunk.start == 0 and not is_cut)
+        if is_simple and self.slopes is None:
+            return None
+        rows = torch.arange(chunk.start, length, device=self.device)[:, None]
+        columns = torch.arange(unseen, length, device=self.device)[None, :]
+        is_hidden = columns > rows
+        if window is not None:
+            is_hidden |= columns <= rows - window
+        if self.slopes is None:
+            bias = torch.zeros(is_hidden.shape, device=self.device)
+        else:
+            bias = self.slopes[:, None, None] * (columns - rows)
+        return bias.masked_fill_(is_hidden, float("-inf")).to(self.dtype)
+
+
+def _num_unseen(chunk: SequenceChunk, window: int | None) -> int:
+    """Positions that even the chunk's first row cannot see any more."""
+    return 0 if window is None else max(0, chunk.start + 1 - window)
