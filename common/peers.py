@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 
@@ -17,17 +18,19 @@ class Peers:
     def __init__(self, identity: str) -> None:
         self._identity = identity
         self._outboxes: dict[str, tuple[str, Outbox]] = {}
+        self._connecting = asyncio.Lock()
 
     async def connect(
         self, name: str, endpoint: str, on_frames: Callable[[list[memoryview]], None] = lambda frames: None
     ) -> None:
         """Connects to a member, or keeps the connection if it has this endpoint already."""
-        known = self._outboxes.get(name)
-        if known is not None and known[0] == endpoint:
-            return
-        outbox = await Outbox.connect(endpoint, self._identity, on_frames)
-        self.drop(name)
-        self._outboxes[name] = (endpoint, outbox)
+        async with self._connecting:  # a second connection would take the first one's place, and its messages along
+            known = self._outboxes.get(name)
+            if known is not None and known[0] == endpoint:
+                return
+            outbox = await Outbox.connect(endpoint, self._identity, on_frames)
+            self.drop(name)
+            self._outboxes[name] = (endpoint, outbox)
 
     def send(self, name: str, message: Message, payload: bytes | memoryview | None = None) -> bool:
         """Queues a message; False where the member is not known (it is gone, or not seen yet)."""
