@@ -1,6 +1,6 @@
-"""Writes a Llama-shaped checkpoint of 128 million random weights to measure with: `python -m loadtest.make_model --out DIR`.
+"""A Llama-shaped checkpoint of 128 million random weights to measure with: `python -m loadtest.make_model --out DIR`.
 
-Speed does not depend on the values; they are drawn wide enough that the likeliest token changes from step to step. There
+Speed does not depend on the values; they are drawn wide enough that the likeliest token changes between steps. There
 is no tokenizer: the workloads consist of token ids.
 """
 
