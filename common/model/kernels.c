@@ -8,7 +8,7 @@
 #define TILE 64       /* positions per round of the softmax */
 #define MAX_GROUP 4   /* query heads that share one pass over a KV head */
 #define MAX_WIDTH 16  /* vectors per head: 256 elements */
-#define SMALL 8192    /* elements below which a second thread costs more than it brings */
+#define SMALL 65536   /* elements below which a second thread costs more than it brings */
 
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
