@@ -18,7 +18,11 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "layout",
-    [("--prompt-stages", "1", "--token-stages", "2"), ("--prompt-stages", "2", "--token-stages", "1"), ("--colocated",)],
+    [
+        ("--prompt-stages", "1", "--token-stages", "2"),
+        ("--prompt-stages", "2", "--token-stages", "1"),
+        ("--colocated",),
+    ],
     ids=" ".join,
 )
 async def test_greedy_tokens_equal_the_cpus(layout: tuple[str, ...]) -> None:
