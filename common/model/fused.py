@@ -1,6 +1,6 @@
-"""Decoder layers of the Llama kind (Llama, Mistral, Mixtral, Qwen2, Qwen3) in few calls, on the native kernels.
+"""Models of the Llama kind (Llama, Mistral, Mixtral, Qwen2, Qwen3) in few calls, on the native kernels.
 
-A step of such a layer is four or five products; transformers' modules surround them with some sixty small operators,
+A step of a layer is four or five products; transformers' modules surround them with some sixty small operators,
 which cost as much as the products when few tokens are live.
 """
 
@@ -31,48 +31,74 @@ class GatedMlp(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """Takes the place of a decoder layer: [1, rows, hidden] -> the same."""
+    """A decoder layer. The sum of a layer's input and output is left to the next norm, which does it on its way."""
 
     def __init__(self, layer: Any, kernels: Kernels) -> None:
         super().__init__()
         attention = layer.self_attn
         self._kernels = kernels
-        self.layer_idx: int = attention.layer_idx
-        self.head_dim: int = attention.head_dim
-        self.num_heads: int = attention.q_proj.out_features // attention.head_dim
-        self.scaling: float = attention.scaling
-        self.window: int | None = getattr(
+        self._layer: int = attention.layer_idx
+        self._head_dim: int = attention.head_dim
+        self._num_heads: int = attention.q_proj.out_features // attention.head_dim
+        self._scale: float = attention.scaling
+        self._window: int | None = getattr(
             attention, "sliding_window", getattr(attention.config, "sliding_window", None)
         )
-        self.input_norm = layer.input_layernorm
-        self.mlp_norm = layer.post_attention_layernorm
-        self.head_norms: tuple[Tensor, Tensor] | None = None
+        self._epsilon: float = layer.input_layernorm.variance_epsilon
+        self._input_norm: Tensor = layer.input_layernorm.weight
+        self._mlp_norm: Tensor = layer.post_attention_layernorm.weight
+        self._head_norms: tuple[Tensor, Tensor] | None = None
         if hasattr(attention, "q_norm"):
-            self.head_norms = attention.q_norm.weight, attention.k_norm.weight
+            self._head_norms = attention.q_norm.weight, attention.k_norm.weight
         self.query_key_value = make_linear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = make_linear(attention.o_proj)
         self.mlp = GatedMlp(layer.mlp, kernels) if hasattr(layer.mlp, "gate_proj") else layer.mlp
 
-    def forward(self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
-        hidden = hidden_states[0]
-        epsilon = self.input_norm.variance_epsilon
-        normed = self._kernels.norm(hidden, self.input_norm.weight, epsilon)
-        fused = self.query_key_value(normed).view(hidden.shape[0], -1, self.head_dim)
+    def forward(self, hidden: Tensor, added: Tensor | None, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden + added [rows, size] is the layer's input, and the sum of what it returns its output."""
+        hidden, normed = self._add_norm(hidden, added, self._input_norm)
+        fused = self.query_key_value(normed).view(hidden.shape[0], -1, self._head_dim)
         attention = current_pass.get()
-        pool = attention.layer(self.layer_idx)
-        cosine, sine = position_embeddings
-        self._kernels.rotate_and_store_(fused, cosine[0], sine[0], self.head_norms, epsilon, pool, attention.slots)
-        query = fused[:, : self.num_heads]
-        attended = attention.attend_stored(self.layer_idx, query, self.scaling, self.window)
-        total, normed = self._kernels.add_norm(hidden, self.output(attended.flatten(1)), self.mlp_norm.weight, epsilon)
-        output: Tensor = total[None].add_(self.mlp(normed[None]))
+        pool = attention.layer(self._layer)
+        self._kernels.rotate_and_store_(fused, cosine, sine, self._head_norms, self._epsilon, pool, attention.slots)
+        query = fused.narrow(1, 0, self._num_heads)
+        attended = attention.attend_stored(self._layer, query, self._scale, self._window)
+        hidden, normed = self._add_norm(hidden, self.output(attended.flatten(1)), self._mlp_norm)
+        return hidden, self.mlp(normed[None])[0]
+
+    def _add_norm(self, hidden: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if added is None:
+            return hidden, self._kernels.norm(hidden, weight, self._epsilon)
+        return self._kernels.add_norm(hidden, added, weight, self._epsilon)
+
+
+class FusedModel(nn.Module):
+    """Takes over a base model whose layers are of this kind. On stages that lack embedding or last norm these pass their
+    input on."""
+
+    def __init__(self, base: Any, kernels: Kernels) -> None:
+        super().__init__()
+        self.embed_tokens = base.embed_tokens
+        self.rotary = base.rotary_emb
+        for index, layer in enumerate(base.layers):
+            base.layers[index] = FusedLayer(layer, kernels)  # one by one: the old layer's memory is free again
+        self.layers = base.layers
+        self.norm = base.norm
+
+    def forward(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        """inputs [rows] ids or [rows, hidden]; positions [rows] -> [rows, hidden]."""
+        hidden: Tensor = self.embed_tokens(inputs).contiguous()
+        cosine, sine = self.rotary(hidden, positions[None])
+        added: Tensor | None = None
+        for layer in self.layers:
+            hidden, added = layer(hidden, added, cosine, sine)
+        output: Tensor = self.norm(hidden if added is None else hidden + added)
         return output
 
 
-def fuse_layers(base: Any, kernels: Kernels) -> None:
-    """Replaces the layers of a base model of this kind, in place, where their sizes fit the kernels."""
-    config = base.config
-    sizes = (config.hidden_size, config.intermediate_size, base.layers[0].self_attn.head_dim // 2)
-    if config.hidden_act == "silu" and not any(size % LANES for size in sizes):
-        for index, layer in enumerate(base.layers):
-            base.layers[index] = FusedLayer(layer, kernels)
+def is_fusible(config: Any) -> bool:
+    """Whether the sizes of a model of this kind fit the kernels."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # half a head is rotated at a time
+    sizes = (config.hidden_size, config.intermediate_size, head_dim // 2)
+    return config.hidden_act == "silu" and not any(size % LANES for size in sizes)

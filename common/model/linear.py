@@ -23,14 +23,13 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.out_features = weight.shape[0]
+        self._linear = torch.ops.mkldnn._linear_pointwise.default
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
         self._bias = bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._weight, self._bias, "none", [], "")
-        return output.view(*inputs.shape[:-1], self.out_features)
+        output: Tensor = self._linear(inputs, self._weight, self._bias, "none", [], "")
+        return output
 
 
 class PlainLinear(nn.Module):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,43 +19,42 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from common.model.attention import ATTENTION_NAME
 from common.model.checkpoint import fuse_experts, read_tensors, stage_keys
 from common.model.families import FAMILIES, alibi_slopes, drop_parts
-from common.model.fused import fuse_layers
+from common.model.fused import FusedModel, is_fusible
 from common.model.linear import pack_linears
 from common.model.native import LANES, Kernels, load_kernels
 from common.model.spec import ModelSpec
 from dejavu.errors import ConfigurationError
 
 
-class StageModel:
-    """Layers [a, b). `forward` takes token ids on the first stage and hidden states on the others; `head` exists on the
-    last stage. `alibi_slopes` [heads] where attention is biased by distance; `kernels` where they can be used."""
+class BaseModel:
+    """Calls transformers' base model, which wants names and a batch dimension."""
 
-    def __init__(self, model: Any, spec: ModelSpec, layers: tuple[int, int], kernels: Kernels | None) -> None:
-        self.layers = layers
-        self.kernels = kernels
-        self.is_first = layers[0] == 0
-        self.is_last = layers[1] == spec.num_layers
-        self._base = model.base_model
+    def __init__(self, base: Any, is_first: bool) -> None:
+        self._base = base
+        self._input_name = "input_ids" if is_first else "inputs_embeds"
         # BLOOM's ALiBi needs none
-        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
-        self._head = model.get_output_embeddings()
-        self.alibi_slopes: Tensor | None = None
-        if FAMILIES[spec.architecture].has_alibi:
-            self.alibi_slopes = alibi_slopes(model.config.num_attention_heads).to(model.device)
+        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
 
-    def forward(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """inputs [rows] ids or [rows, hidden]; positions [rows] -> [rows, hidden]."""
-        name = "input_ids" if self.is_first else "inputs_embeds"
-        arguments: dict[str, Any] = {name: inputs[None], "use_cache": False}
+    def __call__(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        arguments: dict[str, Any] = {self._input_name: inputs[None], "use_cache": False}
         if self._takes_positions:
             arguments["position_ids"] = positions[None]
         output: Tensor = self._base(**arguments).last_hidden_state
         return output[0]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """hidden [rows, hidden] -> logits [rows, vocab]."""
-        logits: Tensor = self._head(hidden)
-        return logits
+
+@dataclass(frozen=True, slots=True)
+class StageModel:
+    """Layers [a, b). `forward` takes token ids [rows] on the first stage, hidden states [rows, hidden] on the others,
+    and positions [rows]; it gives [rows, hidden]. `head` turns these into logits on the last stage. `alibi_slopes`
+    [heads] where attention is biased by distance; `kernels` where they can be used."""
+
+    layers: tuple[int, int]
+    is_last: bool
+    forward: Callable[[Tensor, Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    alibi_slopes: Tensor | None
+    kernels: Kernels | None
 
 
 def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu", *, is_native: bool = True) -> StageModel:
@@ -78,13 +78,16 @@ def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu", *,
         base.rotary_emb = type(base.rotary_emb)(config=config)
     family.adapt(base, layers[0])
     model.eval().requires_grad_(False).to(device)
-    if device != "cpu":
-        return StageModel(model, spec, layers, None)
-    kernels = load_kernels(getattr(torch, spec.dtype)) if is_native and spec.head_dim % LANES == 0 else None
-    if kernels is not None and family.is_fusible:
-        fuse_layers(base, kernels)
-    pack_linears(model)
-    return StageModel(model, spec, layers, kernels)
+    kernels: Kernels | None = None
+    forward: Callable[[Tensor, Tensor], Tensor] = BaseModel(base, is_first)
+    if device == "cpu":
+        if is_native and spec.head_dim % LANES == 0:
+            kernels = load_kernels(getattr(torch, spec.dtype))
+        if kernels is not None and family.is_fusible and is_fusible(config):
+            forward = FusedModel(base, kernels)
+        pack_linears(model)
+    slopes = alibi_slopes(config.num_attention_heads).to(device) if family.has_alibi else None
+    return StageModel(layers, is_last, forward, model.get_output_embeddings(), slopes, kernels)
 
 
 def _stage_config(spec: ModelSpec, layers: tuple[int, int]) -> Any:
