@@ -73,8 +73,8 @@ class FusedLayer(nn.Module):
 
 
 class FusedModel(nn.Module):
-    """Takes over a base model whose layers are of this kind. On stages that lack embedding or last norm these pass their
-    input on."""
+    """Takes over a base model whose layers are of this kind. On stages that lack embedding or last norm these pass
+    their input on."""
 
     def __init__(self, base: Any, kernels: Kernels) -> None:
         super().__init__()
