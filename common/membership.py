@@ -157,7 +157,7 @@ class Membership:
 
     def __init__(self, client: EtcdClient, cluster: str, lease_ttl_s: float = 3.0) -> None:
         self._client = client
-        self._members = f"/dejavu/{cluster}/members/"
+        self._members = member_key(cluster, "")
         self._pipelines = f"/dejavu/{cluster}/pipelines/"
         self._record: MemberRecord | None = None
         self._has_registered = False
@@ -282,6 +282,11 @@ class Membership:
                     if record is not None and record.epoch > epochs.get(record.pipeline, 0):
                         epochs[record.pipeline] = record.epoch
                         yield record
+
+
+def member_key(cluster: str, name: str) -> str:
+    """Where a member's record is kept."""
+    return f"/dejavu/{cluster}/members/{name}"
 
 
 def _validated(record: MemberRecord) -> MemberRecord:

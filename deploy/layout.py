@@ -49,7 +49,8 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
         own += ["--chunk-size", str(options.chunk_size)]
         if cores:
             own += ["--cores", ",".join(map(str, cores))]
-        services.append(_command(name, role, [*shared, *own, *arguments]))
+        names = [name, *(f"{name}-standby-{index}" for index in range(options.standbys))]
+        services += [_command(each, role, [*shared, *own, *arguments]) for each in names]
     return services
 
 

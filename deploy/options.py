@@ -27,6 +27,7 @@ class ServeOptions:
     token_pipelines: int
     token_stages: int
     routers: int
+    standbys: int
     device: str
     dtype: str
     kv_memory_bytes: int
@@ -59,6 +60,7 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         token_pipelines=arguments.token_pipelines,
         token_stages=arguments.token_stages,
         routers=arguments.routers,
+        standbys=arguments.standbys,
         device=arguments.device,
         dtype=arguments.dtype,
         kv_memory_bytes=arguments.kv_memory,
@@ -115,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         ("routers", "routers; one leads, the others stand by"),
     ):
         add(f"--{name}", type=_count, default=1, metavar="N", help=what)
+    add(
+        "--standbys",
+        type=_number,
+        default=0,
+        metavar="K",
+        help="warm spare processes of every stage, which take its place at once when it dies",
+    )
     add("--colocated", action="store_true", help="token pipelines compute prompts, too; no prompt pipelines")
     add("--prompt-split", type=_split, metavar="A,B", help="layers of each prompt stage (default: even)")
     add("--token-split", type=_split, metavar="A,B", help="layers of each token stage (default: even)")
@@ -147,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         help="endpoints for clients on this machine",
     )
     return parser
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
 
 
 def _count(text: str) -> int:

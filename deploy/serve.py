@@ -22,6 +22,7 @@ from dejavu import AsyncClient
 from dejavu.errors import ConfigurationError, DejavuError
 from deploy.etcd_server import EtcdServer
 from deploy.layout import Place, ServiceCommand, plan_services
+from deploy.obituary import Obituaries
 from deploy.options import ROOT, ServeOptions, parse_options
 from deploy.supervisor import ServiceGaveUp, Supervisor
 
@@ -51,19 +52,25 @@ async def _serve(options: ServeOptions, spec: ModelSpec, device: str, etcd_url: 
     ports = _router_ports(options)
     place = Place(etcd_url, f"c{secrets.token_hex(4)}", device, ports, tuple(sorted(os.sched_getaffinity(0))))
     commands = plan_services(options, spec, place)
-    supervisor = Supervisor(commands, ROOT)
     endpoints = [f"tcp://{options.host}:{port}" for port in ports]
-    with _endpoints_file(options.state_dir, endpoints):
-        running = asyncio.ensure_future(supervisor.run())
-        stopping = _stop_on_signals(supervisor)
-        announcing = asyncio.ensure_future(_announce(endpoints, commands))
-        await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
-        announcing.cancel()
-        if stopping.done():
-            logger.info("stopping")
-            await supervisor.stop()
-        await running
+    async with Obituaries(etcd_url, place.cluster) as obituaries:
+        supervisor = Supervisor(commands, ROOT, obituaries.report)
+        with _endpoints_file(options.state_dir, endpoints):
+            await _supervise(supervisor, endpoints, commands)
     return 0
+
+
+async def _supervise(supervisor: Supervisor, endpoints: Sequence[str], commands: Sequence[ServiceCommand]) -> None:
+    """Until a signal comes. Raises `ServiceGaveUp`."""
+    running = asyncio.ensure_future(supervisor.run())
+    stopping = _stop_on_signals(supervisor)
+    announcing = asyncio.ensure_future(_announce(endpoints, commands))
+    await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
+    announcing.cancel()
+    if stopping.done():
+        logger.info("stopping")
+        await supervisor.stop()
+    await running
 
 
 def _stop_on_signals(supervisor: Supervisor) -> asyncio.Future[None]:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.layout import ServiceCommand
@@ -28,11 +28,13 @@ class ServiceGaveUp(Exception):
 
 
 class Supervisor:
-    """Runs service commands in `folder`, each under the respawning eye of one task."""
+    """Runs service commands in `folder`, each under the respawning eye of one task. `on_exit(name, pid)` hears of
+    every process that ended without being asked to."""
 
-    def __init__(self, commands: Sequence[ServiceCommand], folder: Path) -> None:
+    def __init__(self, commands: Sequence[ServiceCommand], folder: Path, on_exit: Callable[[str, int], None]) -> None:
         self._commands = commands
         self._folder = folder
+        self._on_exit = on_exit
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._is_stopping = False
 
@@ -74,9 +76,12 @@ class Supervisor:
                 code = await self._run_once(command)
                 if self._is_stopping:
                     return
+                self._on_exit(command.name, self._processes[command.name].pid)
                 lived_s = time.monotonic() - started_s
                 logger.warning("%s ended with %s after %.1f s", command.name, code, lived_s)
-                num_short_lives = num_short_lives + 1 if lived_s < SHORT_LIFE_S else 0
+                # who is killed from outside is not to blame
+                is_short = lived_s < SHORT_LIFE_S and code != -signal.SIGKILL
+                num_short_lives = num_short_lives + 1 if is_short else 0
                 if code == FATAL_EXIT or num_short_lives == MAX_SHORT_LIVES:
                     raise ServiceGaveUp(f"{command.name} cannot be kept alive (exit {code}); its log is above")
         finally:

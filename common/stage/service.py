@@ -90,6 +90,10 @@ class StageService(abc.ABC):
         """All stages run `epoch`: start scheduling over `num_blocks` blocks."""
 
     @abc.abstractmethod
+    def end_driver(self) -> None:
+        """This process is no longer part of its pipeline: nothing is scheduled any more."""
+
+    @abc.abstractmethod
     def next_step(self) -> Step | None:
         """What to run next (stage 0 only)."""
 
@@ -258,6 +262,7 @@ class StageService(abc.ABC):
     async def _activate(self, record: PipelineRecord) -> None:
         own = record.stages[self.options.stage_index]
         if own.incarnation != self.incarnation:
+            self._stand_by(record)
             return
         for stage in record.stages:
             await self.peers.connect(stage.name, stage.endpoint)
@@ -265,11 +270,27 @@ class StageService(abc.ABC):
         self.record = record
         self.worker = self.new_worker()
         logger.info("epoch %d of %s begins", record.epoch, record.pipeline)
+        # ready means that no step of an older epoch writes to the pool any more
+        self.compute.submit(lambda: None, lambda _: self._report_stage_ready(record))
+
+    def _report_stage_ready(self, record: PipelineRecord) -> None:
+        if self.epoch != record.epoch:
+            return
         ready = StageReady(record.epoch, self.options.stage_index, self.pool.layout.num_blocks)
         if self.options.is_driver:
             self._stage_ready(ready)
         else:
             self.peers.send(record.stages[0].name, ready)
+
+    def _stand_by(self, record: PipelineRecord) -> None:
+        """Another process has this place. Whatever still arrives for us is of an epoch that is over."""
+        if self.record is not None:
+            logger.info("replaced by %s in epoch %d", record.stages[self.options.stage_index].name, record.epoch)
+        self.epoch = record.epoch
+        self.record = None
+        self._stages_ready.clear()
+        self.worker = self.new_worker()
+        self.end_driver()
 
     def _stage_ready(self, ready: StageReady) -> None:
         self._stages_ready.setdefault(ready.epoch, {})[ready.stage_index] = ready.num_blocks
@@ -348,7 +369,12 @@ class StageService(abc.ABC):
         worker = self.worker
         self._counters["steps"] += 1
         self._counters["tokens"] += sum(chunk.num_tokens for chunk in step.chunks)
-        self.compute.submit(functools.partial(worker.execute, step, hidden), functools.partial(self._on_output, step))
+
+        def execute() -> StepOutput:
+            # a worker that was replaced meanwhile must not touch the pool
+            return worker.execute(step, hidden) if worker is self.worker else StepOutput(None, [])
+
+        self.compute.submit(execute, functools.partial(self._on_output, step))
 
     def _on_output(self, step: Step, output: StepOutput) -> None:
         if step.epoch != self.epoch or self.record is None:

@@ -81,6 +81,9 @@ class PromptStage(StageService):
             chunk_tokens=self.options.chunk_tokens,
         )
 
+    def end_driver(self) -> None:
+        self._scheduler = None
+
     def next_step(self) -> Step | None:
         return None if self._scheduler is None else self._scheduler.next_step()
 

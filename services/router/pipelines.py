@@ -10,21 +10,31 @@ from common.membership import MemberRecord, PipelineRecord
 
 def missing_pipelines(members: Iterable[MemberRecord], published: Mapping[str, PipelineRecord]) -> list[PipelineRecord]:
     """Records to publish: every stage of the pipeline is registered, their layers join without a gap, and the
-    incarnations differ from those published. The epoch is filled in by the store."""
-    stages: dict[str, list[MemberRecord]] = defaultdict(list)
+    incarnations differ from those published. Where several stand ready for one stage, the one that is published
+    stays; the others are spares. The epoch is filled in by the store."""
+    candidates: dict[str, dict[int, list[MemberRecord]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
         if member.pipeline is not None and member.stage_index is not None:
-            stages[member.pipeline].append(member)
+            candidates[member.pipeline][member.stage_index].append(member)
     records = []
-    for pipeline, found in sorted(stages.items()):
-        found.sort(key=lambda member: member.stage_index or 0)
-        if not _is_complete(found):
-            continue
+    for pipeline, found in sorted(candidates.items()):
         known = published.get(pipeline)
-        incarnations = [member.incarnation for member in found]
-        if known is None or [member.incarnation for member in known.stages] != incarnations:
-            records.append(PipelineRecord(pipeline, found[0].role, 0, tuple(found)))
+        incarnations = [] if known is None else [member.incarnation for member in known.stages]
+        stages = [_choose(found[index], incarnations) for index in sorted(found)]
+        if _is_complete(stages) and incarnations != [member.incarnation for member in stages]:
+            records.append(PipelineRecord(pipeline, stages[0].role, 0, tuple(stages)))
     return records
+
+
+def is_spare(member: MemberRecord, published: Mapping[str, PipelineRecord]) -> bool:
+    """Whether a stage is warm but not part of its pipeline."""
+    record = published.get(member.pipeline or "")
+    return record is not None and all(stage.incarnation != member.incarnation for stage in record.stages)
+
+
+def _choose(candidates: list[MemberRecord], incarnations: list[str]) -> MemberRecord:
+    """The published one, else the first by name."""
+    return min(candidates, key=lambda member: (member.incarnation not in incarnations, member.name))
 
 
 def _is_complete(stages: list[MemberRecord]) -> bool:

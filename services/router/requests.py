@@ -136,6 +136,7 @@ class Requests:
         with the delivered tokens forced."""
         view.is_ready, view.epoch, view.capacity_tokens = True, ready.epoch, ready.capacity_tokens
         logger.info("%s is ready: epoch %d, %d tokens", view.name, ready.epoch, ready.capacity_tokens)
+        self._journal.note("ready", view.name, epoch=ready.epoch)
         for request in self.ledger:
             for choice in request.choices:
                 stale = choice.pipeline == view.name and choice.epoch != view.epoch

@@ -166,7 +166,7 @@ class RouterService:
                 case MemberLost(record):
                     self._members.pop(record.name, None)
                     self._peers.drop(record.name)
-                    self._journal.note("lost", record.name)
+                    self._journal.note("detected", record.name, role=record.role, pid=record.pid)
                     self._pipeline_of(record)
             self._changed.set()
 
@@ -181,6 +181,7 @@ class RouterService:
             view = self._requests.pipelines.setdefault(record.pipeline, PipelineView(record.pipeline, record.role))
             if record.epoch > view.epoch:
                 view.is_ready = False
+                self._journal.note("decided", record.pipeline, epoch=record.epoch)
             view.driver = record.stages[0].name
             view.is_colocated = bool(record.stages[0].detail.get("colocated"))
             report = self._reports.pop(record.pipeline, None)
@@ -338,6 +339,7 @@ class RouterService:
         live = {"requests": len(self._requests.ledger), "sequences": self._requests.ledger.num_sequences}
         document = describe(
             self._members.values(),
+            self._records,
             self._leader,
             self._requests.pipelines.values(),
             replies,

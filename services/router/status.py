@@ -9,7 +9,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from common.membership import MemberRecord
+from common.membership import MemberRecord, PipelineRecord
+from services.router.pipelines import is_spare
 from services.router.placement import PipelineView
 
 MAX_EVENTS = 1000
@@ -52,6 +53,7 @@ class StatsRound:
 
 def describe(
     members: Iterable[MemberRecord],
+    published: Mapping[str, PipelineRecord],
     leader: str,
     pipelines: Iterable[PipelineView],
     stats: Mapping[str, Mapping[str, Any]],
@@ -63,7 +65,10 @@ def describe(
     document = {
         "epoch": max((view.epoch for view in views), default=0),
         "leader": leader,
-        "services": [_service(m, leader, stats.get(m.name, {})) for m in sorted(members, key=lambda m: m.name)],
+        "services": [
+            _service(m, leader, is_spare(m, published), stats.get(m.name, {}))
+            for m in sorted(members, key=lambda m: m.name)
+        ],
         "pipelines": [
             {
                 "name": view.name,
@@ -82,13 +87,15 @@ def describe(
     return json.dumps(document).encode()
 
 
-def _service(member: MemberRecord, leader: str, stats: Mapping[str, Any]) -> dict[str, Any]:
+def _service(member: MemberRecord, leader: str, is_spare: bool, stats: Mapping[str, Any]) -> dict[str, Any]:
     state = member.state
     if member.role == "router":
         state = "leader" if member.name == leader else "standby"
+    elif is_spare:
+        state = "standby"
     described: dict[str, Any] = {
         "name": member.name,
-        "role": member.role,
+        "role": "standby" if is_spare else member.role,
         "pid": member.pid,
         "host": member.host,
         "pipeline": member.pipeline,

@@ -114,6 +114,10 @@ class TokenStage(StageService):
             chunk_tokens=self.options.chunk_tokens if self.options.is_colocated else 0,
         )
 
+    def end_driver(self) -> None:
+        self._scheduler = None
+        self._live.clear()
+
     def next_step(self) -> Step | None:
         return None if self._scheduler is None else self._scheduler.next_step()
 
