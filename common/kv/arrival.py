@@ -63,6 +63,6 @@ def verify_arrival(pool: KvPool, arrived: ArrivedSpan) -> bool:
 
 def pool_checksum(pool: KvPool, blocks: Sequence[int], binding: SpanBinding, head_range: Range | None = None) -> int:
     """`span_checksum` of a pool on any device. Raises `ValueError`."""
-    if pool.device.type != "cpu":
+    if not pool.is_host:
         pool, blocks = HostStaging(pool).copy_out(blocks, binding.token_range, binding.layer_range)
     return span_checksum(pool.memory, pool.layout, blocks, binding, head_range)

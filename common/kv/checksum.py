@@ -21,6 +21,9 @@ from common.kv.layout import PoolLayout
 from common.kv.pool import Bytes
 
 
+Digests = npt.NDArray[np.uint64]
+
+
 class SpanBinding(msgspec.Struct, frozen=True, array_like=True):
     """What a span claims to be. `token_hash` is a hash of the sequence's token ids up to the range's end."""
 
@@ -51,8 +54,20 @@ def span_checksum(
     pool or the block table does not hold the span."""
     heads = head_range or layout.heads
     slots = span_slots(layout, blocks, binding.token_range, binding.layer_range, heads)
+    return checksum_of(slot_digests(memory, layout, slots, binding.layer_range, heads), binding)
+
+
+def checksum_of(digests: Digests, binding: SpanBinding) -> int:
+    """The checksum of a span whose digests [plane][token] are known."""
+    return zlib.crc32(np.ascontiguousarray(digests).data, binding.seed())
+
+
+def slot_digests(
+    memory: Bytes, layout: PoolLayout, slots: npt.NDArray[np.int64], layer_range: Range, heads: Range
+) -> Digests:
+    """A 64-bit digest of each token's part of each plane of `layer_range`: uint64 [plane][token]."""
     words = _words(memory, layout)
-    first, last = (2 * (layer - layout.first_layer) for layer in binding.layer_range)
+    first, last = (2 * (layer - layout.first_layer) for layer in layer_range)
     words_per_head = words.shape[2] // layout.num_kv_heads
     columns = slice(*((head - layout.first_head) * words_per_head for head in heads))
     factors = _factors(columns.stop - columns.start)
@@ -60,7 +75,7 @@ def span_checksum(
     for start, end in _runs(slots):
         rows = words[first:last, slots[start] : slots[start] + end - start, columns]
         np.einsum("psw,w->ps", rows, factors, out=digests[:, start:end], dtype=np.uint64, casting="safe")
-    return zlib.crc32(digests.data, binding.seed())
+    return digests
 
 
 def _words(memory: Bytes, layout: PoolLayout) -> npt.NDArray[np.unsignedinteger]:

@@ -57,6 +57,18 @@ def plan_copies(
     heads = head_range or _intersection(source.heads, destination.heads)
     from_slots = span_slots(source, source_blocks, token_range, layer_range, heads)
     to_slots = span_slots(destination, destination_blocks, token_range, layer_range, heads)
+    return plan_slots(source, from_slots, destination, to_slots, layer_range, heads)
+
+
+def plan_slots(
+    source: PoolLayout,
+    from_slots: Int64,
+    destination: PoolLayout,
+    to_slots: Int64,
+    layer_range: Range,
+    heads: Range,
+) -> CopyPlan:
+    """Like `plan_copies` for tokens of any number of sequences, whose slots are known."""
     num_bytes = (heads[1] - heads[0]) * source.head_bytes
     pieces = CopyPlan(
         from_slots * source.slot_bytes + (heads[0] - source.first_head) * source.head_bytes,

@@ -73,7 +73,7 @@ class Lane:
         self._on_written = on_written
         self._link: Link | None = None
         self._opening = asyncio.Lock()
-        self._staging = None if pool.device.type == "cpu" else HostStaging(pool)
+        self._staging = None if pool.is_host else HostStaging(pool)
         self._waiting: list[Job] = []
         self._wake = asyncio.Event()
         self._failure: LinkError | None = None

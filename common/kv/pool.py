@@ -6,12 +6,16 @@ import fcntl
 import mmap
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from common.kv.layout import PoolLayout
+
+if TYPE_CHECKING:
+    # who only keeps and passes on KV does without torch: it costs seconds and hundreds of megabytes
+    import torch
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -23,31 +27,24 @@ class KvPool:
     sealed, and it vanishes with its last holder, also after a kill. Where there is no memfd (not Linux) it
     is private."""
 
-    def __init__(self, layout: PoolLayout, arena: torch.Tensor, fd: int | None, name: str) -> None:
-        shape = (
-            layout.num_layers,
-            2,
-            layout.num_blocks,
-            layout.block_size,
-            layout.num_kv_heads,
-            layout.head_dim,
-        )
+    def __init__(self, layout: PoolLayout, arena: torch.Tensor | Bytes, fd: int | None, name: str) -> None:
         self.layout = layout
         self.name = name
         self.fd = fd
         """The arena's memfd; None where the memory cannot be passed to another process."""
-        self.arena = arena
-        """All bytes of the pool, uint8 [total_bytes]."""
-        self._layers = [(layer[0], layer[1]) for layer in arena.view(_torch_dtype(layout.dtype)).view(shape)]
+        self._arena = arena
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @classmethod
     def create(cls, layout: PoolLayout, device: str = "cpu", name: str = "kv") -> KvPool:
         """A zeroed pool with every page present; `name` shows in /proc. Raises `OSError` or `MemoryError`."""
-        if torch.device(device).type != "cpu":
+        if device != "cpu":
+            import torch
+
             return cls(layout, torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device), None, name)
         fd = create_memfd(name, layout.total_bytes) if sys.platform == "linux" else None
         try:
-            arena = torch.frombuffer(map_memory(fd, layout.total_bytes), dtype=torch.uint8)
+            arena = np.frombuffer(map_memory(fd, layout.total_bytes), dtype=np.uint8)
         except BaseException:
             if fd is not None:
                 os.close(fd)
@@ -59,23 +56,39 @@ class KvPool:
         return self.layout.block_size
 
     @property
+    def is_host(self) -> bool:
+        """Whether numpy can see the memory."""
+        return isinstance(self._arena, np.ndarray) or self._arena.device.type == "cpu"
+
+    @property
     def device(self) -> torch.device:
         return self.arena.device
 
     @property
+    def arena(self) -> torch.Tensor:
+        """All bytes of the pool, uint8 [total_bytes]."""
+        if isinstance(self._arena, np.ndarray):
+            import torch
+
+            return torch.from_numpy(self._arena)
+        return self._arena
+
+    @property
     def memory(self) -> Bytes:
         """The arena as numpy sees it, uint8 [total_bytes]. Raises `TypeError` for a device pool."""
-        return self.arena.numpy()
+        return self._arena if isinstance(self._arena, np.ndarray) else self._arena.numpy()
 
     def layer(self, local_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the pool's n-th layer, views [num_blocks, block_size, num_kv_heads,
         head_dim]."""
+        if self._layers is None:
+            self._layers = _layer_views(self.arena, self.layout)
         return self._layers[local_layer]
 
     def close(self) -> None:
         """Lets go of the memory, which lives on until the last view of it is gone. Idempotent."""
-        self._layers = []
-        self.arena = torch.empty(0, dtype=torch.uint8)
+        self._layers = None
+        self._arena = np.empty(0, dtype=np.uint8)
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
@@ -105,7 +118,10 @@ def map_memory(fd: int | None, num_bytes: int) -> mmap.mmap:
     return memory
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
+def _layer_views(arena: torch.Tensor, layout: PoolLayout) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    import torch
+
+    dtype = getattr(torch, layout.dtype)
     assert isinstance(dtype, torch.dtype)
-    return dtype
+    shape = (layout.num_layers, 2, layout.num_blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
+    return [(layer[0], layer[1]) for layer in arena.view(dtype).view(shape)]

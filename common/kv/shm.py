@@ -135,6 +135,20 @@ class ShmLink:
             self._close()
             raise self._lost()
 
+    async def read(self, destination: KvPool, plan: CopyPlan) -> None:
+        """See `Link.read`."""
+        memory = self._memory
+        if memory is None:
+            raise self._lost()
+        check_destination(plan.source_offset, plan.num_bytes, len(memory))
+        if self._executor is None:
+            copy_pieces(plan, memory, destination.memory)
+        else:
+            await asyncio.wrap_future(self._executor.submit(copy_pieces, plan, memory, destination.memory))
+        if self._memory is None or self._is_over():
+            self._close()
+            raise self._lost()
+
     async def aclose(self) -> None:
         """See `Link.aclose`; a copy cannot be stuck, so this always succeeds."""
         self._close()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-import torch
 import zmq
 
 from common.kv.copies import check_destination, scatter
@@ -87,9 +86,11 @@ class ZmqDoor:
                 self._copy(frame, offsets[index : index + 1], num_bytes[index : index + 1])
 
     def _copy(self, payload: Bytes, offsets: Int64, num_bytes: Int64) -> None:
-        if self._pool.device.type == "cpu":
+        if self._pool.is_host:
             scatter(payload, offsets, num_bytes, self._pool.memory)
             return
+        import torch
+
         first = 0
         for offset, size in zip(offsets.tolist(), num_bytes.tolist(), strict=True):
             piece = torch.from_numpy(payload[first : first + size].copy())
