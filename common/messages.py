@@ -1,4 +1,5 @@
-"""What services say to each other, grouped by who receives: `RouterInboxMessage` and `StageInboxMessage`.
+"""What services say to each other, grouped by who receives: `RouterInboxMessage`, `StageInboxMessage` and
+`StoreInboxMessage` (whose own part is in `replica_messages`).
 
 One ZeroMQ message is the encoded struct, followed by an optional payload frame (hidden states of a `Step`).
 Whatever depends on who owns a pipeline carries that pipeline's epoch; older epochs are refused at the door.
@@ -15,6 +16,17 @@ from collections.abc import Iterable
 
 import msgspec
 
+from common.replica_messages import (
+    Claim,
+    Claimed,
+    Forget,
+    Locate,
+    Located,
+    Pull,
+    Pulled,
+    Replicate,
+    Replicated,
+)
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
 
@@ -253,13 +265,21 @@ StageInboxMessage = (
     | HandoffEnded
     | Step
     | StepDone
+    | Claimed
+    | Replicated
+    | Located
+    | Pull
+    | Pulled
 )
 
-Message = RouterInboxMessage | StageInboxMessage
+StoreInboxMessage = StatsQuery | Claim | Replicate | Forget | Locate
+
+Message = RouterInboxMessage | StageInboxMessage | StoreInboxMessage
 
 _encoder = msgspec.msgpack.Encoder()
 _router_decoder = msgspec.msgpack.Decoder(RouterInboxMessage)
 _stage_decoder = msgspec.msgpack.Decoder(StageInboxMessage)
+_store_decoder = msgspec.msgpack.Decoder(StoreInboxMessage)
 
 
 def encode(message: Message) -> bytes:
@@ -276,4 +296,10 @@ def decode_router_inbox(frame: bytes | memoryview) -> RouterInboxMessage:
 def decode_stage_inbox(frame: bytes | memoryview) -> StageInboxMessage:
     """A message to a stage. Raises `msgspec.DecodeError`."""
     message: StageInboxMessage = _stage_decoder.decode(frame)
+    return message
+
+
+def decode_store_inbox(frame: bytes | memoryview) -> StoreInboxMessage:
+    """A message to a cache store. Raises `msgspec.DecodeError`."""
+    message: StoreInboxMessage = _store_decoder.decode(frame)
     return message

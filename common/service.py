@@ -18,6 +18,9 @@ from dejavu.errors import DejavuError
 
 logger = logging.getLogger(__name__)
 
+FATAL_EXIT = 78
+"""Exit code of a service that has said why it cannot run (EX_CONFIG); starting it again would not help."""
+
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that all services share."""
@@ -54,11 +57,11 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, 
         uvloop.run(main())
     except DejavuError as error:
         logger.error("%s", error)
-        return 1
+        return FATAL_EXIT
     except BaseExceptionGroup as group:
         known, unknown = group.split(DejavuError)
         if unknown is not None:
             raise
         logger.error("%s", known.exceptions[0] if known else group)
-        return 1
+        return FATAL_EXIT
     return 0

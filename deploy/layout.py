@@ -40,6 +40,9 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
     for index, port in enumerate(place.router_ports):
         name = f"router-{index}"
         services.append(_command(name, "router", [*shared, "--port", str(port)]))
+    for index in range(options.cache_stores):
+        memory = ["--kv-memory", str(_store_bytes(options)), "--block-size", str(options.block_size)]
+        services.append(_command(f"cache-store-{index}", "cache_store", [*shared, *memory]))
     stages = _stages(options, spec)
     shares = _core_shares(options, place.cores, len(stages))
     threads = options.threads_per_stage or max(1, len(place.cores) // max(1, len(stages)))
@@ -52,6 +55,14 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
         names = [name, *(f"{name}-standby-{index}" for index in range(options.standbys))]
         services += [_command(each, role, [*shared, *own, *arguments]) for each in names]
     return services
+
+
+def _store_bytes(options: ServeOptions) -> int:
+    """All token pipelines' KV, its copies shared out between the stores."""
+    num_stages = len(options.token_split or ()) or options.token_stages
+    all_bytes = options.token_pipelines * num_stages * options.kv_memory_bytes
+    copies = min(options.replicas, options.cache_stores)
+    return -(-all_bytes * copies // options.cache_stores)
 
 
 def _check_kv_memory(options: ServeOptions, spec: ModelSpec, num_layers: int) -> None:
@@ -87,6 +98,8 @@ def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list
                     str(len(ranges)),
                 ]
                 arguments += ["--layers", f"{first}:{last}"] + ["--colocated"] * options.is_colocated
+                if kind == "token":
+                    arguments += ["--replicas", str(options.replicas), "--recovery", options.recovery]
                 stages.append((f"{pipeline}-stage-{index}", f"{kind}_stage", arguments))
     return stages
 

@@ -28,6 +28,9 @@ class ServeOptions:
     token_stages: int
     routers: int
     standbys: int
+    cache_stores: int
+    replicas: int
+    recovery: str
     device: str
     dtype: str
     kv_memory_bytes: int
@@ -61,6 +64,9 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         token_stages=arguments.token_stages,
         routers=arguments.routers,
         standbys=arguments.standbys,
+        cache_stores=arguments.cache_stores,
+        replicas=arguments.replicas,
+        recovery=arguments.recovery,
         device=arguments.device,
         dtype=arguments.dtype,
         kv_memory_bytes=arguments.kv_memory,
@@ -123,6 +129,14 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="K",
         help="warm spare processes of every stage, which take its place at once when it dies",
+    )
+    add("--cache-stores", type=_number, default=1, metavar="S", help="stores that keep copies of all KV (0: none)")
+    add("--replicas", type=_count, default=1, metavar="R", help="stores that each sequence is copied to")
+    add(
+        "--recovery",
+        default="auto",
+        choices=["auto", "restore", "replay"],
+        help="after a failure: take KV from the stores, or compute everything again (replay)",
     )
     add("--colocated", action="store_true", help="token pipelines compute prompts, too; no prompt pipelines")
     add("--prompt-split", type=_split, metavar="A,B", help="layers of each prompt stage (default: even)")

@@ -111,7 +111,7 @@ async def _missing(endpoint: str, commands: Sequence[ServiceCommand]) -> list[st
         return ["a router"]
     present = {service["name"] for service in status["services"]}
     absent = [command.name for command in commands if command.name not in present]
-    wanted = {command.name.rpartition("-stage-")[0] for command in commands if command.role != "router"}
+    wanted = {command.name.rpartition("-stage-")[0] for command in commands if command.role.endswith("_stage")}
     ready = {pipeline["name"] for pipeline in status["pipelines"] if pipeline["ready"]}
     leader = [] if status["leader"] else ["a leading router"]
     return absent or leader + [f"pipeline {name}" for name in sorted(wanted - ready)]

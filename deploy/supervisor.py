@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from common.service import FATAL_EXIT
 from deploy.layout import ServiceCommand
 
 logger = logging.getLogger(__name__)
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 MAX_SHORT_LIVES = 3
 SHORT_LIFE_S = 30.0
 STOP_LIMIT_S = 10.0
-FATAL_EXIT = 1
-"""A service that ends with this has said why; starting it again would not help."""
 
 
 class ServiceGaveUp(Exception):

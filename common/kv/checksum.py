@@ -20,7 +20,6 @@ from common.kv.geometry import Range, span_slots
 from common.kv.layout import PoolLayout
 from common.kv.pool import Bytes
 
-
 Digests = npt.NDArray[np.uint64]
 
 

@@ -30,6 +30,10 @@ class Link(Protocol):
         there*, and the owner was alive. Raises `ValueError` for a plan that leaves the pool, `LinkTimeout`
         after the link's deadline (a frozen peer never reports an error), `LinkLost` when the peer is gone."""
 
+    async def read(self, destination: KvPool, plan: CopyPlan) -> None:
+        """Copies pieces of the owner's pool (the plan's source) into `destination` (host memory). When it returns the
+        bytes are there. Raises like `write`."""
+
     async def aclose(self) -> None:
         """After this no write of this link changes the owner's pool any more. Where that cannot be confirmed
         within the deadline it raises a `LinkError` whose `may_still_write` is true: keep the blocks out of

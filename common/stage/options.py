@@ -31,6 +31,8 @@ class StageOptions:
     cores: str
     link: str
     is_colocated: bool
+    num_replicas: int
+    recovery: str
 
     @property
     def is_driver(self) -> bool:
@@ -58,6 +60,8 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
     parser.add_argument("--link", default="auto", choices=["auto", "shm", "zmq"], help="how KV travels")
     if role == "token_stage":
         parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
+        parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
+        parser.add_argument("--recovery", default="auto", choices=["auto", "restore", "replay"])
     arguments = parser.parse_args(argv)
     first, last = (int(layer) for layer in arguments.layers.split(":"))
     return StageOptions(
@@ -80,4 +84,6 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
         cores=arguments.cores,
         link=arguments.link,
         is_colocated=getattr(arguments, "colocated", False),
+        num_replicas=getattr(arguments, "replicas", 0),
+        recovery=getattr(arguments, "recovery", "auto"),
     )

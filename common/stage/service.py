@@ -32,6 +32,7 @@ from common.membership import (
     MemberRecord,
     Membership,
     PipelineRecord,
+    SnapshotEnd,
 )
 from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone
 from common.model.loader import load_stage
@@ -74,6 +75,7 @@ class StageService(abc.ABC):
         self.loop: asyncio.AbstractEventLoop
         self.record: PipelineRecord | None = None
         self._stages_ready: dict[int, dict[int, int]] = {}
+        self._members_known = asyncio.Event()
         self._monitor = LoopMonitor()
         self._counters = {"refused_frames": 0, "bad_frames": 0, "steps": 0, "tokens": 0}
         self._crash: asyncio.Future[None]
@@ -109,8 +111,14 @@ class StageService(abc.ABC):
     def role_stats(self) -> dict[str, Any]:
         """Figures for `status`, at least kv_blocks."""
 
-    def member_lost(self, record: MemberRecord) -> None:  # noqa: B027
+    async def member_joined(self, record: MemberRecord) -> None:  # noqa: B027
+        """An incarnation of a member is there, and connected."""
+
+    async def member_lost(self, record: MemberRecord) -> None:  # noqa: B027
         """An incarnation of a member is gone."""
+
+    async def quiesce(self) -> None:  # noqa: B027
+        """Returns when nothing that this process has begun outside of its steps writes to the pool any more."""
 
     async def open_pool(self) -> dict[str, str]:
         """Called once the pool exists; returns details to register under."""
@@ -231,10 +239,14 @@ class StageService(abc.ABC):
                     await self.peers.connect(record.name, record.endpoint)
                     if self._waits_for_us(record):
                         self._report_ready(record.name)
+                    if isinstance(event, MemberJoined):
+                        await self.member_joined(record)
                 case MemberLost(record):
                     self.members.pop(record.name, None)
                     self.peers.drop(record.name)
-                    self.member_lost(record)
+                    await self.member_lost(record)
+                case SnapshotEnd():
+                    self._members_known.set()
 
     def make_worker(self, on_layer: LayerHook | None = None, on_close: CloseHook | None = None) -> StageWorker:
         """A worker with an empty table."""
@@ -253,6 +265,8 @@ class StageService(abc.ABC):
     # ------------------------------------------------------------ epochs
 
     async def _watch_pipelines(self, membership: Membership) -> None:
+        # a driver must know which stores there were before its epoch
+        await self._members_known.wait()
         async for record in membership.watch_pipelines():
             self.records[record.pipeline] = record
             if record.pipeline == self.options.pipeline and record.epoch > self.epoch:
@@ -270,7 +284,8 @@ class StageService(abc.ABC):
         self.record = record
         self.worker = self.new_worker()
         logger.info("epoch %d of %s begins", record.epoch, record.pipeline)
-        # ready means that no step of an older epoch writes to the pool any more
+        # ready means that nothing of an older epoch writes to the pool any more
+        await self.quiesce()
         self.compute.submit(lambda: None, lambda _: self._report_stage_ready(record))
 
     def _report_stage_ready(self, record: PipelineRecord) -> None:
@@ -344,7 +359,8 @@ class StageService(abc.ABC):
         return False
 
     def _answer_stats(self, query: StatsQuery) -> None:
-        stats = {"loop": self._monitor.figures(), "counters": dict(self._counters), **self.role_stats()}
+        stats = {"loop": self._monitor.figures(), **self.role_stats()}
+        stats["counters"] = dict(self._counters) | stats.get("counters", {})
         reply = StatsReply(query.query_id, self.options.name, msgspec.msgpack.encode(stats))
         self.peers.send(query.reply_to, reply)
 

@@ -81,10 +81,18 @@ def describe(
             for view in views
         ],
         "live": dict(live),
-        "counters": dict(journal.counters),
+        "counters": _sums(journal.counters, stats.values()),
         "events": journal.events,
     }
     return json.dumps(document).encode()
+
+
+def _sums(own: Mapping[str, int], stats: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """The router's counters, with what the services counted under the same names."""
+    sums = Counter(own)
+    for counters in (figures.get("counters", {}) for figures in stats):
+        sums.update({name: value for name, value in counters.items() if name in own})
+    return dict(sums)
 
 
 def _service(member: MemberRecord, leader: str, is_spare: bool, stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.messages import Drawn, Step
+from common.messages import Drawn, SequenceOpen, Step, pack_ids
+from common.replica_messages import HeldReplica
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
 
@@ -14,7 +15,8 @@ class Phase(Enum):
     WAITING = "waiting"
     """No blocks: queued, or preempted."""
     PREFILLING = "prefilling"
-    """Blocks are lent; a prompt pipeline (or, colocated, this one) computes the prompt."""
+    """Blocks are lent; a prompt pipeline (or, colocated, this one) computes the prompt, or its KV comes out of a
+    store."""
     DECODING = "decoding"
     ENDED = "ended"
     """Nobody wants its tokens any more; blocks go back as soon as nothing can touch them."""
@@ -34,6 +36,15 @@ class Sequence:
     attempt: int = 0
     blocks: list[int] = field(default_factory=list)
     num_scheduled: int = 0
+    num_computed: int = 0
+    """so many tokens have KV in the pools of all stages"""
+    num_reads: int = 0
+    """stores that are copying from its blocks"""
+    num_pulls: int = 0
+    """stages that are copying a replica into its blocks"""
+    replica: HeldReplica | None = None
+    """what is being pulled, from the store `source`; None: it turned out damaged"""
+    source: str = ""
     num_in_flight: int = 0
     is_open: bool = False
     num_cells: int = 0
@@ -54,8 +65,25 @@ class Sequence:
         return self.phase is Phase.ENDED or self.requeue
 
     @property
+    def is_touched(self) -> bool:
+        """Whether anybody may still read or write its blocks."""
+        return bool(self.num_in_flight or self.num_reads or self.num_pulls or self.awaits_writers)
+
+    @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def opened(self) -> SequenceOpen:
+        """What stages keep of it."""
+        return SequenceOpen(
+            self.sequence_id,
+            self.attempt,
+            self.choice,
+            self.num_prompt,
+            pack_ids(self.tokens),
+            self.params,
+            list(self.blocks),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +120,31 @@ class StopPrefill:
     attempt: int
 
 
-Action = Grant | Produce | Fail | StopPrefill
+@dataclass(frozen=True, slots=True)
+class AskStore:
+    """Ask a store for a replica of the sequence."""
+
+    sequence_id: str
+    store: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullReplica:
+    """Have every stage copy its part of `sequence.replica` into the sequence's blocks."""
+
+    sequence_id: str
+
+
+Action = Grant | Produce | Fail | StopPrefill | AskStore | PullReplica
+
+
+def too_long(num_prompt: int, max_tokens: int, needed: int, num_blocks: int) -> WireError:
+    """The refusal of a sequence that would not fit even alone."""
+    message = (
+        f"prompt ({num_prompt} tokens) and max_tokens ({max_tokens}) need {needed} KV blocks; "
+        f"a token stage has {num_blocks} (raise --kv-memory or lower max_tokens)"
+    )
+    return WireError("context_exceeded", message, "max_tokens")
 
 
 @dataclass(frozen=True, slots=True)

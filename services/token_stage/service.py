@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 from common.kv.arrival import verify_arrival
+from common.kv.checksum import hash_tokens
 from common.kv.server import PoolServer
 from common.membership import MemberRecord
 from common.messages import (
@@ -33,10 +34,13 @@ from common.messages import (
     unpack_ids,
 )
 from common.model.spec import ModelSpec
+from common.replica_messages import Claimed, Located, Pull, Pulled, Replicated
 from common.stage.options import StageOptions
 from common.stage.service import Sender, StageService
+from services.token_stage.pulls import Pulls
+from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
-from services.token_stage.sequence import Action, Fail, Grant, Produce, StopPrefill
+from services.token_stage.sequence import Action, AskStore, Fail, Grant, Produce, PullReplica, StopPrefill
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +65,18 @@ class TokenStage(StageService):
         self._received_bytes = 0
         self._corrupt_arrivals = 0
         self._server: PoolServer | None = None
+        self._pulls: Pulls
         self._verifier = ThreadPoolExecutor(1, thread_name_prefix="verify")
 
     # ------------------------------------------------------------ the stage's part
 
     async def open_pool(self) -> dict[str, str]:
-        if self.options.is_colocated:
-            return {}
         self._server = await PoolServer.start(self.pool, self.options.host, self.incarnation)
+        self._pulls = Pulls(self.pool, self._verifier, self._pulled)
         return {"kv_offer": self._server.offer.encode()}
 
     async def close_pool(self) -> None:
+        await self._pulls.aclose()
         self._verifier.shutdown(wait=True, cancel_futures=True)
         if self._server is not None:
             await self._server.aclose()
@@ -95,15 +100,29 @@ class TokenStage(StageService):
         confirmed = KvConfirmed(
             arrived.epoch, arrived.sequence_id, arrived.attempt, arrived.num_tokens * num_layers, intact
         )
+        self._tell_driver(confirmed)
+
+    def _pulled(self, pull: Pull, intact: bool) -> None:
+        self._tell_driver(Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact))
+
+    def _tell_driver(self, message: KvConfirmed | Pulled) -> None:
         if self.options.is_driver:
-            self.handle(Sender(self.options.name, self.incarnation), confirmed)
+            self.handle(Sender(self.options.name, self.incarnation), message)
         elif self.record is not None:
-            self.peers.send(self.record.stages[0].name, confirmed)
+            self.peers.send(self.record.stages[0].name, message)
+
+    async def quiesce(self) -> None:
+        await self._pulls.idle()
 
     # ------------------------------------------------------------ the driver's part
 
     def new_driver(self, epoch: int, num_blocks: int) -> None:
         self._live.clear()
+        options = self.options
+        replication = Replication(options.pipeline, epoch, options.block_size, options.num_replicas, options.recovery)
+        for member in self.members.values():
+            if member.role == "cache_store":
+                replication.store_joined(member.name, was_there=True)
         self._scheduler = TokenScheduler(
             epoch=epoch,
             num_stages=self.options.num_stages,
@@ -111,8 +130,11 @@ class TokenStage(StageService):
             num_blocks=num_blocks,
             block_size=self.options.block_size,
             eos_token_ids=self.spec.eos_token_ids,
-            chunk_tokens=self.options.chunk_tokens if self.options.is_colocated else 0,
+            chunk_tokens=self.options.chunk_tokens,
+            is_colocated=self.options.is_colocated,
+            replication=replication,
         )
+        self.pump()
 
     def end_driver(self) -> None:
         self._scheduler = None
@@ -121,6 +143,12 @@ class TokenStage(StageService):
     def next_step(self) -> Step | None:
         return None if self._scheduler is None else self._scheduler.next_step()
 
+    def pump(self) -> None:
+        super().pump()
+        if self._scheduler is not None:
+            for store, message in self._scheduler.replication.flush():
+                self.peers.send(store, message)
+
     def step_done(self, step: int, drawn: list[Drawn]) -> None:
         if self._scheduler is not None:
             self._carry_out(self._scheduler.step_done(step, drawn))
@@ -128,6 +156,10 @@ class TokenStage(StageService):
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
         if isinstance(message, KvArrived):
             self._kv_arrived(message)
+            return
+        if isinstance(message, Pull):
+            if self.accepts(message.epoch):
+                self._pulls.start(message)
             return
         scheduler = self._scheduler
         if scheduler is None:
@@ -153,19 +185,38 @@ class TokenStage(StageService):
             case HandoffEnded():
                 if self.accepts(message.epoch):
                     self._carry_out(_handoff_ended(scheduler, message))
+            case Claimed() | Replicated() | Located() | Pulled():
+                if self.accepts(message.epoch):
+                    self._carry_out(_about_replicas(scheduler, message))
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
         self.pump()
 
-    def member_lost(self, record: MemberRecord) -> None:
-        """Nobody reads the tokens of a router that is gone: its clients ask again at its successor."""
-        if record.role != "router" or self._scheduler is None:
+    async def member_joined(self, record: MemberRecord) -> None:
+        if record.role != "cache_store":
             return
-        for sequence_id, live in list(self._live.items()):
-            if live.router == (record.name, record.incarnation):
-                self._carry_out(self._scheduler.cancel(sequence_id))
-                self._live.pop(sequence_id, None)
+        await self._pulls.store_joined(record)
+        if self._scheduler is not None:
+            self._scheduler.replication.store_joined(record.name, was_there=False)
+            self.pump()
+
+    async def member_lost(self, record: MemberRecord) -> None:
+        if record.role == "cache_store":
+            await self._pulls.store_lost(record.name)
+        if self._scheduler is None:
+            return
+        if record.role == "cache_store":
+            self._carry_out(self._scheduler.store_lost(record.name))
+        elif record.role == "router":
+            self._router_lost(self._scheduler, Sender(record.name, record.incarnation))
         self.pump()
+
+    def _router_lost(self, scheduler: TokenScheduler, router: Sender) -> None:
+        """Nobody reads the tokens of its sequences: its clients ask again at its successor."""
+        for sequence_id, live in list(self._live.items()):
+            if live.router == router:
+                self._carry_out(scheduler.cancel(sequence_id, is_orphan=True))
+                self._live.pop(sequence_id, None)
 
     def _admit(self, scheduler: TokenScheduler, router: Sender, admit: Admit) -> None:
         self._live[admit.sequence_id] = _LiveSequence(admit, router)
@@ -193,6 +244,10 @@ class TokenStage(StageService):
                         ended.append(sequence_id)
                 case Grant():
                     self._request_prefill(live, action)
+                case AskStore(sequence_id, store):
+                    self._ask_store(sequence_id, store)
+                case PullReplica(sequence_id):
+                    self._pull_replica(sequence_id)
                 case StopPrefill(sequence_id, attempt):
                     self._stop_prefill(sequence_id, attempt)
                 case Fail(sequence_id, error):
@@ -229,6 +284,28 @@ class TokenStage(StageService):
         )
         self.peers.send(record.stages[0].name, prefill)
 
+    def _ask_store(self, sequence_id: str, store: str) -> None:
+        sequence = None if self._scheduler is None else self._scheduler.restoring(sequence_id)
+        if sequence is not None and self._scheduler is not None:
+            self.peers.send(*self._scheduler.replication.locate(store, sequence))
+
+    def _pull_replica(self, sequence_id: str) -> None:
+        """Has every stage copy its layers; each answers with `Pulled`."""
+        sequence = None if self._scheduler is None else self._scheduler.restoring(sequence_id)
+        if sequence is None or sequence.replica is None or self.record is None:
+            return
+        held = sequence.replica
+        token_hash = hash_tokens(pack_ids(sequence.tokens[: held.num_tokens]))
+        for stage, checksum in zip(self.record.stages, held.checksums, strict=True):
+            pull = Pull(
+                self.epoch, sequence_id, sequence.attempt, sequence.source, held.num_tokens, held.blocks,
+                sequence.blocks, token_hash, checksum,
+            )  # fmt: skip
+            if stage.name == self.options.name:
+                self._pulls.start(pull)
+            else:
+                self.peers.send(stage.name, pull)
+
     def _stop_prefill(self, sequence_id: str, attempt: int) -> None:
         writer = None if self._scheduler is None else self._scheduler.writer(sequence_id)
         record = None if writer is None else self.records.get(writer[0])
@@ -243,11 +320,33 @@ class TokenStage(StageService):
             "handoff": {"received_bytes": self._received_bytes, "corrupt": self._corrupt_arrivals},
         }
         if self._scheduler is not None:
+            stats["replication"] = {
+                "lag_tokens": self._scheduler.replication.lag_tokens(),
+                "pulled_bytes": self._pulls.received_bytes,
+            }
+            stats["counters"] = {
+                "recoveries": self._scheduler.num_recoveries,
+                "recomputed_tokens": self._scheduler.num_recomputed,
+                "replica_lag_tokens": self._scheduler.replication.lag_tokens(),
+            }
             stats["sequences"] = {
                 "running": self._scheduler.num_running,
                 "waiting": self._scheduler.num_waiting,
             }
         return stats
+
+
+def _about_replicas(scheduler: TokenScheduler, message: Claimed | Replicated | Located | Pulled) -> list[Action]:
+    match message:
+        case Claimed(store, _, _, keys):
+            return scheduler.store_claimed(store, keys)
+        case Replicated(store, _, batch, failed):
+            return scheduler.replicated(store, batch, failed)
+        case Located(store, _, sequence_id, attempt, held):
+            return scheduler.located(sequence_id, attempt, store, held)
+        case Pulled(_, sequence_id, attempt, intact):
+            return scheduler.pulled(sequence_id, attempt, intact)
+    assert_never(message)
 
 
 def _handoff_ended(scheduler: TokenScheduler, ended: HandoffEnded) -> list[Action]:

@@ -11,6 +11,7 @@ import pytest
 from common.messages import Drawn, Handoff, Prefill, Step, pack_ids
 from dejavu.params import SamplingParams
 from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler
+from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, Fail, Grant, Produce, StopPrefill
 
@@ -36,7 +37,9 @@ class Pipelines:
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
             eos_token_ids=(EOS,),
-            chunk_tokens=16 if is_colocated else 0,
+            chunk_tokens=16,
+            is_colocated=is_colocated,
+            replication=Replication("token-0", 1, BLOCK_SIZE),
         )
         self.prompt = PromptScheduler(
             epoch=1, num_stages=2, num_blocks=num_blocks, block_size=BLOCK_SIZE, chunk_tokens=16

@@ -1,0 +1,128 @@
+"""What token drivers, token stages and cache stores say to each other about replicas.
+
+A *replica* is the KV of a sequence's first tokens, for all layers, in a store. It is named by its *key*, the sequence
+id without the router's term ("request_id/choice"): what it holds depends on token ids alone, so it outlives the
+pipeline, the epoch and the router that it was made under. Token ids travel as packed little-endian int32.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+def replica_key(sequence_id: str) -> str:
+    """The key of a sequence's replica."""
+    return sequence_id.rpartition("/")[0]
+
+
+class ReplicaItem(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens [start, start + num_tokens) of a sequence have KV in `blocks`, which hold exactly these tokens from slot
+    `start` modulo the block size on. `token_ids` are the ids from `start` to the newest known, computed or not."""
+
+    key: str
+    start: int
+    num_tokens: int
+    blocks: list[int]
+    token_ids: bytes
+
+
+class HeldReplica(msgspec.Struct, frozen=True, array_like=True):
+    """What a store has of a sequence; `blocks` in the store's pool, from token 0."""
+
+    num_tokens: int
+    blocks: list[int]
+    checksums: list[int]
+    """one per stage of the asking pipeline, over its layers"""
+
+
+# ---------------------------------------------------------------- to a store
+
+
+class Claim(msgspec.Struct, frozen=True, array_like=True, tag="claim"):
+    """Token driver: an epoch begins. Nothing of older epochs of this pipeline is read any more once it is answered."""
+
+    pipeline: str
+    epoch: int
+
+
+class Replicate(msgspec.Struct, frozen=True, array_like=True, tag="replicate"):
+    """Token driver: copy these from the pipeline's pools. Nobody writes there until it is answered."""
+
+    pipeline: str
+    epoch: int
+    batch: int
+    items: list[ReplicaItem]
+
+
+class Forget(msgspec.Struct, frozen=True, array_like=True, tag="forget"):
+    """Token driver: these sequences have ended; with `after_s`, drop them unless somebody wants them until then."""
+
+    pipeline: str
+    epoch: int
+    keys: list[str]
+    after_s: float = 0.0
+
+
+class Locate(msgspec.Struct, frozen=True, array_like=True, tag="locate"):
+    """Token driver: what is there of a sequence with these token ids?"""
+
+    pipeline: str
+    epoch: int
+    sequence_id: str
+    attempt: int
+    token_ids: bytes
+
+
+# ---------------------------------------------------------------- to a token stage
+
+
+class Claimed(msgspec.Struct, frozen=True, array_like=True, tag="claimed"):
+    """Store to token driver: answers `Claim` with the keys of all replicas it has."""
+
+    store: str
+    pipeline: str
+    epoch: int
+    keys: list[str]
+
+
+class Replicated(msgspec.Struct, frozen=True, array_like=True, tag="replicated"):
+    """Store to token driver: the batch is over; of the sequences in `failed` nothing was kept."""
+
+    store: str
+    epoch: int
+    batch: int
+    failed: list[str]
+
+
+class Located(msgspec.Struct, frozen=True, array_like=True, tag="located"):
+    """Store to token driver: answers `Locate`; None: nothing that would help."""
+
+    store: str
+    epoch: int
+    sequence_id: str
+    attempt: int
+    held: HeldReplica | None
+
+
+class Pull(msgspec.Struct, frozen=True, array_like=True, tag="pull"):
+    """Driver to each stage of its pipeline: copy your layers of tokens [0, num_tokens) from `store_blocks` of a store's
+    pool into `blocks` of yours."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    store: str
+    num_tokens: int
+    store_blocks: list[int]
+    blocks: list[int]
+    token_hash: bytes
+    checksum: int
+
+
+class Pulled(msgspec.Struct, frozen=True, array_like=True, tag="pulled"):
+    """Stage to its driver: a `Pull` is over; `intact` if the bytes are there and are what the store was given."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    intact: bool

@@ -1,0 +1,255 @@
+"""Wiring of a cache store: membership, an inbox that is worked off in order, answers to token drivers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from common import messages
+from common.channel import Inbox
+from common.etcd.client import EtcdClient
+from common.kv.layout import PoolLayout, num_blocks_for
+from common.kv.pool import KvPool
+from common.kv.server import PoolServer
+from common.loop_monitor import LoopMonitor
+from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Membership, PipelineRecord
+from common.messages import StatsQuery, StatsReply, StoreInboxMessage
+from common.model.spec import ModelSpec, load_spec
+from common.peers import Peers
+from common.replica_messages import Claim, Claimed, Forget, Locate, Located, Replicate, Replicated, replica_key
+from dejavu.errors import ConfigurationError
+from services.cache_store.keeper import Keeper
+from services.cache_store.shelf import Shelf
+
+logger = logging.getLogger(__name__)
+
+LEASE_TTL_S = 3.0
+RECORD_WAIT_S = 0.5
+SWEEP_S = 5.0
+UNCLAIMED_S = 60.0
+"""How long replicas of a pipeline outlive the epoch that made them, unless the next one uses them."""
+MAX_WAITING_MESSAGES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """The command line of a cache store."""
+
+    name: str
+    etcd: str
+    cluster: str
+    host: str
+    model: str
+    dtype: str
+    kv_memory_bytes: int
+    block_size: int
+
+
+class CacheStore:
+    """One cache store. Use `await CacheStore.serve(options, stop)`."""
+
+    def __init__(self, options: StoreOptions, spec: ModelSpec) -> None:
+        self._options = options
+        self._incarnation = f"{os.getpid():x}-{time.time_ns():x}"
+        self._peers = Peers(f"{options.name}.{self._incarnation}")
+        self._pool = KvPool.create(_layout(options, spec), name=options.name)
+        layout = self._pool.layout
+        self._shelf = Shelf(layout.num_blocks, layout.block_size, 2 * layout.num_layers)
+        self._keeper = Keeper(self._pool, self._shelf)
+        self._queue: asyncio.Queue[tuple[str, StoreInboxMessage]] = asyncio.Queue(MAX_WAITING_MESSAGES)
+        self._records: dict[str, PipelineRecord] = {}
+        self._record_changed = asyncio.Condition()
+        self._connected: dict[str, int] = {}
+        self._lease_id = 0
+        self._monitor = LoopMonitor()
+        self._counters = {"bad_frames": 0, "refused_frames": 0, "batches": 0}
+        self._inbox: Inbox
+        self._membership: Membership
+
+    @classmethod
+    async def serve(cls, options: StoreOptions, stop: asyncio.Event) -> None:
+        """Runs a store until `stop` is set. Raises `ConfigurationError`."""
+        store = cls(options, load_spec(options.model, options.dtype))
+        server = await PoolServer.start(store._pool, options.host, store._incarnation)
+        store._inbox = await Inbox.bind(f"tcp://{options.host}:*", store._on_frames)
+        try:
+            async with (
+                EtcdClient(options.etcd) as etcd,
+                Membership(etcd, options.cluster, LEASE_TTL_S) as store._membership,
+            ):
+                store._lease_id = store._membership.lease.id
+                await store._membership.register(store._member(server.offer.encode()))
+                await store._live(stop)
+        finally:
+            store._inbox.close()
+            store._peers.close()
+            await store._keeper.aclose()
+            await server.aclose()
+            store._pool.close()
+
+    async def _live(self, stop: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            running = [
+                tasks.create_task(self._watch_members()),
+                tasks.create_task(self._watch_pipelines()),
+                tasks.create_task(self._work()),
+                tasks.create_task(self._sweep()),
+                tasks.create_task(self._monitor.watch()),
+            ]
+            await stop.wait()
+            for task in running:
+                task.cancel()
+
+    def _member(self, kv_offer: str) -> MemberRecord:
+        return MemberRecord(
+            name=self._options.name,
+            role="cache_store",
+            incarnation=self._incarnation,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            endpoint=self._inbox.endpoint,
+            pipeline=None,
+            stage_index=None,
+            num_stages=None,
+            layers=None,
+            state="active",
+            detail={"kv_offer": kv_offer},
+        )
+
+    async def _watch_members(self) -> None:
+        async for event in self._membership.watch():
+            match event:
+                case MemberJoined(record) | MemberChanged(record):
+                    if record.role in ("router", "token_stage"):
+                        await self._peers.connect(record.name, record.endpoint)
+                case MemberLost(record):
+                    self._peers.drop(record.name)
+
+    async def _watch_pipelines(self) -> None:
+        async for record in self._membership.watch_pipelines():
+            if record.role == "token_stage":
+                async with self._record_changed:
+                    self._records[record.pipeline] = record
+                    self._record_changed.notify_all()
+
+    # ------------------------------------------------------------ messages
+
+    def _on_frames(self, peer: bytes, frames: list[memoryview]) -> None:
+        try:
+            message = messages.decode_store_inbox(frames[0])
+        except (msgspec.DecodeError, IndexError) as error:
+            self._counters["bad_frames"] += 1
+            logger.warning("malformed message from %r: %s", peer[:64], error)
+            return
+        if isinstance(message, StatsQuery):
+            self._answer_stats(message)
+            return
+        try:
+            self._queue.put_nowait((peer.decode(errors="replace").rpartition(".")[0], message))
+        except asyncio.QueueFull:
+            logger.warning("%s from %r dropped: too many wait", type(message).__name__, peer[:64])
+
+    async def _work(self) -> None:
+        """One after the other: whoever hears an answer knows that everything before it is over."""
+        while True:
+            sender, message = await self._queue.get()
+            self._check_lease()
+            match message:
+                case Claim():
+                    await self._claim(sender, message)
+                case Replicate(pipeline, epoch, batch, items):
+                    if self._accepts(pipeline, epoch):
+                        failed = await self._keeper.keep(pipeline, items)
+                        self._counters["batches"] += 1
+                        self._peers.send(sender, Replicated(self._options.name, epoch, batch, failed))
+                case Locate(pipeline, epoch, sequence_id, attempt, token_ids):
+                    if self._accepts(pipeline, epoch):
+                        held = self._keeper.held(pipeline, replica_key(sequence_id), token_ids)
+                        self._peers.send(sender, Located(self._options.name, epoch, sequence_id, attempt, held))
+                case Forget(pipeline, epoch):
+                    if self._accepts(pipeline, epoch):
+                        self._forget(message)
+
+    def _forget(self, forget: Forget) -> None:
+        for key in forget.keys:
+            if forget.after_s:
+                self._shelf.expire(key, time.monotonic() + forget.after_s)
+            else:
+                self._shelf.forget(key)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._shelf.sweep(time.monotonic())
+
+    def _check_lease(self) -> None:
+        """Others took us for dead once our lease had lapsed, and may have reused what we were reading then."""
+        lease_id = self._membership.lease.id
+        if lease_id != self._lease_id:
+            logger.warning("the lease had lapsed: %d replicas are void", len(self._shelf.replicas))
+            self._shelf.clear()
+            self._lease_id = lease_id
+
+    def _accepts(self, pipeline: str, epoch: int) -> bool:
+        if self._shelf.accepts(pipeline, epoch):
+            return True
+        self._counters["refused_frames"] += 1
+        return False
+
+    async def _claim(self, sender: str, claim: Claim) -> None:
+        record = await self._record(claim.pipeline, claim.epoch)
+        if record is None:
+            self._queue.put_nowait((sender, claim))  # our watch is behind
+            return
+        keys = self._shelf.claim(claim.pipeline, claim.epoch, time.monotonic() + UNCLAIMED_S)
+        if keys is None or record.epoch > claim.epoch:
+            return
+        if self._connected.get(claim.pipeline) != claim.epoch:
+            await self._keeper.connect(record)
+            self._connected[claim.pipeline] = claim.epoch
+        self._peers.send(sender, Claimed(self._options.name, claim.pipeline, claim.epoch, keys))
+
+    async def _record(self, pipeline: str, epoch: int) -> PipelineRecord | None:
+        """The pipeline's record as soon as the watch shows what the driver has seen already."""
+
+        def is_there() -> bool:
+            return pipeline in self._records and self._records[pipeline].epoch >= epoch
+
+        try:
+            async with asyncio.timeout(RECORD_WAIT_S), self._record_changed:
+                await self._record_changed.wait_for(is_there)
+        except TimeoutError:
+            return None
+        return self._records[pipeline]
+
+    def _answer_stats(self, query: StatsQuery) -> None:
+        replicas = self._shelf.replicas.values()
+        stats = {
+            "loop": self._monitor.figures(),
+            "counters": dict(self._counters),
+            "kv_blocks": self._shelf.kv_blocks(),
+            "replicas": {
+                "sequences": len(replicas),
+                "tokens": sum(replica.num_tokens for replica in replicas),
+                "received_bytes": self._keeper.received_bytes,
+            },
+        }
+        self._peers.send(query.reply_to, StatsReply(query.query_id, self._options.name, msgspec.msgpack.encode(stats)))
+
+
+def _layout(options: StoreOptions, spec: ModelSpec) -> PoolLayout:
+    layout = PoolLayout(
+        0, spec.num_layers, 1, options.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.fingerprint
+    )
+    num_blocks = num_blocks_for(layout, options.kv_memory_bytes)
+    if num_blocks < 1:
+        raise ConfigurationError(
+            f"--kv-memory {options.kv_memory_bytes} holds no block of {options.block_size} tokens", field="kv_memory"
+        )
+    return msgspec.structs.replace(layout, num_blocks=num_blocks)

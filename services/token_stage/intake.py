@@ -1,0 +1,236 @@
+"""How a sequence gets its KV (pure): blocks are lent, then a prompt pipeline computes it or a store has a replica."""
+
+from __future__ import annotations
+
+from common.messages import Drawn
+from common.replica_messages import HeldReplica
+from dejavu.params import SamplingParams
+from services.token_stage.sequence import (
+    Action,
+    AskStore,
+    Fail,
+    Grant,
+    Phase,
+    PullReplica,
+    Sequence,
+    StopPrefill,
+    too_long,
+)
+from services.token_stage.table import SequenceTable
+
+
+class Intake(SequenceTable):
+    """Events of queued and prefilling sequences; each returns what there is to do."""
+
+    # ------------------------------------------------------------ routers
+
+    def admit(
+        self, sequence_id: str, choice: int, prompt: list[int], forced: list[int], params: SamplingParams
+    ) -> list[Action]:
+        """Queues a sequence; a known id is ignored (the router may repeat itself)."""
+        if sequence_id in self._sequences:
+            return []
+        needed = self._blocks_for(len(prompt) + params.max_tokens)
+        if needed > self._num_blocks:
+            return [Fail(sequence_id, too_long(len(prompt), params.max_tokens, needed, self._num_blocks))]
+        sequence = Sequence(sequence_id, choice, params, len(prompt), prompt + forced, self._num_arrivals)
+        self._num_arrivals += 1
+        self._sequences[sequence_id] = sequence
+        self._waiting[sequence_id] = sequence
+        return self._grant_waiting()
+
+    def cancel(self, sequence_id: str, *, is_orphan: bool = False) -> list[Action]:
+        """Ends a sequence; its blocks return as soon as nothing touches them. An orphan's router is gone: the next
+        one may ask for the same sequence, so that its replica is kept for a while."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            return []
+        return [*self._end(sequence, is_orphan=is_orphan), *self._grant_waiting()]
+
+    # ------------------------------------------------------------ prompt pipelines
+
+    def first_token(self, sequence_id: str, attempt: int, drawn: Drawn) -> list[Action]:
+        """The prompt pipeline drew the next token; it is delivered now and decoding starts with the KV."""
+        sequence = self._current(sequence_id, attempt)
+        if sequence is None or sequence.first is not None:
+            return []
+        sequence.first = drawn
+        actions = self._append(sequence, drawn)
+        return [*actions, *self._start_decoding_if_complete(sequence), *self._grant_waiting()]
+
+    def kv_confirmed(self, sequence_id: str, attempt: int, num_cells: int, intact: bool) -> list[Action]:
+        """A stage verified (or found corrupt) `num_cells` = tokens x layers of a hand-off."""
+        sequence = self._current(sequence_id, attempt)
+        if sequence is None:
+            return []
+        if not intact:
+            return self._restart(sequence)
+        sequence.num_cells += num_cells
+        return self._start_decoding_if_complete(sequence)
+
+    def handoff_ended(
+        self, sequence_id: str, attempt: int, stage_index: int, num_stages: int, failed: bool
+    ) -> list[Action]:
+        """A prompt stage will write nothing more for this attempt."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.attempt != attempt:
+            return []
+        sequence.num_writers = num_stages
+        sequence.ended_writers.add(stage_index)
+        actions: list[Action] = []
+        if len(sequence.ended_writers) == num_stages:
+            sequence.awaits_writers = False
+        if failed and sequence.phase is Phase.PREFILLING:
+            actions = self._restart(sequence)
+        self._release_if_untouched(sequence)
+        return [*actions, *self._grant_waiting()]
+
+    def assign_writer(self, sequence_id: str, pipeline: str, epoch: int) -> None:
+        """Notes which prompt pipeline (at which epoch) was asked to prefill a granted sequence."""
+        self._sequences[sequence_id].writer = (pipeline, epoch)
+
+    def writer(self, sequence_id: str) -> tuple[str, int] | None:
+        """The prompt pipeline and epoch that were asked to prefill a sequence."""
+        sequence = self._sequences.get(sequence_id)
+        return None if sequence is None else sequence.writer
+
+    def pipeline_replaced(self, pipeline: str, epoch: int) -> list[Action]:
+        """A prompt pipeline runs a new epoch: what its older epochs had not finished is prefilled again."""
+        for sequence in list(self._sequences.values()):
+            writer = sequence.writer
+            if not sequence.awaits_writers or writer is None or writer[0] != pipeline or writer[1] >= epoch:
+                continue
+            sequence.awaits_writers = False
+            complete = sequence.first is not None and sequence.num_cells == self._cells_needed(sequence)
+            if sequence.phase is Phase.PREFILLING and not complete:
+                sequence.requeue = True
+            self._release_if_untouched(sequence)
+        return self._grant_waiting()
+
+    def _restart(self, sequence: Sequence) -> list[Action]:
+        """Its prefill is void: stop the writers, then prefill again."""
+        if sequence.requeue:
+            return []
+        sequence.requeue = True
+        stop: list[Action] = [StopPrefill(sequence.sequence_id, sequence.attempt)]
+        self._release_if_untouched(sequence)
+        return stop
+
+    def _cells_needed(self, sequence: Sequence) -> int:
+        num_tokens = len(sequence.tokens) - (1 if sequence.first is not None else 0)
+        return num_tokens * self._num_layers
+
+    def _start_decoding_if_complete(self, sequence: Sequence) -> list[Action]:
+        is_prefilling = sequence.phase is Phase.PREFILLING and not sequence.requeue
+        if is_prefilling and sequence.first is not None and sequence.num_cells == self._cells_needed(sequence):
+            sequence.num_computed = len(sequence.tokens) - 1
+            self.replication.computed(sequence)
+            self._set_ready(sequence)
+        return []
+
+    # ------------------------------------------------------------ stores
+
+    def store_lost(self, name: str) -> list[Action]:
+        """A store is gone: who waits for its answer is prefilled."""
+        self._no_longer_read(self.replication.store_lost(name))
+        waiting = [s for s in self._sequences.values() if s.source == name and not s.num_pulls and not s.is_leaving]
+        actions = [action for s in waiting if s.phase is Phase.PREFILLING for action in self._prefill(s)]
+        return [*actions, *self._grant_waiting()]
+
+    def store_claimed(self, name: str, keys: list[str]) -> list[Action]:
+        """A store reads nothing of older epochs any more."""
+        self.replication.claimed(name, keys)
+        return self._grant_waiting()
+
+    def replicated(self, name: str, batch: int, failed: list[str]) -> list[Action]:
+        """A store has read what it was told to."""
+        self._no_longer_read(self.replication.replicated(name, batch, failed))
+        return self._grant_waiting()
+
+    def located(self, sequence_id: str, attempt: int, store: str, held: HeldReplica | None) -> list[Action]:
+        """A store's answer. What a replica lacks is computed here, unless it is so much that it would hold up the
+        others."""
+        sequence = self._current(sequence_id, attempt)
+        if sequence is None or sequence.source != store or sequence.num_pulls or sequence.requeue:
+            return []
+        num_usable = 0 if held is None else min(held.num_tokens, len(sequence.tokens) - 1)
+        if held is None or num_usable <= 0 or len(sequence.tokens) - num_usable > self._chunk_tokens:
+            return self._prefill(sequence)
+        sequence.replica, sequence.num_pulls = held, self._num_stages
+        return [PullReplica(sequence_id)]
+
+    def pulled(self, sequence_id: str, attempt: int, intact: bool) -> list[Action]:
+        """A stage has copied its part of a replica; when all have, the sequence goes on behind it."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.attempt != attempt or not sequence.num_pulls:
+            return []
+        sequence.num_pulls -= 1
+        if not intact:
+            sequence.replica = None
+        if sequence.num_pulls:
+            return []
+        if sequence.is_leaving:
+            self._release_if_untouched(sequence)
+            return self._grant_waiting()
+        if sequence.replica is None:
+            return self._prefill(sequence)
+        sequence.num_computed = sequence.num_scheduled = min(sequence.replica.num_tokens, len(sequence.tokens) - 1)
+        self.num_recoveries += 1
+        self.num_recomputed += len(sequence.tokens) - sequence.num_computed
+        self._prefilling[sequence_id] = sequence
+        self.replication.restored(sequence, sequence.source)
+        return []
+
+    def restoring(self, sequence_id: str) -> Sequence | None:
+        """A live sequence, as the service needs it to ask for its replica."""
+        return self._sequences.get(sequence_id)
+
+    def _no_longer_read(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._release_if_untouched(sequence)
+
+    # ------------------------------------------------------------ grants
+
+    def _grant_waiting(self) -> list[Action]:
+        """Lends blocks to queued sequences, oldest first, while they fit beside a reserve for the running."""
+        actions: list[Action] = []
+        if not self.replication.is_settled:
+            return actions
+        for sequence in sorted(self._waiting.values(), key=lambda sequence: sequence.arrival):
+            needed = self._blocks_for(len(sequence.tokens) + 1)
+            reserve = self._num_decoding // 4 if len(self._sequences) > len(self._waiting) else 0
+            if self.allocator.num_free < needed + reserve:
+                break
+            expected = self._blocks_for(sequence.num_prompt + sequence.params.max_tokens)
+            blocks = self.allocator.allocate(sequence.sequence_id, needed, max(needed, expected))
+            if blocks is None:
+                break
+            actions += self._begin_prefill(sequence, list(blocks))
+        return actions
+
+    def _begin_prefill(self, sequence: Sequence, blocks: list[int]) -> list[Action]:
+        del self._waiting[sequence.sequence_id]
+        sequence.phase = Phase.PREFILLING
+        sequence.attempt += 1
+        sequence.blocks = blocks
+        sequence.num_scheduled = sequence.num_cells = sequence.num_computed = 0
+        sequence.first, sequence.num_writers = None, None
+        sequence.ended_writers.clear()
+        store = self.replication.holder(sequence, is_continued=sequence.num_output > 0)
+        if store is not None:
+            sequence.source = store
+            return [AskStore(sequence.sequence_id, store)]
+        return self._prefill(sequence)
+
+    def _prefill(self, sequence: Sequence) -> list[Action]:
+        """Its KV is computed from token 0."""
+        sequence.source, sequence.replica = "", None
+        if sequence.num_output:
+            self.num_recomputed += len(sequence.tokens)
+        if self._is_colocated:
+            self._prefilling[sequence.sequence_id] = sequence
+            return []
+        blocks = sequence.blocks
+        sequence.awaits_writers = True
+        forced = sequence.tokens[sequence.num_prompt :]
+        return [Grant(sequence.sequence_id, sequence.attempt, blocks, forced)]

@@ -1,0 +1,110 @@
+"""Replicas on their way back: a token stage copies its layers out of a cache store's pool and checks them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from common.kv.arrival import pool_checksum
+from common.kv.checksum import SpanBinding
+from common.kv.errors import LinkError
+from common.kv.geometry import plan_copies
+from common.kv.link import Link, open_link
+from common.kv.offer import GrantOffer
+from common.kv.pool import KvPool
+from common.membership import MemberRecord
+from common.replica_messages import Pull, replica_key
+from dejavu.errors import ProtocolError
+
+logger = logging.getLogger(__name__)
+
+
+class Pulls:
+    """Pulls into one pool. Copies and checks run in `executor`; `on_done(pull, intact)` is called on the event loop,
+    once for each."""
+
+    def __init__(self, pool: KvPool, executor: Executor, on_done: Callable[[Pull, bool], None]) -> None:
+        self.received_bytes = 0
+        self._pool = pool
+        self._executor = executor
+        self._on_done = on_done
+        self._offers: dict[str, GrantOffer] = {}
+        self._links: dict[str, Link] = {}
+        self._opening = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def store_joined(self, store: MemberRecord) -> None:
+        """A store that may be pulled from; the way is opened ahead."""
+        try:
+            offer = GrantOffer.decode(str(store.detail.get("kv_offer", "")))
+        except ProtocolError as error:
+            logger.warning("%s: %s", store.name, error)
+            return
+        if self._offers.get(store.name) != offer:
+            await self.store_lost(store.name)
+            self._offers[store.name] = offer
+
+    async def store_lost(self, name: str) -> None:
+        self._offers.pop(name, None)
+        link = self._links.pop(name, None)
+        if link is not None:
+            await _close(link)
+
+    def start(self, pull: Pull) -> None:
+        """Begins a pull."""
+        task = asyncio.get_running_loop().create_task(self._run(pull))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def idle(self) -> None:
+        """Returns when none is under way: nothing of ours writes to the pool any more."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def aclose(self) -> None:
+        await self.idle()
+        for name in list(self._offers):
+            await self.store_lost(name)
+
+    async def _run(self, pull: Pull) -> None:
+        try:
+            intact = await self._copy(pull)
+        except (LinkError, ValueError) as error:
+            logger.warning("pulling %s from %s: %s", pull.sequence_id, pull.store, error)
+            intact = False
+        self._on_done(pull, intact)
+
+    async def _copy(self, pull: Pull) -> bool:
+        link, offer = await self._link(pull.store)
+        layout = self._pool.layout
+        token_range = (0, pull.num_tokens)
+        plan = plan_copies(offer.layout, pull.store_blocks, layout, pull.blocks, token_range, layout.layers)
+        await link.read(self._pool, plan)
+        self.received_bytes += plan.total_bytes
+        key = replica_key(pull.sequence_id)
+        binding = SpanBinding(layout.fingerprint, key, layout.layers, token_range, pull.token_hash)
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._executor, pool_checksum, self._pool, pull.blocks, binding
+        )
+        if found != pull.checksum:
+            logger.warning("the replica of %s in %s is damaged", pull.sequence_id, pull.store)
+        return found == pull.checksum
+
+    async def _link(self, store: str) -> tuple[Link, GrantOffer]:
+        """Raises `LinkError`; `ValueError` for a store that is gone."""
+        async with self._opening:
+            offer = self._offers.get(store)
+            if offer is None:
+                raise ValueError(f"{store} is not there")
+            if store not in self._links:
+                self._links[store] = await open_link(offer, self._pool, executor=self._executor)
+            return self._links[store], offer
+
+
+async def _close(link: Link) -> None:
+    try:
+        await link.aclose()
+    except LinkError as error:
+        logger.warning("%s", error)

@@ -1,0 +1,237 @@
+"""Which tokens of which sequences are in which store, and what to send next (pure).
+
+A store reads the stages' pools by itself when the driver tells it what is new, one batch at a time: while one is under
+way news accumulate, so a slow store gets fewer and larger batches and never a queue. Blocks that are being read are not
+given away. At the start of an epoch nothing is given away at all until every store has said that it reads nothing of an
+older one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from common.messages import pack_ids
+from common.replica_messages import Claim, Forget, Locate, ReplicaItem, Replicate, replica_key
+from services.token_stage.sequence import Sequence
+
+MAX_BATCH_TOKENS = 8192
+RETRY_BATCHES = 64
+ORPHAN_S = 60.0
+"""How long the replica of a sequence whose router died waits for the next router to ask for it."""
+
+ToStore = tuple[str, Claim | Replicate | Forget | Locate]
+
+
+@dataclass(slots=True)
+class _Store:
+    """`reading` is the batch under way, with how far each of its sequences gets by it."""
+
+    is_claimed: bool = False
+    keys: set[str] = field(default_factory=set)
+    """replicas of older epochs"""
+    acknowledged: dict[str, int] = field(default_factory=dict)
+    behind: dict[str, Sequence] = field(default_factory=dict)
+    reading: dict[str, tuple[Sequence, int]] | None = None
+    refused: dict[str, int] = field(default_factory=dict)
+    """key -> number of the batch that may try it again"""
+    forget: list[str] = field(default_factory=list)
+    expire: list[str] = field(default_factory=list)
+
+
+class Replication:
+    """One driver's replicas at one epoch; `num_copies` of every sequence. `flush` gives what there is to send."""
+
+    def __init__(self, pipeline: str, epoch: int, block_size: int, num_copies: int = 1, recovery: str = "auto") -> None:
+        """`recovery` "replay" never asks for a replica: everything is computed again."""
+        self._may_restore = recovery != "replay"
+        self._pipeline = pipeline
+        self._epoch = epoch
+        self._block_size = block_size
+        self._num_copies = num_copies
+        self._stores: dict[str, _Store] = {}
+        self._sequences: dict[str, Sequence] = {}
+        self._unanswered: set[str] = set()
+        self._claims: list[str] = []
+        self._num_batches = 0
+
+    # ------------------------------------------------------------ stores
+
+    def store_joined(self, name: str, *, was_there: bool) -> None:
+        """A store is there; `was_there` before this epoch began, so that it may still read for an older one."""
+        self._stores[name] = _Store()
+        self._claims.append(name)
+        if was_there:
+            self._unanswered.add(name)
+
+    def store_lost(self, name: str) -> list[Sequence]:
+        """It is dead, or will drop everything when it notices. Sequences that it no longer reads."""
+        self._unanswered.discard(name)
+        store = self._stores.pop(name, None)
+        if store is None:
+            return []
+        for sequence in self._sequences.values():
+            self._note_behind(sequence)  # another store takes its place
+        return self._end_reading(store)
+
+    def claimed(self, name: str, keys: Iterable[str]) -> None:
+        """A store reads nothing of older epochs; `keys` are the replicas it has."""
+        self._unanswered.discard(name)
+        store = self._stores.get(name)
+        if store is None:
+            return
+        store.is_claimed = True
+        store.keys = set(keys)
+        for sequence in self._sequences.values():
+            self._note_behind(sequence)
+
+    def replicated(self, name: str, batch: int, failed: Iterable[str]) -> list[Sequence]:
+        """A batch is over. The sequences that are no longer read."""
+        store = self._stores.get(name)
+        if store is None or store.reading is None:
+            return []
+        refused = set(failed)
+        for key, (sequence, end) in store.reading.items():
+            if self._sequences.get(key) is not sequence:
+                continue
+            if key in refused:
+                store.acknowledged.pop(key, None)
+                store.refused[key] = batch + RETRY_BATCHES
+            else:
+                store.acknowledged[key] = end
+            self._note_behind(sequence)
+        return self._end_reading(store)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether blocks may be given away: no store reads for an older epoch."""
+        return not self._unanswered
+
+    # ------------------------------------------------------------ sequences
+
+    def computed(self, sequence: Sequence) -> None:
+        """The KV of the sequence's first `num_computed` tokens is in the pools of all stages."""
+        self._sequences[replica_key(sequence.sequence_id)] = sequence
+        self._note_behind(sequence)
+
+    def restored(self, sequence: Sequence, name: str) -> None:
+        """The sequence's KV came out of this store, so the store has it."""
+        if name in self._stores:
+            self._stores[name].acknowledged[replica_key(sequence.sequence_id)] = sequence.num_computed
+        self.computed(sequence)
+
+    def ended(self, sequence: Sequence, *, is_orphan: bool) -> None:
+        """Nobody wants its tokens any more; of an orphan, the next router may."""
+        key = replica_key(sequence.sequence_id)
+        if self._sequences.get(key) is sequence:
+            del self._sequences[key]
+        for store in self._stores.values():
+            if key in store.keys or key in store.acknowledged or key in store.behind:
+                (store.expire if is_orphan else store.forget).append(key)
+            for of_store in (store.behind, store.refused, store.acknowledged):
+                of_store.pop(key, None)
+            if is_orphan:
+                store.keys.add(key)
+            else:
+                store.keys.discard(key)
+
+    def holder(self, sequence: Sequence, *, is_continued: bool) -> str | None:
+        """The store to ask for a replica: one that is known to have it, or, for a sequence that ran elsewhere before
+        (`is_continued`), the one that would."""
+        if not self._may_restore:
+            return None
+        key = replica_key(sequence.sequence_id)
+        ranked = self._ranked(key)
+        knowing = [n for n in ranked if key in self._stores[n].keys or self._stores[n].acknowledged.get(key)]
+        return next(iter(knowing or (ranked if is_continued else [])), None)
+
+    def lag_tokens(self) -> int:
+        """How many computed tokens the least protected sequence would lose."""
+        return max((s.num_computed - self._protected(key) for key, s in self._sequences.items()), default=0)
+
+    # ------------------------------------------------------------ sending
+
+    def flush(self) -> list[ToStore]:
+        """What to send now, in order."""
+        messages: list[ToStore] = [(name, Claim(self._pipeline, self._epoch)) for name in self._claims]
+        self._claims = []
+        for name, store in self._stores.items():
+            if not store.is_claimed:
+                continue
+            for keys, after_s in ((store.forget, 0.0), (store.expire, ORPHAN_S)):
+                if keys:
+                    messages.append((name, Forget(self._pipeline, self._epoch, list(keys), after_s)))
+                    keys.clear()
+            batch = self._next_batch(store)
+            if batch is not None:
+                messages.append((name, batch))
+        return messages
+
+    def locate(self, store: str, sequence: Sequence) -> ToStore:
+        ids = pack_ids(sequence.tokens)
+        return store, Locate(self._pipeline, self._epoch, sequence.sequence_id, sequence.attempt, ids)
+
+    def _next_batch(self, store: _Store) -> Replicate | None:
+        if store.reading is not None or not store.behind:
+            return None
+        items: list[ReplicaItem] = []
+        reading: dict[str, tuple[Sequence, int]] = {}
+        room = MAX_BATCH_TOKENS
+        for key, sequence in list(store.behind.items()):
+            if sequence.is_leaving or not sequence.blocks:
+                del store.behind[key]
+                continue
+            if store.refused.get(key, 0) > self._num_batches:
+                continue
+            start = min(store.acknowledged.get(key, 0), sequence.num_computed)
+            count = min(sequence.num_computed - start, room)
+            if room == 0:
+                break
+            del store.behind[key]
+            if count == 0:
+                continue
+            items.append(self._item(key, sequence, start, count))
+            reading[key] = (sequence, start + count)
+            sequence.num_reads += 1
+            room -= count
+        self._num_batches += 1
+        if not items:
+            return None
+        store.reading = reading
+        return Replicate(self._pipeline, self._epoch, self._num_batches, items)
+
+    def _item(self, key: str, sequence: Sequence, start: int, count: int) -> ReplicaItem:
+        first, end = start // self._block_size, -(-(start + count) // self._block_size)
+        return ReplicaItem(key, start, count, sequence.blocks[first:end], pack_ids(sequence.tokens[start:]))
+
+    # ------------------------------------------------------------ inside
+
+    def _note_behind(self, sequence: Sequence) -> None:
+        key = replica_key(sequence.sequence_id)
+        for name in self._ranked(key)[: self._num_copies]:
+            store = self._stores[name]
+            if store.acknowledged.get(key, 0) < sequence.num_computed:
+                store.behind[key] = sequence
+
+    def _end_reading(self, store: _Store) -> list[Sequence]:
+        sequences = [] if store.reading is None else [sequence for sequence, _ in store.reading.values()]
+        store.reading = None
+        for sequence in sequences:
+            sequence.num_reads -= 1
+        return sequences
+
+    def _protected(self, key: str) -> int:
+        return max((store.acknowledged.get(key, 0) for store in self._stores.values()), default=0)
+
+    def _ranked(self, key: str) -> list[str]:
+        """Stores in this key's order of preference (rendezvous hashing): a store that comes or goes moves only the
+        replicas that are its own."""
+        names = [name for name, store in self._stores.items() if store.is_claimed]
+        return names if len(names) < 2 else sorted(names, key=lambda name: _weight(name, key))
+
+
+@functools.lru_cache(1 << 16)
+def _weight(name: str, key: str) -> bytes:
+    return hashlib.blake2b(f"{name}\0{key}".encode(), digest_size=8).digest()

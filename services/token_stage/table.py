@@ -1,0 +1,137 @@
+"""The sequences of one token pipeline and their blocks: how they become ready, end, and give their blocks back (pure).
+
+Blocks are given away only when nothing can touch them: no step in flight uses them, no store reads them, no stage
+copies a replica into them, and every prompt stage that was granted them has said that it will not write again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from common.ends import finish_reason
+from common.kv.blocks import BlockAllocator
+from common.messages import Drawn, SequenceOpen
+from services.token_stage.replication import Replication
+from services.token_stage.sequence import Action, FlyingStep, Phase, Produce, Sequence, StopPrefill
+
+
+class SequenceTable:
+    """State of one token pipeline at one epoch. A colocated one prefills by itself; any other computes only what a
+    replica lacks, in chunks of at most `chunk_tokens`, too."""
+
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        num_stages: int,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        eos_token_ids: tuple[int, ...],
+        chunk_tokens: int,
+        is_colocated: bool,
+        replication: Replication,
+    ) -> None:
+        self.epoch = epoch
+        self.replication = replication
+        self.num_recoveries = 0
+        self.num_recomputed = 0
+        self.allocator = BlockAllocator(num_blocks)
+        self._num_stages = num_stages
+        self._num_layers = num_layers
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._eos_token_ids = eos_token_ids
+        self._chunk_tokens = chunk_tokens
+        self._is_colocated = is_colocated
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: dict[str, Sequence] = {}
+        self._ready: OrderedDict[str, Sequence] = OrderedDict()
+        self._prefilling: dict[str, Sequence] = {}
+        self._opens: list[SequenceOpen] = []
+        self._closes: list[str] = []
+        self._flying: dict[int, FlyingStep] = {}
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._num_decoding = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._sequences) - len(self._waiting)
+
+    def kv_blocks(self) -> dict[str, int]:
+        """Blocks in all, free, and withdrawn because somebody might still write to them."""
+        return {
+            "total": self._num_blocks,
+            "free": self.allocator.num_free,
+            "quarantined": self.allocator.num_quarantined,
+        }
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _current(self, sequence_id: str, attempt: int) -> Sequence | None:
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None or sequence.attempt != attempt or sequence.phase is not Phase.PREFILLING:
+            return None
+        return sequence
+
+    def _set_ready(self, sequence: Sequence) -> None:
+        if sequence.phase is not Phase.DECODING:
+            sequence.phase = Phase.DECODING
+            self._num_decoding += 1
+        self._ready[sequence.sequence_id] = sequence
+
+    def _append(self, sequence: Sequence, drawn: Drawn) -> list[Action]:
+        sequence.tokens.append(drawn.token_id)
+        num_output = sequence.num_output
+        reason = finish_reason(sequence.params, self._eos_token_ids, drawn.token_id, num_output)
+        produced = Produce(sequence.sequence_id, num_output - 1, drawn, reason)
+        return [produced, *self._end(sequence)] if reason is not None else [produced]
+
+    def _requeue(self, sequence: Sequence) -> None:
+        self._ready.pop(sequence.sequence_id, None)
+        sequence.requeue = True
+        self._release_if_untouched(sequence)
+
+    def _end(self, sequence: Sequence, *, is_orphan: bool = False) -> list[Action]:
+        if sequence.phase is Phase.ENDED:
+            return []
+        self.replication.ended(sequence, is_orphan=is_orphan)
+        was = sequence.phase
+        if was is Phase.DECODING:
+            self._num_decoding -= 1
+        sequence.phase = Phase.ENDED
+        self._ready.pop(sequence.sequence_id, None)
+        self._prefilling.pop(sequence.sequence_id, None)
+        self._waiting.pop(sequence.sequence_id, None)
+        wants_stop = was is Phase.PREFILLING and sequence.awaits_writers
+        stop: list[Action] = [StopPrefill(sequence.sequence_id, sequence.attempt)] if wants_stop else []
+        self._release_if_untouched(sequence)
+        return stop
+
+    def _release_if_untouched(self, sequence: Sequence) -> None:
+        if not sequence.is_leaving or sequence.is_touched:
+            return
+        if sequence.blocks:
+            self.allocator.release(sequence.sequence_id)
+            sequence.blocks = []
+        if sequence.is_open:
+            self._closes.append(sequence.sequence_id)
+            sequence.is_open = False
+        if sequence.phase is Phase.ENDED:
+            self._sequences.pop(sequence.sequence_id, None)
+        else:
+            self._back_to_queue(sequence)
+
+    def _back_to_queue(self, sequence: Sequence) -> None:
+        sequence.requeue = False
+        if sequence.phase is Phase.DECODING:
+            self._num_decoding -= 1
+        self._prefilling.pop(sequence.sequence_id, None)
+        sequence.phase = Phase.WAITING
+        self._waiting[sequence.sequence_id] = sequence
