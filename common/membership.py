@@ -216,6 +216,15 @@ class Membership:
         result = await self._client.transaction([guard], [Put(self._pipelines + record.pipeline, value)])
         return result.revision if result.succeeded else None
 
+    async def evict(self, record: MemberRecord) -> None:
+        """Ends the lease of an incarnation that must be taken for dead. Raises `EtcdUnavailable`."""
+        found = await self._client.get(self._members + record.name)
+        member = None if found is None else _decode_member(found)
+        if found is None or member is None or member.incarnation != record.incarnation:
+            return
+        with contextlib.suppress(EtcdLeaseNotFound):
+            await self._client.revoke_lease(found.lease_id)
+
     async def _reconcile(self) -> None:
         """Makes etcd hold our record, on our lease. Raises `MemberSuperseded`."""
         async with self._writing:

@@ -98,7 +98,15 @@ class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"
     stats: bytes
 
 
-RouterInboxMessage = PipelineReady | TokensProduced | SequenceFailed | StatsReply
+class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
+    """Every service to every router, from its event loop: it turns. `overdue_s` > 0: its compute thread is stuck."""
+
+    name: str
+    incarnation: str
+    overdue_s: float = 0.0
+
+
+RouterInboxMessage = PipelineReady | TokensProduced | SequenceFailed | StatsReply | Beat
 
 # ---------------------------------------------------------------- to a stage
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from common.channel import Outbox
-from common.messages import Message, encode
+from common.messages import Beat, Message, encode
 
 logger = logging.getLogger(__name__)
+
+BEAT_S = 0.1
 
 
 class Peers:
@@ -56,3 +58,14 @@ class Peers:
     def close(self) -> None:
         for name in list(self._outboxes):
             self.drop(name)
+
+
+async def beat(
+    peers: Peers, routers: Callable[[], Iterable[str]], name: str, incarnation: str, overdue_s: Callable[[], float]
+) -> None:
+    """Tells every router that this event loop turns, until cancelled."""
+    while True:
+        message = Beat(name, incarnation, overdue_s())
+        for router in routers():
+            peers.send(router, message)
+        await asyncio.sleep(BEAT_S)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -25,3 +26,21 @@ def set_affinity(cores: Sequence[int]) -> None:
     """Keeps this process on `cores`, as far as the system can."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine is stopped (SIGSTOP, a debugger); False where that cannot be known."""
+    try:
+        # the name before it may contain anything, also spaces and brackets
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):
+        return False
+
+
+def kill_process(pid: int) -> bool:
+    """SIGKILL; works on a stopped process, too. False: there is none, or it is not ours."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

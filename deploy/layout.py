@@ -39,7 +39,8 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
     services = []
     for index, port in enumerate(place.router_ports):
         name = f"router-{index}"
-        services.append(_command(name, "router", [*shared, "--port", str(port)]))
+        kill = [] if options.may_kill else ["--no-kill"]
+        services.append(_command(name, "router", [*shared, "--port", str(port), *kill]))
     for index in range(options.cache_stores):
         memory = ["--kv-memory", str(_store_bytes(options)), "--block-size", str(options.block_size)]
         services.append(_command(f"cache-store-{index}", "cache_store", [*shared, *memory]))

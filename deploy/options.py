@@ -31,6 +31,7 @@ class ServeOptions:
     cache_stores: int
     replicas: int
     recovery: str
+    may_kill: bool
     device: str
     dtype: str
     kv_memory_bytes: int
@@ -67,6 +68,7 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         cache_stores=arguments.cache_stores,
         replicas=arguments.replicas,
         recovery=arguments.recovery,
+        may_kill=not arguments.no_kill,
         device=arguments.device,
         dtype=arguments.dtype,
         kv_memory_bytes=arguments.kv_memory,
@@ -138,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "restore", "replay"],
         help="after a failure: take KV from the stores, or compute everything again (replay)",
     )
+    add("--no-kill", action="store_true", help="never kill a silent service, only take its lease (to test fencing)")
     add("--colocated", action="store_true", help="token pipelines compute prompts, too; no prompt pipelines")
     add("--prompt-split", type=_split, metavar="A,B", help="layers of each prompt stage (default: even)")
     add("--token-split", type=_split, metavar="A,B", help="layers of each token stage (default: even)")

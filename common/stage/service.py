@@ -38,9 +38,10 @@ from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsR
 from common.model.loader import load_stage
 from common.model.runner import StageRunner
 from common.model.spec import ModelSpec, load_spec
-from common.peers import Peers
+from common.peers import Peers, beat
 from common.stage.compute import ComputeThread
 from common.stage.options import StageOptions
+from common.stage.step_clock import StepClock
 from common.stage.worker import CloseHook, LayerHook, StageWorker, StepOutput
 from dejavu.errors import ConfigurationError
 
@@ -76,6 +77,7 @@ class StageService(abc.ABC):
         self.record: PipelineRecord | None = None
         self._stages_ready: dict[int, dict[int, int]] = {}
         self._members_known = asyncio.Event()
+        self._clock = StepClock()
         self._monitor = LoopMonitor()
         self._counters = {"refused_frames": 0, "bad_frames": 0, "steps": 0, "tokens": 0}
         self._crash: asyncio.Future[None]
@@ -218,6 +220,9 @@ class StageService(abc.ABC):
             self.tasks.create_task(self._watch_members(membership)),
             self.tasks.create_task(self._watch_pipelines(membership)),
             self.tasks.create_task(self._monitor.watch()),
+            self.tasks.create_task(
+                beat(self.peers, self._routers, self.options.name, self.incarnation, self._overdue_s)
+            ),
         ]
         waiting = self.tasks.create_task(stop.wait())
         ends: list[asyncio.Future[Any]] = [waiting, self._crash]
@@ -226,6 +231,12 @@ class StageService(abc.ABC):
             task.cancel()
         if self._crash.done():
             self._crash.result()
+
+    def _routers(self) -> list[str]:
+        return [member.name for member in self.members.values() if member.role == "router"]
+
+    def _overdue_s(self) -> float:
+        return self._clock.overdue_s(time.monotonic())
 
     def _on_crash(self, error: BaseException) -> None:
         if not self._crash.done():
@@ -384,7 +395,9 @@ class StageService(abc.ABC):
     def _run(self, step: Step, hidden: memoryview | None) -> None:
         worker = self.worker
         self._counters["steps"] += 1
-        self._counters["tokens"] += sum(chunk.num_tokens for chunk in step.chunks)
+        num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
+        self._counters["tokens"] += num_tokens
+        self._clock.submitted(num_tokens, time.monotonic())
 
         def execute() -> StepOutput:
             # a worker that was replaced meanwhile must not touch the pool
@@ -393,6 +406,7 @@ class StageService(abc.ABC):
         self.compute.submit(execute, functools.partial(self._on_output, step))
 
     def _on_output(self, step: Step, output: StepOutput) -> None:
+        self._clock.done(time.monotonic())
         if step.epoch != self.epoch or self.record is None:
             return
         if not self.options.is_last:

@@ -88,6 +88,8 @@ class Keeper:
                 await asyncio.sleep(0)
         except LinkError as error:
             logger.warning("copying from %s: %s", pipeline, error)
+            for item in items:
+                self._shelf.forget(item.key)
             return [item.key for item in items]
         return failed
 
@@ -125,6 +127,7 @@ class Keeper:
             )
         except ValueError as error:
             logger.warning("bad blocks for %s: %s", item.key, error)
+            self._shelf.forget(item.key)
             return None
 
     def _slices(self, moves: Sequence[_Move]) -> Iterator[list[_Move]]:

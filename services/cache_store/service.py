@@ -21,7 +21,7 @@ from common.loop_monitor import LoopMonitor
 from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Membership, PipelineRecord
 from common.messages import StatsQuery, StatsReply, StoreInboxMessage
 from common.model.spec import ModelSpec, load_spec
-from common.peers import Peers
+from common.peers import Peers, beat
 from common.replica_messages import Claim, Claimed, Forget, Locate, Located, Replicate, Replicated, replica_key
 from dejavu.errors import ConfigurationError
 from services.cache_store.keeper import Keeper
@@ -66,6 +66,7 @@ class CacheStore:
         self._records: dict[str, PipelineRecord] = {}
         self._record_changed = asyncio.Condition()
         self._connected: dict[str, int] = {}
+        self._routers: set[str] = set()
         self._lease_id = 0
         self._monitor = LoopMonitor()
         self._counters = {"bad_frames": 0, "refused_frames": 0, "batches": 0}
@@ -100,6 +101,9 @@ class CacheStore:
                 tasks.create_task(self._watch_pipelines()),
                 tasks.create_task(self._work()),
                 tasks.create_task(self._sweep()),
+                tasks.create_task(
+                    beat(self._peers, lambda: self._routers, self._options.name, self._incarnation, lambda: 0.0)
+                ),
                 tasks.create_task(self._monitor.watch()),
             ]
             await stop.wait()
@@ -128,7 +132,10 @@ class CacheStore:
                 case MemberJoined(record) | MemberChanged(record):
                     if record.role in ("router", "token_stage"):
                         await self._peers.connect(record.name, record.endpoint)
+                    if record.role == "router":
+                        self._routers.add(record.name)
                 case MemberLost(record):
+                    self._routers.discard(record.name)
                     self._peers.drop(record.name)
 
     async def _watch_pipelines(self) -> None:

@@ -57,10 +57,11 @@ class Shelf:
 
     def make_room(self, pipeline: str, item: ReplicaItem) -> list[int] | None:
         """The replica's blocks, enough for the item's tokens; what it held from `start` on is void. None where the
-        item does not continue what is there, or no block is free."""
+        item does not continue what is there, or no block is free: then nothing of it is kept."""
         replica = self.replicas.setdefault(item.key, Replica(pipeline))
         replica.pipeline, replica.expires_at_s = pipeline, None
         if item.start > replica.num_tokens:
+            self.forget(item.key)
             return None
         replica.num_tokens = item.start
         replica.token_ids = replica.token_ids[: item.start * ID_BYTES] + item.token_ids
@@ -68,6 +69,7 @@ class Shelf:
         if missing > 0:
             more = self._allocate(item.key, missing, is_first=not replica.blocks)
             if more is None:
+                self.forget(item.key)
                 return None
             replica.blocks += more
         return replica.blocks

@@ -14,6 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("services.router", description=__doc__)
     add_common_options(parser)
     parser.add_argument("--port", type=int, default=5555, help="where clients connect (0 = any free port)")
+    parser.add_argument(
+        "--no-kill", action="store_true", help="never kill a silent process of this machine, only end its lease"
+    )
     arguments = parser.parse_args(argv)
     options = RouterOptions(
         name=arguments.name,
@@ -23,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         port=arguments.port,
         model=arguments.model,
         dtype=arguments.dtype,
+        may_kill=not arguments.no_kill,
     )
     return run_service(options.name, lambda stop: RouterService.serve(options, stop))
 

@@ -26,9 +26,10 @@ from common.membership import (
     Membership,
     PipelineRecord,
 )
-from common.messages import PipelineReady, SequenceFailed, StatsQuery, StatsReply, TokensProduced
+from common.messages import Beat, PipelineReady, SequenceFailed, StatsQuery, StatsReply, TokensProduced
 from common.model.spec import ModelSpec, load_spec
-from common.peers import Peers
+from common.peers import Peers, beat
+from common.process import is_stopped, kill_process
 from common.text import TextCodec
 from dejavu import wire
 from dejavu.errors import ConfigurationError, DejavuError, InvalidParameter
@@ -37,6 +38,7 @@ from services.router.pipelines import missing_pipelines
 from services.router.placement import PipelineView
 from services.router.requests import LONG_TEXT_CHARS, Requests
 from services.router.status import Journal, StatsRound, describe
+from services.router.watchdog import TICK_S, Suspicion, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class RouterOptions:
     port: int
     model: str
     dtype: str
+    may_kill: bool
 
 
 class RouterService:
@@ -76,6 +79,7 @@ class RouterService:
         self._leader = ""
         self._is_leader = False
         self._monitor = LoopMonitor()
+        self._watchdog = Watchdog(lambda member: member.host == socket.gethostname() and is_stopped(member.pid))
         self._queries: dict[int, StatsRound] = {}
         self._num_queries = 0
         self._changed = asyncio.Event()
@@ -151,6 +155,10 @@ class RouterService:
             self._tasks.create_task(self._form_pipelines(membership, election)),
             self._tasks.create_task(self._watch_clients()),
             self._tasks.create_task(self._monitor.watch()),
+            self._tasks.create_task(
+                beat(self._peers, self._other_routers, self._options.name, self._incarnation, lambda: 0.0)
+            ),
+            self._tasks.create_task(self._watch_pulses(membership)),
         ]
         logger.info("listening for clients on %s", self._public.endpoint)
         await stop.wait()
@@ -165,6 +173,7 @@ class RouterService:
                     await self._peers.connect(record.name, record.endpoint)
                 case MemberLost(record):
                     self._members.pop(record.name, None)
+                    self._watchdog.lost(record.name)
                     self._peers.drop(record.name)
                     self._journal.note("detected", record.name, role=record.role, pid=record.pid)
                     self._pipeline_of(record)
@@ -209,6 +218,35 @@ class RouterService:
                 except EtcdUnavailable as error:
                     logger.warning("%s is published later: %s", record.pipeline, error)
                     asyncio.get_running_loop().call_later(RETRY_S, self._changed.set)
+
+    def _other_routers(self) -> list[str]:
+        return [m.name for m in self._members.values() if m.role == "router" and m.name != self._options.name]
+
+    async def _watch_pulses(self, membership: Membership) -> None:
+        """The leader watches everybody, the other routers watch the leader."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            watched = [
+                m
+                for m in self._members.values()
+                if m.name != self._options.name and (self._is_leader or m.name == self._leader)
+            ]
+            for suspicion in self._watchdog.suspects(watched, time.monotonic()):
+                await self._evict(membership, suspicion)
+
+    async def _evict(self, membership: Membership, suspicion: Suspicion) -> None:
+        """First the process is killed, where we can, so that it never wakes up again; then its lease is ended, which
+        tells everybody."""
+        record = suspicion.record
+        logger.warning("%s (pid %d): %s", record.name, record.pid, suspicion.reason)
+        self._watchdog.lost(record.name)
+        self._journal.note("suspected", record.name, reason=suspicion.reason, pid=record.pid)
+        if self._options.may_kill and record.host == socket.gethostname():
+            kill_process(record.pid)
+        try:
+            await membership.evict(record)
+        except EtcdUnavailable as error:
+            logger.warning("%s keeps its lease for now: %s", record.name, error)
 
     async def _watch_clients(self) -> None:
         while True:
@@ -303,6 +341,8 @@ class RouterService:
         match message:
             case PipelineReady():
                 self._pipeline_ready(message)
+            case Beat(name, incarnation, overdue_s):
+                self._watchdog.heard(name, incarnation, overdue_s, time.monotonic())
             case TokensProduced():
                 self._requests.tokens_produced(message)
             case SequenceFailed():

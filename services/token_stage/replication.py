@@ -40,6 +40,9 @@ class _Store:
     forget: list[str] = field(default_factory=list)
     expire: list[str] = field(default_factory=list)
 
+    def may_have(self, key: str) -> bool:
+        return key in self.keys or key in self.acknowledged or key in (self.reading or ())
+
 
 class Replication:
     """One driver's replicas at one epoch; `num_copies` of every sequence. `flush` gives what there is to send."""
@@ -128,7 +131,7 @@ class Replication:
         if self._sequences.get(key) is sequence:
             del self._sequences[key]
         for store in self._stores.values():
-            if key in store.keys or key in store.acknowledged or key in store.behind:
+            if store.may_have(key):
                 (store.expire if is_orphan else store.forget).append(key)
             for of_store in (store.behind, store.refused, store.acknowledged):
                 of_store.pop(key, None)

@@ -1,0 +1,69 @@
+"""Who has gone silent (pure). A lease tells it after seconds; heartbeats of event loops and steps tell it sooner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from common.membership import MemberRecord
+
+TICK_S = 0.05
+STOPPED_AFTER_S = 0.35
+"""Silence after which it is worth looking whether the process was stopped."""
+SILENT_AFTER_S = 1.2
+"""Silence that no load explains: the event loop is stuck, or the way to us is broken."""
+MAX_OWN_DELAY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """A member that must be replaced, and why."""
+
+    record: MemberRecord
+    reason: str
+
+
+@dataclass(slots=True)
+class _Pulse:
+    incarnation: str
+    heard_at_s: float
+    overdue_s: float = 0.0
+
+
+class Watchdog:
+    """Listens for heartbeats. `is_stopped(record)` says whether the operating system has stopped a process (False where
+    that cannot be known)."""
+
+    def __init__(self, is_stopped: Callable[[MemberRecord], bool]) -> None:
+        self._is_stopped = is_stopped
+        self._pulses: dict[str, _Pulse] = {}
+        self._ticked_at_s: float | None = None
+
+    def heard(self, name: str, incarnation: str, overdue_s: float, now_s: float) -> None:
+        """A heartbeat; `overdue_s` > 0: its step is stuck."""
+        self._pulses[name] = _Pulse(incarnation, now_s, overdue_s)
+
+    def lost(self, name: str) -> None:
+        self._pulses.pop(name, None)
+
+    def suspects(self, members: Iterable[MemberRecord], now_s: float) -> list[Suspicion]:
+        """Call every `TICK_S`. Time in which this process itself was not scheduled counts for nobody."""
+        late_s = 0.0 if self._ticked_at_s is None else now_s - self._ticked_at_s - TICK_S
+        self._ticked_at_s = now_s
+        if late_s > MAX_OWN_DELAY_S:
+            for pulse in self._pulses.values():
+                pulse.heard_at_s = min(now_s, pulse.heard_at_s + late_s)
+            return []
+        judged = ((record, self._judge(record, now_s)) for record in members)
+        return [Suspicion(record, reason) for record, reason in judged if reason is not None]
+
+    def _judge(self, record: MemberRecord, now_s: float) -> str | None:
+        pulse = self._pulses.get(record.name)
+        if pulse is None or pulse.incarnation != record.incarnation:
+            return None  # it has not begun yet
+        silent_s = now_s - pulse.heard_at_s
+        if silent_s > SILENT_AFTER_S:
+            return f"silent for {silent_s:.2f} s"
+        if silent_s > STOPPED_AFTER_S and self._is_stopped(record):
+            return "stopped"
+        return f"step overdue by {pulse.overdue_s:.2f} s" if pulse.overdue_s > 0 else None

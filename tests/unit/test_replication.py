@@ -1,0 +1,319 @@
+"""Token scheduler and cache stores in any order of events: what comes back out of a store is what went in."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+from common.messages import Drawn, Step, pack_ids
+from common.replica_messages import Claim, Forget, HeldReplica, Locate, ReplicaItem, Replicate, replica_key
+from dejavu.params import SamplingParams
+from services.cache_store.shelf import Shelf
+from services.token_stage.replication import Replication, ToStore
+from services.token_stage.scheduler import TokenScheduler
+from services.token_stage.sequence import Action, AskStore, Fail, Produce, PullReplica
+
+BLOCK_SIZE = 4
+STORE_BLOCK_SIZE = 8
+NUM_STAGES = 2
+
+
+def next_token(tokens: list[int]) -> int:
+    return hash(tuple(tokens)) % 89 + 1
+
+
+def kv_of(tokens: list[int], position: int) -> int:
+    """What the cache of a position holds: it depends on all ids up to there."""
+    return hash(tuple(tokens[: position + 1]))
+
+
+def slot(blocks: list[int], position: int, block_size: int) -> int:
+    return blocks[position // block_size] * block_size + position % block_size
+
+
+class Store:
+    """The real shelf over a pool of made-up KV; messages are worked off in order."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.shelf = Shelf(num_blocks, STORE_BLOCK_SIZE, 1)
+        self.pool: dict[int, int] = {}
+        self.inbox: deque[Claim | Replicate | Forget | Locate] = deque()
+
+
+class World:
+    """One colocated token pipeline, its stores, and whatever is on its way between them."""
+
+    def __init__(self, seed: int, num_blocks: int) -> None:
+        self.draws = random.Random(seed)
+        self.num_blocks = num_blocks
+        self.epoch = 0
+        self.pool: dict[int, int] = {}
+        self.stores: dict[str, Store] = {"a": Store(40), "b": Store(12)}
+        self.requests: dict[str, list[int]] = {}
+        self.max_tokens: dict[str, int] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.ended: set[str] = set()
+        self.num_restored = 0
+        self.begin_epoch()
+
+    # ------------------------------------------------------------ faults
+
+    def begin_epoch(self) -> None:
+        """The pipeline died and runs again: its pool may hold anything, its messages are refused."""
+        self.epoch += 1
+        self.flying: deque[Step] = deque()
+        self.wire: list[tuple[str, tuple[object, ...]]] = []
+        self.table: dict[str, tuple[list[int], list[int]]] = {}
+        replication = Replication("token-0", self.epoch, BLOCK_SIZE, num_copies=1)
+        for name in self.stores:
+            replication.store_joined(name, was_there=True)
+        self.token = TokenScheduler(
+            epoch=self.epoch,
+            num_stages=NUM_STAGES,
+            num_layers=1,
+            num_blocks=self.num_blocks,
+            block_size=BLOCK_SIZE,
+            eos_token_ids=(),
+            chunk_tokens=16,
+            is_colocated=True,
+            replication=replication,
+        )
+        for name, prompt in self.requests.items():
+            if name not in self.ended:
+                self.admit(name, prompt)
+
+    def lose_store(self, name: str) -> None:
+        del self.stores[name]
+        self.wire = [(kind, a) for kind, a in self.wire if name not in a]
+        self.carry_out(self.token.store_lost(name))
+
+    def new_store(self, name: str) -> None:
+        self.stores[name] = Store(40)
+        self.token.replication.store_joined(name, was_there=False)
+
+    # ------------------------------------------------------------ requests
+
+    def submit(self, name: str, num_prompt: int, max_tokens: int) -> None:
+        self.requests[name] = [self.draws.randrange(1, 90) for _ in range(num_prompt)]
+        self.max_tokens[name] = max_tokens
+        self.outputs[name] = []
+        self.admit(name, self.requests[name])
+
+    def admit(self, name: str, prompt: list[int]) -> None:
+        params = SamplingParams(max_tokens=self.max_tokens[name])
+        self.carry_out(self.token.admit(f"{name}/0/t", 0, prompt, self.outputs[name], params))
+
+    def cancel(self, name: str) -> None:
+        self.ended.add(name)
+        self.carry_out(self.token.cancel(f"{name}/0/t", is_orphan=self.draws.random() < 0.5))
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Produce(sequence_id, index, drawn, reason):
+                    name = sequence_id.split("/")[0]
+                    tokens = self.requests[name] + self.outputs[name]
+                    assert index == len(self.outputs[name])
+                    assert drawn.token_id == next_token(tokens)
+                    self.outputs[name].append(drawn.token_id)
+                    if reason is not None:
+                        self.ended.add(name)
+                case AskStore(sequence_id, store):
+                    sequence = self.token.restoring(sequence_id)
+                    assert sequence is not None
+                    self.to_store(self.token.replication.locate(store, sequence))
+                case PullReplica(sequence_id):
+                    for _ in range(NUM_STAGES):
+                        self.wire.append(("pull", (sequence_id,)))
+                case Fail():
+                    raise AssertionError(action)
+
+    # ------------------------------------------------------------ the token pipeline
+
+    def start_steps(self) -> None:
+        while (step := self.token.next_step()) is not None:
+            self.flying.append(step)
+        for message in self.token.replication.flush():
+            self.to_store(message)
+
+    def run_step(self) -> None:
+        step = self.flying.popleft()
+        for sequence_id in step.closes:
+            del self.table[sequence_id]
+        for opened in step.opens:
+            tokens = list(memoryview(opened.token_ids).cast("i"))
+            self.table[opened.sequence_id] = (tokens, list(opened.blocks))
+        drawn: list[Drawn] = []
+        for chunk in step.chunks:
+            tokens, blocks = self.table[chunk.sequence_id]
+            blocks += chunk.new_blocks
+            if chunk.appended is not None and chunk.start == len(tokens):
+                tokens.append(chunk.appended)
+            for position in range(chunk.start):
+                assert self.pool[slot(blocks, position, BLOCK_SIZE)] == kv_of(tokens, position)
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                self.pool[slot(blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+            if chunk.draws:
+                drawn.append(Drawn(next_token(tokens)))
+                tokens.append(drawn[-1].token_id)
+        self.carry_out(self.token.step_done(step.step, drawn))
+
+    def pull(self, sequence_id: str) -> None:
+        sequence = self.token.restoring(sequence_id)
+        assert sequence is not None, "blocks were given away while a stage was pulling"
+        store = self.stores.get(sequence.source)
+        held = sequence.replica
+        if store is not None and held is not None:
+            for position in range(held.num_tokens):
+                value = store.pool[slot(held.blocks, position, STORE_BLOCK_SIZE)]
+                assert value == kv_of(sequence.tokens, position)
+                self.pool[slot(sequence.blocks, position, BLOCK_SIZE)] = value
+            self.num_restored += 1
+        self.carry_out(self.token.pulled(sequence_id, sequence.attempt, store is not None and held is not None))
+
+    # ------------------------------------------------------------ the stores
+
+    def to_store(self, message: ToStore) -> None:
+        if message[0] in self.stores:
+            self.stores[message[0]].inbox.append(message[1])
+
+    def run_store(self, name: str) -> None:
+        store = self.stores[name]
+        message = store.inbox.popleft()
+        if isinstance(message, Claim):
+            keys = store.shelf.claim("token-0", message.epoch, 0.0)
+            if keys is not None:
+                self.wire.append(("claimed", (message.epoch, name, keys)))
+        elif store.shelf.accepts("token-0", message.epoch):
+            self._serve(name, store, message)
+
+    def _serve(self, name: str, store: Store, message: Replicate | Forget | Locate) -> None:
+        match message:
+            case Replicate():
+                failed = [item.key for item in message.items if not self._keep(store, item)]
+                self.wire.append(("replicated", (message.epoch, name, message.batch, failed)))
+            case Forget(_, _, keys, after_s):
+                for key in keys:
+                    if after_s:
+                        store.shelf.expire(key, 1.0)
+                    else:
+                        store.shelf.forget(key)
+            case Locate(_, epoch, sequence_id, attempt, ids):
+                found = store.shelf.locate(replica_key(sequence_id), ids)
+                held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)
+                self.wire.append(("located", (epoch, sequence_id, attempt, name, held)))
+
+    def _keep(self, store: Store, item: ReplicaItem) -> bool:
+        blocks = store.shelf.make_room("token-0", item)
+        if blocks is None:
+            return False
+        first = item.start // BLOCK_SIZE * BLOCK_SIZE
+        for position in range(item.start, item.start + item.num_tokens):
+            value = self.pool[slot(item.blocks, position - first, BLOCK_SIZE)]
+            store.pool[slot(blocks, position, STORE_BLOCK_SIZE)] = value
+        store.shelf.commit(item, np.zeros((1, item.num_tokens), dtype=np.uint64))
+        return True
+
+    # ------------------------------------------------------------ delivery
+
+    def deliver_one(self) -> None:
+        kind, arguments = self.wire.pop(self.draws.randrange(len(self.wire)))
+        if kind == "pull":
+            self.pull(str(arguments[0]))
+            return
+        epoch, *rest = arguments
+        if epoch != self.epoch:
+            return
+        method = {"claimed": self.token.store_claimed, "replicated": self.token.replicated}.get(kind)
+        if method is not None:
+            self.carry_out(method(*rest))  # type: ignore[arg-type]
+            return
+        sequence_id, attempt, store, held = rest
+        self.carry_out(self.token.located(sequence_id, attempt, store, held))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_comes_back_is_what_went_in(seed: int) -> None:
+    draws = random.Random(seed + 1000)
+    world = World(seed, num_blocks=24)
+    to_submit = [(f"r{i}", draws.randrange(1, 40), draws.randrange(1, 40)) for i in range(20)]
+    faults = draws.sample(["epoch"] * 3 + ["lose", "join"], 5)
+    for turn in range(100_000):
+        if to_submit and draws.random() < 0.1:
+            world.submit(*to_submit.pop())
+        if world.requests and draws.random() < 0.005:
+            live = sorted(world.requests.keys() - world.ended)
+            if live:
+                world.cancel(draws.choice(live))
+        if faults and draws.random() < 0.01:
+            inject(world, faults.pop(), turn)
+        world.start_steps()
+        choices = ["step"] * bool(world.flying) + ["wire"] * bool(world.wire)
+        choices += [name for name, store in world.stores.items() if store.inbox]
+        if choices:
+            run(world, draws.choice(choices))
+        elif not to_submit and not faults:
+            break
+        world.token.allocator.check()
+    assert world.ended == set(world.requests)
+    assert world.token.allocator.num_free == 24
+    for store in world.stores.values():
+        store.shelf.sweep(1e9)
+        assert store.shelf.kv_blocks()["free"] == store.shelf.kv_blocks()["total"]
+
+
+def inject(world: World, fault: str, turn: int) -> None:
+    if fault == "epoch":
+        world.begin_epoch()
+    elif fault == "join":
+        world.new_store(f"s{turn}")
+    elif world.stores:
+        world.lose_store(world.draws.choice(sorted(world.stores)))
+
+
+def run(world: World, choice: str) -> None:
+    if choice == "step":
+        world.run_step()
+    elif choice == "wire":
+        world.deliver_one()
+    else:
+        world.run_store(choice)
+
+
+def test_replicas_do_come_back() -> None:
+    """The test above would say nothing if no sequence were ever restored."""
+    world = World(7, num_blocks=64)
+    world.submit("r", 30, 200 - 30)
+    for turn in range(4000):
+        world.start_steps()
+        if world.flying and (turn % 3 == 0 or not (world.wire or any(s.inbox for s in world.stores.values()))):
+            world.run_step()
+        elif world.wire:
+            world.deliver_one()
+        else:
+            for name in [name for name, store in world.stores.items() if store.inbox]:
+                world.run_store(name)
+        if turn in (200, 400):
+            world.begin_epoch()
+        if world.ended:
+            break
+    assert world.num_restored == 2 * NUM_STAGES
+    assert world.token.num_recoveries == 1
+    assert world.token.num_recomputed < 10
+
+
+def test_a_damaged_or_foreign_replica_is_not_used() -> None:
+    shelf = Shelf(4, STORE_BLOCK_SIZE, 1)
+    item = ReplicaItem("r/0", 0, 5, [0], pack_ids([1, 2, 3, 4, 5, 6]))
+    assert shelf.make_room("p", item) is not None
+    shelf.commit(item, np.zeros((1, 5), dtype=np.uint64))
+    assert shelf.locate("r/0", pack_ids([9, 2, 3])) is None
+    found = shelf.locate("r/0", pack_ids([1, 2, 7, 4]))
+    assert found is not None
+    assert found[1] == 2
+    gap = ReplicaItem("r/0", 7, 1, [0], pack_ids([7]))
+    assert shelf.make_room("p", gap) is None
