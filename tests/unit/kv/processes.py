@@ -1,17 +1,18 @@
 """Owners and writers in processes of their own, for tests that kill and freeze them.
 
-`python -m tests.unit.kv.processes owner` prints its offer and serves; every line on its input is an arrival to verify.
-`... writer OFFER` writes without end and says so.
+`python -m tests.unit.kv.processes owner [--port N] [--incarnation NAME]` prints its offer and serves; every line on its
+input is an arrival to verify. `... writer OFFER` writes without end and says so.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +76,21 @@ def child(*arguments: str) -> Iterator[Child]:
 
 
 @contextmanager
-def owner() -> Iterator[tuple[Child, GrantOffer]]:
-    with child("owner") as process:
+def owner(*arguments: str) -> Iterator[tuple[Child, GrantOffer]]:
+    with child("owner", *arguments) as process:
         yield process, GrantOffer.decode(process.read())
 
 
-async def serve() -> None:
+async def until(is_so: Callable[[], bool]) -> None:
+    """For what other threads and the kernel do in their own time."""
+    async with asyncio.timeout(5.0):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def serve(port: int, incarnation: str) -> None:
     pool = KvPool.create(BIG, name="owner")
-    server = await PoolServer.start(pool, "127.0.0.1", "first")
+    server = await PoolServer.start(pool, "127.0.0.1", incarnation, port=port)
     say(server.offer.encode())
     while line := await asyncio.to_thread(sys.stdin.readline):
         say(str(verify_arrival(pool, msgspec.json.decode(line, type=Arrival))))
@@ -103,5 +111,18 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=["owner", "writer"])
+    parser.add_argument("offer", nargs="?", type=GrantOffer.decode)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--incarnation", default="first")
+    arguments = parser.parse_args()
+    if arguments.role == "owner":
+        asyncio.run(serve(arguments.port, arguments.incarnation))
+    else:
+        asyncio.run(write(arguments.offer))
+
+
 if __name__ == "__main__":
-    asyncio.run(serve() if sys.argv[1] == "owner" else write(GrantOffer.decode(sys.argv[2])))
+    main()
