@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from common.kv.file_format import PAGE_BYTES
+from common.kv.file_store import FileStore
 from common.kv.geometry import CopyPlan, plan_copies
 from common.kv.layout import PoolLayout
 from common.kv.link import GrantOffer, Link, LinkError, open_link
@@ -18,7 +21,7 @@ from common.kv.pool import Bytes, KvPool
 from common.kv.server import PoolServer
 from tests.unit.kv.processes import BIG
 
-KINDS = ["shm", "zmq"]
+KINDS = ["shm", "zmq", "file"]
 """Every kind of link."""
 OWNED = ["shm", "zmq"]
 """Those at whose other end is a process."""
@@ -36,6 +39,27 @@ class Ends:
 
 @asynccontextmanager
 async def connected(kind: str, ours: PoolLayout = BIG, theirs: PoolLayout = BIG) -> AsyncIterator[Ends]:
+    """Both ends of a link, in this process."""
+    async with _to_file(ours, theirs) if kind == "file" else _to_owner(kind, ours, theirs) as ends:
+        yield ends
+
+
+@asynccontextmanager
+async def _to_file(ours: PoolLayout, theirs: PoolLayout) -> AsyncIterator[Ends]:
+    with tempfile.TemporaryDirectory() as directory:
+        store = await FileStore.start(Path(directory), max_bytes=1 << 30, timeout_s=TIMEOUT_S)
+        source, link = random_pool(ours), await store.create("sequence-0/0", theirs)
+        [path] = Path(directory).glob("*.part")
+        try:
+            yield Ends(source, link, lambda: np.fromfile(path, np.uint8, theirs.total_bytes, offset=PAGE_BYTES))
+        finally:
+            await link.aclose()
+            await store.aclose()
+            source.close()
+
+
+@asynccontextmanager
+async def _to_owner(kind: str, ours: PoolLayout, theirs: PoolLayout) -> AsyncIterator[Ends]:
     source, destination = random_pool(ours), KvPool.create(theirs, name="owner")
     server = await PoolServer.start(destination, "127.0.0.1", "first")
     link = await open_link(only(kind, server.offer), source, timeout_s=TIMEOUT_S)

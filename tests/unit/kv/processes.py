@@ -1,13 +1,15 @@
 """Owners and writers in processes of their own, for tests that kill and freeze them.
 
 `python -m tests.unit.kv.processes owner [--port N] [--incarnation NAME]` prints its offer and serves; every line on its
-input is an arrival to verify. `... writer OFFER` writes without end and says so.
+input is an arrival to verify. `... writer OFFER` writes without end and says so. `... spiller DIRECTORY` stores one
+file after the other under the same key, each full of one byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from common.kv.arrival import Arrival, verify_arrival
+from common.kv.file_store import FileStore
 from common.kv.geometry import plan_copies
 from common.kv.layout import PoolLayout
 from common.kv.link import GrantOffer, open_link
@@ -106,6 +109,19 @@ async def write(offer: GrantOffer) -> None:
         say("written")
 
 
+async def spill(directory: str) -> None:
+    store = await FileStore.start(Path(directory), max_bytes=1 << 30)
+    pool = KvPool.create(BIG, name="spiller")
+    plan = plan_copies(BIG, range(256), BIG, range(256), (0, 4096), (0, 4))
+    for number in itertools.count():
+        pool.memory[:] = number % 256
+        link = await store.create("key", BIG)
+        await link.write(pool, plan)
+        await store.finish(link, "key")
+        await link.aclose()
+        say("finished")
+
+
 def say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
@@ -113,15 +129,17 @@ def say(line: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("role", choices=["owner", "writer"])
-    parser.add_argument("offer", nargs="?", type=GrantOffer.decode)
+    parser.add_argument("role", choices=["owner", "writer", "spiller"])
+    parser.add_argument("place", nargs="?")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--incarnation", default="first")
     arguments = parser.parse_args()
     if arguments.role == "owner":
         asyncio.run(serve(arguments.port, arguments.incarnation))
+    elif arguments.role == "writer":
+        asyncio.run(write(GrantOffer.decode(arguments.place)))
     else:
-        asyncio.run(write(arguments.offer))
+        asyncio.run(spill(arguments.place))
 
 
 if __name__ == "__main__":
