@@ -26,8 +26,8 @@ def copy_pieces(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
             _copy_small(num_bytes, source, from_offsets, destination, to_offsets)
 
 
-def check_destination(offsets: Int64, num_bytes: Int64, total_bytes: int) -> None:
-    """Raises `ValueError` where a piece would lie outside of a pool."""
+def check_pieces(offsets: Int64, num_bytes: Int64, total_bytes: int) -> None:
+    """Raises `ValueError` where a piece would lie outside of a pool of `total_bytes`."""
     ends = offsets + num_bytes
     # each part alone as well, since a sum of hostile numbers may wrap around
     for numbers in (offsets, num_bytes, ends):
@@ -35,10 +35,16 @@ def check_destination(offsets: Int64, num_bytes: Int64, total_bytes: int) -> Non
             raise ValueError(f"pieces do not lie within a pool of {total_bytes} bytes")
 
 
-def gather(plan: CopyPlan, source: Bytes) -> Bytes:
-    """The plan's source pieces, one after the other."""
-    gathered = np.empty(plan.total_bytes, dtype=np.uint8)
-    copy_pieces(CopyPlan(plan.source_offset, _packed(plan.num_bytes), plan.num_bytes), source, gathered)
+def check_plan(plan: CopyPlan, source_bytes: int, destination_bytes: int) -> None:
+    """Raises `ValueError` where a piece would lie outside of its pool, on either side."""
+    check_pieces(plan.source_offset, plan.num_bytes, source_bytes)
+    check_pieces(plan.destination_offset, plan.num_bytes, destination_bytes)
+
+
+def gather(source: Bytes, offsets: Int64, num_bytes: Int64) -> Bytes:
+    """Pieces of `source`, one after the other."""
+    gathered = np.empty(num_bytes.sum(), dtype=np.uint8)
+    copy_pieces(CopyPlan(offsets, _packed(num_bytes), num_bytes), source, gathered)
     return gathered
 
 

@@ -3,7 +3,9 @@
 LinkError
  ├─ LinkRefused   the two sides do not fit together, or the token is wrong; trying again is no use
  ├─ LinkTimeout   the deadline passed; the peer may be frozen, and may wake up again
- └─ LinkLost      the connection broke, or the link was closed
+ ├─ LinkLost      the connection broke, or the link was closed
+ ├─ LinkFull      there is no room on the disk
+ └─ LinkDamaged   what was stored is torn or corrupt; nothing of it was handed out
 """
 
 from __future__ import annotations
@@ -34,3 +36,11 @@ class LinkTimeout(LinkError):
 
 class LinkLost(LinkError):
     code = "link_lost"
+
+
+class LinkFull(LinkError):
+    code = "link_full"
+
+
+class LinkDamaged(LinkError):
+    code = "link_damaged"

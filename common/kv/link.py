@@ -18,8 +18,9 @@ DEFAULT_TIMEOUT_S = 5.0
 
 
 class Link(Protocol):
-    """A way into somebody else's pool. Several writes may run at once; all calls come from the event loop
-    that opened the link."""
+    """A way into somebody else's pool. Several writes and reads may run at once; all calls come from the event
+    loop that opened the link. Once a call has ended, in whatever way, nothing of it changes our own
+    pool any more."""
 
     @property
     def name(self) -> str:
@@ -31,8 +32,9 @@ class Link(Protocol):
         after the link's deadline (a frozen peer never reports an error), `LinkLost` when the peer is gone."""
 
     async def read(self, destination: KvPool, plan: CopyPlan) -> None:
-        """Copies pieces of the owner's pool (the plan's source) into `destination` (host memory). When it returns the
-        bytes are there. Raises like `write`."""
+        """Copies pieces of the owner's pool, at `plan.source_offset`, into `destination` (host memory). When it
+        returns all of them are there; what the owner changed meanwhile may be torn, so compare checksums. Raises
+        like `write`."""
 
     async def aclose(self) -> None:
         """After this no write of this link changes the owner's pool any more. Where that cannot be confirmed

@@ -11,7 +11,7 @@ from common.kv.errors import LinkRefused
 from common.kv.layout import PoolLayout
 from dejavu.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Changes whenever two ends would no longer understand each other; the checksum and the memory order count
 too."""
 
@@ -93,7 +93,7 @@ def judge(hello: Hello, offer: GrantOffer) -> Welcome | Refusal:
     return Welcome(offer.incarnation, offer.layout) if reason is None else Refusal(reason)
 
 
-def check_answer(frame: bytes | memoryview, offer: GrantOffer) -> None:
+def check_answer(frame: bytes | memoryview, offer: GrantOffer) -> Welcome:
     """The writer's look at the owner's answer. Raises `LinkRefused`."""
     try:
         answer = msgspec.msgpack.decode(frame, type=Welcome | Refusal)
@@ -103,3 +103,4 @@ def check_answer(frame: bytes | memoryview, offer: GrantOffer) -> None:
         raise LinkRefused(answer.reason)
     if (answer.incarnation, answer.layout) != (offer.incarnation, offer.layout):
         raise LinkRefused(f"{offer.name} is not what it offered: it was replaced, or its pool was")
+    return answer

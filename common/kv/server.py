@@ -20,8 +20,8 @@ from common.kv.zmq_door import ZmqDoor
 class PoolServer:
     """Grants a pool to whoever has its `offer`. Close it before the pool."""
 
-    def __init__(self, pool: KvPool, host: str, incarnation: str) -> None:
-        self._zmq_door = ZmqDoor(pool, host)
+    def __init__(self, pool: KvPool, host: str, incarnation: str, port: int) -> None:
+        self._zmq_door = ZmqDoor(pool, host, port)
         can_share = pool.fd is not None and sys.platform == "linux"
         self._memory_door = MemoryDoor(pool) if can_share else None
         self.offer = GrantOffer(
@@ -38,9 +38,10 @@ class PoolServer:
         self._serving = self._executor.submit(self._serve)
 
     @classmethod
-    async def start(cls, pool: KvPool, host: str, incarnation: str) -> PoolServer:
-        """Listens on `host`, an address that writers reach, and a free port. Raises `zmq.ZMQError`."""
-        return cls(pool, host, incarnation)
+    async def start(cls, pool: KvPool, host: str, incarnation: str, *, port: int = 0) -> PoolServer:
+        """Listens on `host`, an address that writers reach, and on `port`, 0: any free one. Raises
+        `zmq.ZMQError`."""
+        return cls(pool, host, incarnation, port)
 
     async def aclose(self) -> None:
         """Writers see their links end. Idempotent."""

@@ -7,18 +7,20 @@ the other is gone."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import secrets
 import socket
 import struct
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
-from common.kv.copies import check_destination, copy_pieces
+from common.kv.copies import check_plan, copy_pieces
 from common.kv.errors import LinkLost, LinkRefused, LinkTimeout
 from common.kv.geometry import CopyPlan
 from common.kv.offer import PROTOCOL_VERSION, GrantOffer, Hello, Welcome, check_answer, judge
@@ -122,49 +124,50 @@ class ShmLink:
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`."""
-        memory = self._memory
-        if memory is None:
-            raise self._lost()
-        check_destination(plan.destination_offset, plan.num_bytes, len(memory))
-        if self._executor is None:
-            copy_pieces(plan, source.memory, memory)
-        else:
-            await self._copy_elsewhere(self._executor, source, plan, memory)
-        # the owner may have died meanwhile; then the bytes lie in memory that nobody reads
-        if self._memory is None or self._is_over():
-            self._close()
-            raise self._lost()
+        memory = self._entered()
+        check_plan(plan, source.layout.total_bytes, len(memory))
+        await self._copy(plan, source.memory, memory)
 
     async def read(self, destination: KvPool, plan: CopyPlan) -> None:
         """See `Link.read`."""
-        memory = self._memory
-        if memory is None:
-            raise self._lost()
-        check_destination(plan.source_offset, plan.num_bytes, len(memory))
-        if self._executor is None:
-            copy_pieces(plan, memory, destination.memory)
-        else:
-            await asyncio.wrap_future(self._executor.submit(copy_pieces, plan, memory, destination.memory))
-        if self._memory is None or self._is_over():
-            self._close()
-            raise self._lost()
+        memory = self._entered()
+        check_plan(plan, len(memory), destination.layout.total_bytes)
+        await self._copy(plan, memory, destination.memory)
 
     async def aclose(self) -> None:
         """See `Link.aclose`; a copy cannot be stuck, so this always succeeds."""
         self._close()
-        copies = [asyncio.wrap_future(copy) for copy in list(self._copies)]
-        await asyncio.gather(*copies, return_exceptions=True)
+        await _ended(self._copies)
 
-    async def _copy_elsewhere(self, executor: Executor, source: KvPool, plan: CopyPlan, memory: Bytes) -> None:
-        copy = executor.submit(copy_pieces, plan, source.memory, memory)
+    def _entered(self) -> Bytes:
+        if self._memory is None:
+            raise self._lost()
+        return self._memory
+
+    async def _copy(self, plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
+        if self._executor is None:
+            copy_pieces(plan, source, destination)
+        else:
+            await self._copy_elsewhere(self._executor, plan, source, destination)
+        # the owner may have died meanwhile; then the bytes lie in, or come from, memory that nobody keeps
+        if self._memory is None or self._is_over():
+            self._close()
+            raise self._lost()
+
+    async def _copy_elsewhere(self, executor: Executor, plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
+        copy = executor.submit(copy_pieces, plan, source, destination)
         self._copies.add(copy)
         copy.add_done_callback(self._copies.discard)
         try:
             async with asyncio.timeout(self._timeout_s):
-                await asyncio.wrap_future(copy)
+                await asyncio.shield(asyncio.wrap_future(copy))
         except TimeoutError:
-            message = f"no thread had time for a write to {self._offer.name} within {self._timeout_s} s"
-            raise LinkTimeout(message, may_still_write=not copy.cancel() and not copy.done()) from None
+            message = f"no thread had time for {self._offer.name} within {self._timeout_s} s"
+            raise LinkTimeout(message) from None
+        finally:
+            # a copy that has begun cannot be stopped, but it takes no longer than a copy takes
+            if not copy.cancel():
+                await _ended([copy])
 
     def _on_readable(self) -> None:
         if self._is_over():
@@ -188,6 +191,14 @@ class ShmLink:
 
     def _lost(self) -> LinkLost:
         return LinkLost(f"{self._offer.name} is gone, or the link to it was closed")
+
+
+async def _ended(copies: Iterable[Future[None]]) -> None:
+    """Waits for copies, cancelled or not: what they touch must be free afterwards."""
+    waiting = [asyncio.wrap_future(copy) for copy in copies]
+    while not all(copy.done() for copy in waiting):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(waiting)
 
 
 def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float) -> _Entrance:

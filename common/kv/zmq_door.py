@@ -1,19 +1,30 @@
-"""The owner's side of a ZeroMQ link: what writers send is copied into the pool and acknowledged."""
+"""The owner's side of a ZeroMQ link: what writers send is copied into the pool and acknowledged, what they ask for is
+sent."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
-import numpy as np
 import zmq
 
-from common.kv.copies import check_destination, scatter
+from common.kv.copies import check_pieces
 from common.kv.geometry import Int64
 from common.kv.offer import GrantOffer, Hello, Refusal, Welcome, judge
 from common.kv.pool import Bytes, KvPool
-from common.kv.zmq_link import MAX_IN_FLIGHT, MAX_MESSAGE_BYTES, Write, Written
+from common.kv.zmq_messages import (
+    MAX_IN_FLIGHT,
+    MAX_MESSAGE_BYTES,
+    Done,
+    Read,
+    Write,
+    from_frames,
+    into,
+    pieces_of,
+    to_frames,
+)
 
 _MAX_WRITERS = 1024
 _MAX_MESSAGES_AT_ONCE = 16
@@ -22,15 +33,17 @@ _MAX_MESSAGES_AT_ONCE = 16
 class ZmqDoor:
     """A ROUTER for one pool. Never blocks; the caller polls `socket`."""
 
-    def __init__(self, pool: KvPool, host: str) -> None:
+    def __init__(self, pool: KvPool, host: str, port: int = 0) -> None:
         self._pool = pool
         self._writers: OrderedDict[bytes, None] = OrderedDict()
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, 2 * MAX_IN_FLIGHT)
+        # a writer has no more unanswered requests; whoever has is not waited for
+        self.socket.setsockopt(zmq.SNDHWM, 2 * MAX_IN_FLIGHT)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
         try:
-            self.socket.bind(f"tcp://{host}:*")
+            self.socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError:
             self.socket.close()
             raise
@@ -43,24 +56,26 @@ class ZmqDoor:
                 writer, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            answer = self._serve(writer.bytes, [frame.buffer for frame in frames], offer)
+            answer, payload = self._serve(writer.bytes, [frame.buffer for frame in frames], offer)
             # a writer that is gone is no error: a ROUTER drops what it cannot deliver
-            self.socket.send_multipart([writer.bytes, msgspec.msgpack.encode(answer)], zmq.NOBLOCK)
+            parts: list[Any] = [writer.bytes, msgspec.msgpack.encode(answer), *payload]
+            self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
 
     def close(self) -> None:
         self.socket.close(linger=0)
 
-    def _serve(self, writer: bytes, frames: Sequence[memoryview], offer: GrantOffer) -> Welcome | Written | Refusal:
+    def _serve(
+        self, writer: bytes, frames: Sequence[memoryview], offer: GrantOffer
+    ) -> tuple[Welcome | Done | Refusal, list[Bytes]]:
         try:
-            message = msgspec.msgpack.decode(frames[0], type=Hello | Write)
+            message = msgspec.msgpack.decode(frames[0], type=Hello | Write | Read)
             if isinstance(message, Hello):
-                return self._let_in(writer, message, offer)
+                return self._let_in(writer, message, offer), []
             if writer not in self._writers:
-                return Refusal(f"{offer.name} does not know this writer")
-            self._store(message, [np.frombuffer(frame, dtype=np.uint8) for frame in frames[1:]])
+                return Refusal(f"{offer.name} does not know this writer"), []
+            return Done(message.number), self._carry_out(message, frames[1:])
         except (msgspec.DecodeError, ValueError, IndexError) as error:
-            return Refusal(f"{offer.name} cannot make sense of a message: {error}")
-        return Written(message.number)
+            return Refusal(f"{offer.name} cannot make sense of a message: {error}"), []
 
     def _let_in(self, writer: bytes, hello: Hello, offer: GrantOffer) -> Welcome | Refusal:
         answer = judge(hello, offer)
@@ -70,25 +85,18 @@ class ZmqDoor:
                 self._writers.popitem(last=False)
         return answer
 
-    def _store(self, message: Write, payload: Sequence[Bytes]) -> None:
-        offsets = np.frombuffer(message.offsets, dtype="<i8")
-        num_bytes = np.frombuffer(message.num_bytes, dtype="<i8")
-        if len(offsets) != len(num_bytes):
-            raise ValueError(f"{len(offsets)} offsets for {len(num_bytes)} pieces")
-        check_destination(offsets, num_bytes, self._pool.layout.total_bytes)
-        sizes = [int(num_bytes.sum())] if len(payload) == 1 else num_bytes.tolist()
-        if [len(frame) for frame in payload] != sizes:
-            raise ValueError(f"{[len(frame) for frame in payload]} bytes sent for pieces of {sizes}")
-        if len(payload) == 1:
-            self._copy(payload[0], offsets, num_bytes)
-        else:
-            for frame, index in zip(payload, range(len(offsets)), strict=True):
-                self._copy(frame, offsets[index : index + 1], num_bytes[index : index + 1])
+    def _carry_out(self, request: Write | Read, payload: Sequence[memoryview]) -> list[Bytes]:
+        offsets, num_bytes = pieces_of(request)
+        check_pieces(offsets, num_bytes, self._pool.layout.total_bytes)
+        on_host = self._pool.is_host
+        if isinstance(request, Write):
+            from_frames(payload, offsets, num_bytes, into(self._pool.memory) if on_host else self._to_device)
+            return []
+        if num_bytes.sum() > MAX_MESSAGE_BYTES:
+            raise ValueError(f"{num_bytes.sum()} bytes asked for at once")
+        return to_frames(self._pool.memory, offsets, num_bytes) if on_host else self._from_device(offsets, num_bytes)
 
-    def _copy(self, payload: Bytes, offsets: Int64, num_bytes: Int64) -> None:
-        if self._pool.is_host:
-            scatter(payload, offsets, num_bytes, self._pool.memory)
-            return
+    def _to_device(self, payload: Bytes, offsets: Int64, num_bytes: Int64) -> None:
         import torch
 
         first = 0
@@ -97,3 +105,10 @@ class ZmqDoor:
             self._pool.arena[offset : offset + size].copy_(piece)
             first += size
         torch.cuda.synchronize(self._pool.device)
+
+    def _from_device(self, offsets: Int64, num_bytes: Int64) -> list[Bytes]:
+        import torch
+
+        pieces = zip(offsets.tolist(), num_bytes.tolist(), strict=True)
+        on_device = [self._pool.arena[offset : offset + size] for offset, size in pieces]
+        return [torch.cat(on_device).cpu().numpy()]

@@ -1,213 +1,171 @@
-"""The link that always works: pieces of KV in ZeroMQ messages, each acknowledged once it lies in the pool.
+"""The link that always works: pieces of KV in ZeroMQ messages, each answered by the owner once it is carried out.
 
-Writer: DEALER, owner: ROUTER. A message carries at most 4 MiB and a write keeps a few of them in flight. The
-owner answers in order, so once every acknowledgement is there nothing of the writer can change the pool any
-more."""
+A message carries at most 4 MiB of KV and a link keeps a few of them in flight. The owner answers in order, so once
+every answer is there nothing of this link can change the pool any more."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import msgspec
-import numpy as np
-import zmq
-import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
-from common.kv.copies import check_destination, gather
+from common.kv.copies import check_plan
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
-from common.kv.geometry import CopyPlan
-from common.kv.offer import PROTOCOL_VERSION, GrantOffer, Hello, Refusal, check_answer
+from common.kv.geometry import CopyPlan, Int64
+from common.kv.offer import GrantOffer, Refusal
 from common.kv.pool import Bytes, KvPool
+from common.kv.zmq_connection import ZmqConnection
+from common.kv.zmq_messages import (
+    MAX_IN_FLIGHT,
+    MAX_MESSAGE_BYTES,
+    Done,
+    Read,
+    Write,
+    from_frames,
+    into,
+    split,
+    to_frames,
+)
 
-MAX_MESSAGE_BYTES = 4 << 20
-MAX_IN_FLIGHT = 4
-"""Messages of one write that are not acknowledged yet."""
-_MIN_DIRECT_BYTES = 64 << 10
-"""Pieces from this size on are sent from where they are; smaller ones are gathered into one frame."""
-_HEARTBEAT_MS = 1000
-
-
-class Write(msgspec.Struct, frozen=True, array_like=True, tag="write"):
-    """Header of a message; the pieces' bytes follow, in one frame or in one frame each. `offsets` (in the
-    owner's pool) and `num_bytes` are little-endian int64."""
-
-    number: int
-    offsets: bytes
-    num_bytes: bytes
+Answer = asyncio.Future[Sequence[memoryview]]
 
 
-class Written(msgspec.Struct, frozen=True, array_like=True, tag="written"):
-    number: int
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A message that is not answered yet. Whoever waited for `answer` may have given up."""
+
+    answer: Answer
+    is_write: bool
 
 
 class ZmqLink:
-    """The writer's side; ZeroMQ's asyncio sockets, without a thread of its own."""
+    """The writer's side."""
 
     name = "zmq"
 
     def __init__(self, offer: GrantOffer, timeout_s: float) -> None:
         self._offer = offer
         self._timeout_s = timeout_s
-        loop = asyncio.get_running_loop()
-        self._unwritten: dict[int, asyncio.Future[None]] = {}
-        self._all_written = asyncio.Event()
-        self._all_written.set()
+        self._requests: dict[int, _Request] = {}
         self._num_sent = 0
-        self._broken: LinkError | None = None
-        self._end: asyncio.Future[None] = loop.create_future()
-        self._answer: asyncio.Future[bytes] = loop.create_future()
-        self._socket = zmq.asyncio.Context.shadow(zmq.Context.instance()).socket(zmq.DEALER)
-        _configure(self._socket, timeout_s)
-        events = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
-        self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(events)
-        self._socket.connect(offer.zmq_endpoint)
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        self._answered = asyncio.Event()
+        self._failure: LinkError | None = None
+        self._connection = ZmqConnection(offer, timeout_s, self._on_message, self._fail)
 
     @classmethod
     async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float) -> ZmqLink:
         """Raises `LinkRefused`, `LinkTimeout` or `LinkLost`."""
         link = cls(offer, timeout_s)
-        try:
-            hello = Hello(PROTOCOL_VERSION, offer.token, pool.name, pool.layout)
-            async with asyncio.timeout(timeout_s):
-                await link._socket.send(msgspec.msgpack.encode(hello))
-                check_answer(await link._answer, offer)
-        except BaseException as error:
-            await link.aclose()
-            if isinstance(error, TimeoutError):
-                raise LinkTimeout(f"{offer.name} did not answer within {timeout_s} s") from None
-            raise
+        await link._connection.enter(pool)
         return link
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`."""
-        check_destination(plan.destination_offset, plan.num_bytes, self._offer.layout.total_bytes)
-        acknowledged: list[asyncio.Future[None]] = []
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                for part in split(plan, MAX_MESSAGE_BYTES):
-                    if len(acknowledged) >= MAX_IN_FLIGHT:
-                        await acknowledged[-MAX_IN_FLIGHT]
-                    acknowledged.append(await self._send(source.memory, part))
-                await asyncio.gather(*acknowledged)
-        except TimeoutError:
-            message = f"{self._offer.name} did not confirm a write within {self._timeout_s} s"
-            self._break(LinkTimeout(message, may_still_write=True))
-            raise LinkTimeout(message, may_still_write=bool(self._unwritten)) from None
+        check_plan(plan, source.layout.total_bytes, self._offer.layout.total_bytes)
+        answers: list[Answer] = []
+        async with self._deadline("write"):
+            for part in split(plan, MAX_MESSAGE_BYTES):
+                await self._room()
+                frames = to_frames(source.memory, part.source_offset, part.num_bytes)
+                answers.append(await self._send(Write, part.destination_offset, part.num_bytes, frames))
+            await asyncio.gather(*answers)
+
+    async def read(self, destination: KvPool, plan: CopyPlan) -> None:
+        """See `Link.read`."""
+        check_plan(plan, self._offer.layout.total_bytes, destination.layout.total_bytes)
+        asked: deque[tuple[Answer, CopyPlan]] = deque()
+        async with self._deadline("read"):
+            for part in split(plan, MAX_MESSAGE_BYTES):
+                if len(asked) >= MAX_IN_FLIGHT:
+                    await self._take(*asked.popleft(), destination.memory)
+                await self._room()
+                asked.append((await self._send(Read, part.source_offset, part.num_bytes, []), part))
+            while asked:
+                await self._take(*asked.popleft(), destination.memory)
 
     async def aclose(self) -> None:
         """See `Link.aclose`."""
         try:
-            if not self._socket.closed:
-                await self._confirm()
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            if not self._socket.closed:
-                self._break(LinkLost(f"the link to {self._offer.name} was closed"))
-                self._socket.disable_monitor()
-                self._monitor.close(linger=0)
-                self._socket.close(linger=0)
-
-    async def _confirm(self) -> None:
-        """Waits for what is still on its way."""
-        try:
-            async with asyncio.timeout(0 if isinstance(self._broken, LinkLost) else self._timeout_s):
-                await self._all_written.wait()
+            async with asyncio.timeout(self._timeout_s):
+                await self._until(lambda: not self._num_unwritten or self._connection.error is not None)
         except TimeoutError:
-            message = f"{self._offer.name} may still carry out {len(self._unwritten)} writes"
-            raise LinkTimeout(message, may_still_write=True) from None
+            pass
+        finally:
+            num_unwritten = self._num_unwritten
+            await self._connection.aclose()
+        if num_unwritten:
+            message = f"{self._offer.name} may still carry out {num_unwritten} writes"
+            raise LinkTimeout(message, may_still_write=True)
 
-    async def _send(self, memory: Bytes, part: CopyPlan) -> asyncio.Future[None]:
-        self._check()
+    @property
+    def _num_unwritten(self) -> int:
+        return sum(request.is_write for request in self._requests.values())
+
+    async def _room(self) -> None:
+        await self._until(lambda: len(self._requests) < MAX_IN_FLIGHT or self._failure is not None)
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            self._answered.clear()
+            await self._answered.wait()
+
+    async def _send(
+        self, kind: type[Write | Read], offsets: Int64, num_bytes: Int64, payload: Sequence[Bytes]
+    ) -> Answer:
+        if self._failure is not None:
+            raise LinkLost(self._failure.message)
         self._num_sent += 1
-        header = Write(self._num_sent, part.destination_offset.tobytes(), part.num_bytes.tobytes())
-        written = self._unwritten[self._num_sent] = asyncio.get_running_loop().create_future()
-        self._all_written.clear()
-        frames = [msgspec.msgpack.encode(header), *_payload(memory, part)]
-        sending = asyncio.ensure_future(self._socket.send_multipart(frames, copy=False))
-        # without a peer ZeroMQ would never take the message
-        either: list[asyncio.Future[Any]] = [sending, self._end]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not sending.done():
-            sending.cancel()
-            self._check()
-        return written
+        answer: Answer = asyncio.get_running_loop().create_future()
+        self._requests[self._num_sent] = _Request(answer, kind is Write)
+        header = kind(self._num_sent, offsets.tobytes(), num_bytes.tobytes())
+        await self._connection.send([msgspec.msgpack.encode(header), *payload])
+        return answer
 
-    def _check(self) -> None:
-        if self._broken is not None:
-            raise LinkLost(self._broken.message, may_still_write=bool(self._unwritten))
+    async def _take(self, answer: Answer, part: CopyPlan, memory: Bytes) -> None:
+        try:
+            from_frames(await answer, part.destination_offset, part.num_bytes, into(memory))
+        except ValueError as error:
+            raise LinkLost(f"{self._offer.name} sent what is no answer: {error}") from error
 
-    async def _receive(self) -> None:
-        while True:
-            frame = await self._socket.recv()
-            if not self._answer.done():
-                self._answer.set_result(frame)
-                continue
-            try:
-                message = msgspec.msgpack.decode(frame, type=Written | Refusal)
-            except msgspec.DecodeError as error:
-                self._break(LinkLost(f"{self._offer.name} sent what is no answer: {error}"))
-                continue
-            if isinstance(message, Refusal):
-                self._break(LinkRefused(message.reason))
-            else:
-                self._written(message.number)
+    def _on_message(self, frames: Sequence[memoryview]) -> None:
+        try:
+            message = msgspec.msgpack.decode(frames[0], type=Done | Refusal)
+        except msgspec.DecodeError as error:
+            self._fail(LinkLost(f"{self._offer.name} sent what is no answer: {error}"))
+            return
+        if isinstance(message, Refusal):
+            self._fail(LinkRefused(message.reason))
+            return
+        request = self._requests.pop(message.number, None)
+        self._answered.set()
+        if request is not None and not request.answer.done():
+            request.answer.set_result(frames[1:])
 
-    def _written(self, number: int) -> None:
-        written = self._unwritten.pop(number, None)
-        if written is not None and not written.done():
-            written.set_result(None)
-        if not self._unwritten:
-            self._all_written.set()
+    def _fail(self, error: LinkError) -> None:
+        """Nothing more is sent; everybody who waits hears of it."""
+        self._failure = self._failure or error
+        self._answered.set()
+        for request in self._requests.values():
+            if not request.answer.done():
+                request.answer.set_exception(type(error)(error.message))
+                request.answer.exception()  # seen, also where nobody waits for it any more
 
-    async def _watch(self) -> None:
-        """ZeroMQ would wait for a peer for ever; here a connection that ends, or never begins, is an error
-        at once."""
-        parse_monitor_message(await self._monitor.recv_multipart())
-        self._break(LinkLost(f"the connection to {self._offer.name} broke, or nobody listens there"))
+    @asynccontextmanager
+    async def _deadline(self, what: str) -> AsyncIterator[None]:
+        """Every error says whether something of this link may still change the owner's pool."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except TimeoutError:
+            late = LinkTimeout(f"{self._offer.name} did not confirm a {what} within {self._timeout_s} s")
+            self._fail(late)
+            raise self._as_of_now(late) from None
+        except LinkError as error:
+            raise self._as_of_now(error) from None
 
-    def _break(self, error: LinkError) -> None:
-        self._broken = self._broken or error
-        if not self._end.done():
-            self._end.set_result(None)
-        futures: list[asyncio.Future[Any]] = [self._answer, *self._unwritten.values()]
-        for waiting in futures:
-            if not waiting.done():
-                waiting.set_exception(type(error)(error.message, may_still_write=bool(self._unwritten)))
-                waiting.exception()  # seen, also where nobody waits for it any more
-
-
-def split(plan: CopyPlan, max_bytes: int) -> Iterator[CopyPlan]:
-    """The plan in parts of at most `max_bytes`; pieces that are bigger are cut."""
-    num_cuts = -(-plan.num_bytes // max_bytes)
-    within = (np.arange(num_cuts.sum()) - np.repeat(np.cumsum(num_cuts) - num_cuts, num_cuts)) * max_bytes
-    source = np.repeat(plan.source_offset, num_cuts) + within
-    destination = np.repeat(plan.destination_offset, num_cuts) + within
-    sizes = np.minimum(np.repeat(plan.num_bytes, num_cuts) - within, max_bytes)
-    ends = np.cumsum(sizes)
-    first, sent = 0, 0
-    while first < len(sizes):
-        end = int(np.searchsorted(ends, sent + max_bytes, side="right"))
-        yield CopyPlan(source[first:end], destination[first:end], sizes[first:end])
-        first, sent = end, int(ends[end - 1])
-
-
-def _payload(memory: Bytes, part: CopyPlan) -> list[Bytes]:
-    if part.total_bytes < _MIN_DIRECT_BYTES * len(part):
-        return [gather(part, memory)]
-    pieces = zip(part.source_offset.tolist(), part.num_bytes.tolist(), strict=True)
-    return [memory[start : start + num_bytes] for start, num_bytes in pieces]
-
-
-def _configure(socket: zmq.asyncio.Socket, timeout_s: float) -> None:
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 2 * MAX_IN_FLIGHT)
-    socket.setsockopt(zmq.RECONNECT_IVL, -1)
-    socket.setsockopt(zmq.CONNECT_TIMEOUT, max(1, int(timeout_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * _HEARTBEAT_MS)
+    def _as_of_now(self, error: LinkError) -> LinkError:
+        return type(error)(error.message, may_still_write=self._num_unwritten > 0)

@@ -228,9 +228,11 @@ class World:
         epoch, *rest = arguments
         if epoch != self.epoch:
             return
-        method = {"claimed": self.token.store_claimed, "replicated": self.token.replicated}.get(kind)
-        if method is not None:
-            self.carry_out(method(*rest))  # type: ignore[arg-type]
+        if kind == "claimed":
+            self.carry_out(self.token.store_claimed(*rest))  # type: ignore[arg-type]
+            return
+        if kind == "replicated":
+            self.carry_out(self.token.replicated(*rest))  # type: ignore[arg-type]
             return
         sequence_id, attempt, store, held = rest
         self.carry_out(self.token.located(sequence_id, attempt, store, held))  # type: ignore[arg-type]

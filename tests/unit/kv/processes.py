@@ -1,17 +1,20 @@
 """Owners and writers in processes of their own, for tests that kill and freeze them.
 
-`python -m tests.unit.kv.processes owner` prints its offer and serves; every line on its input is an arrival to verify.
-`... writer OFFER` writes without end and says so.
+`python -m tests.unit.kv.processes owner [--port N] [--incarnation NAME]` prints its offer and serves; every line on its
+input is an arrival to verify. `... writer OFFER` writes without end and says so. `... spiller DIRECTORY` stores one
+file after the other under the same key, each full of one byte.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from common.kv.arrival import Arrival, verify_arrival
+from common.kv.file_store import FileStore
 from common.kv.geometry import plan_copies
 from common.kv.layout import PoolLayout
 from common.kv.link import GrantOffer, open_link
@@ -75,14 +79,21 @@ def child(*arguments: str) -> Iterator[Child]:
 
 
 @contextmanager
-def owner() -> Iterator[tuple[Child, GrantOffer]]:
-    with child("owner") as process:
+def owner(*arguments: str) -> Iterator[tuple[Child, GrantOffer]]:
+    with child("owner", *arguments) as process:
         yield process, GrantOffer.decode(process.read())
 
 
-async def serve() -> None:
+async def until(is_so: Callable[[], bool]) -> None:
+    """For what other threads and the kernel do in their own time."""
+    async with asyncio.timeout(5.0):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def serve(port: int, incarnation: str) -> None:
     pool = KvPool.create(BIG, name="owner")
-    server = await PoolServer.start(pool, "127.0.0.1", "first")
+    server = await PoolServer.start(pool, "127.0.0.1", incarnation, port=port)
     say(server.offer.encode())
     while line := await asyncio.to_thread(sys.stdin.readline):
         say(str(verify_arrival(pool, msgspec.json.decode(line, type=Arrival))))
@@ -98,10 +109,38 @@ async def write(offer: GrantOffer) -> None:
         say("written")
 
 
+async def spill(directory: str) -> None:
+    store = await FileStore.start(Path(directory), max_bytes=1 << 30)
+    pool = KvPool.create(BIG, name="spiller")
+    plan = plan_copies(BIG, range(256), BIG, range(256), (0, 4096), (0, 4))
+    for number in itertools.count():
+        pool.memory[:] = number % 256
+        link = await store.create("key", BIG)
+        await link.write(pool, plan)
+        await store.finish(link, "key")
+        await link.aclose()
+        say("finished")
+
+
 def say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=["owner", "writer", "spiller"])
+    parser.add_argument("place", nargs="?")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--incarnation", default="first")
+    arguments = parser.parse_args()
+    if arguments.role == "owner":
+        asyncio.run(serve(arguments.port, arguments.incarnation))
+    elif arguments.role == "writer":
+        asyncio.run(write(GrantOffer.decode(arguments.place)))
+    else:
+        asyncio.run(spill(arguments.place))
+
+
 if __name__ == "__main__":
-    asyncio.run(serve() if sys.argv[1] == "owner" else write(GrantOffer.decode(sys.argv[2])))
+    main()

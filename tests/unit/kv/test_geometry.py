@@ -74,7 +74,8 @@ def test_gathered_pieces_scatter_back() -> None:
     straight = np.zeros(half.total_bytes, dtype=np.uint8)
     copy_pieces(plan, source, straight)
     scattered = np.zeros_like(straight)
-    scatter(gather(plan, source), plan.destination_offset, plan.num_bytes, scattered)
+    gathered = gather(source, plan.source_offset, plan.num_bytes)
+    scatter(gathered, plan.destination_offset, plan.num_bytes, scattered)
     assert np.array_equal(straight, scattered) and straight.any()
 
 
