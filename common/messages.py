@@ -273,6 +273,7 @@ StageInboxMessage = (
     | HandoffEnded
     | Step
     | StepDone
+    | Claim
     | Claimed
     | Replicated
     | Located

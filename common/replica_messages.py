@@ -39,7 +39,8 @@ class HeldReplica(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True, tag="claim"):
-    """Token driver: an epoch begins. Nothing of older epochs of this pipeline is read any more once it is answered."""
+    """Token driver to stores and prompt stages: an epoch begins. Once it is answered, the receiver touches none of the
+    pipeline's pools on behalf of an older one."""
 
     pipeline: str
     epoch: int
@@ -77,9 +78,9 @@ class Locate(msgspec.Struct, frozen=True, array_like=True, tag="locate"):
 
 
 class Claimed(msgspec.Struct, frozen=True, array_like=True, tag="claimed"):
-    """Store to token driver: answers `Claim` with the keys of all replicas it has."""
+    """Answers `Claim`; a store with the keys of all replicas it has."""
 
-    store: str
+    name: str
     pipeline: str
     epoch: int
     keys: list[str]

@@ -37,6 +37,7 @@ class Handoffs:
         self._link = link
         self._send = send
         self._records: dict[str, PipelineRecord] = {}
+        self._connected: dict[str, int] = {}
         self._writer: HandoffWriter
 
     async def start(self, pool: KvPool) -> None:
@@ -56,7 +57,12 @@ class Handoffs:
             await self._writer.connect(_destination(record.pipeline, record.epoch), offers)
         except (LinkError, ProtocolError) as error:
             logger.warning("links to %s: %s", record.pipeline, error)
+        self._connected[record.pipeline] = record.epoch
         logger.info("links to %s: %s", record.pipeline, ", ".join(self._links_to(record)))
+
+    def epoch_of(self, pipeline: str) -> int:
+        """The epoch that we have links for; those of older ones are closed."""
+        return self._connected.get(pipeline, 0)
 
     def submit(self, spans: list[HandoffSpan], local_layer: int) -> None:
         """A layer's KV of these spans is in our pool."""

@@ -18,6 +18,7 @@ from common.messages import (
     Step,
 )
 from common.model.spec import ModelSpec
+from common.replica_messages import Claim, Claimed
 from common.stage.options import StageOptions
 from common.stage.service import Sender, StageService
 from common.stage.worker import StageSequence, StageWorker
@@ -34,6 +35,8 @@ class PromptStage(StageService):
         super().__init__(options, spec)
         self._scheduler: PromptScheduler | None = None
         self._handoffs: Handoffs
+        self._claims: dict[Claim, str] = {}
+        """not answered yet, and by whom"""
 
     # ------------------------------------------------------------ the stage's part
 
@@ -50,6 +53,14 @@ class PromptStage(StageService):
         if record.role == "token_stage":
             await self.peers.connect(record.stages[0].name, record.stages[0].endpoint)
             await self._handoffs.connect(record)
+            self._answer_claims()
+
+    def _answer_claims(self) -> None:
+        """Whoever claims a pipeline for an epoch hears when our links of its older ones are closed."""
+        for claim, driver in list(self._claims.items()):
+            if self._handoffs.epoch_of(claim.pipeline) >= claim.epoch:
+                del self._claims[claim]
+                self.peers.send(driver, Claimed(self.options.name, claim.pipeline, claim.epoch, []))
 
     def new_worker(self) -> StageWorker:
         handoffs = self._handoffs
@@ -92,6 +103,10 @@ class PromptStage(StageService):
             self._carry_out(self._scheduler.step_done(step, drawn))
 
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
+        if isinstance(message, Claim):
+            self._claims[message] = sender.name
+            self._answer_claims()
+            return
         if self._scheduler is None:
             return
         match message:

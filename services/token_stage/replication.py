@@ -2,8 +2,8 @@
 
 A store reads the stages' pools by itself when the driver tells it what is new, one batch at a time: while one is under
 way news accumulate, so a slow store gets fewer and larger batches and never a queue. Blocks that are being read are not
-given away. At the start of an epoch nothing is given away at all until every store has said that it reads nothing of an
-older one.
+given away. At the start of an epoch nothing is given away at all until every store and every prompt stage has said
+that it touches nothing on behalf of an older one.
 """
 
 from __future__ import annotations
@@ -69,8 +69,13 @@ class Replication:
         if was_there:
             self._unanswered.add(name)
 
+    def writer_was_there(self, name: str) -> None:
+        """A prompt stage that may still write on behalf of an older epoch."""
+        self._claims.append(name)
+        self._unanswered.add(name)
+
     def store_lost(self, name: str) -> list[Sequence]:
-        """It is dead, or will drop everything when it notices. Sequences that it no longer reads."""
+        """A store (or a writer) is dead. Returns the sequences that it no longer reads."""
         self._unanswered.discard(name)
         store = self._stores.pop(name, None)
         if store is None:
@@ -80,7 +85,7 @@ class Replication:
         return self._end_reading(store)
 
     def claimed(self, name: str, keys: Iterable[str]) -> None:
-        """A store reads nothing of older epochs; `keys` are the replicas it has."""
+        """Nothing of older epochs is touched by `name`; `keys` are the replicas that it has if it is a store."""
         self._unanswered.discard(name)
         store = self._stores.get(name)
         if store is None:
@@ -109,7 +114,7 @@ class Replication:
 
     @property
     def is_settled(self) -> bool:
-        """Whether blocks may be given away: no store reads for an older epoch."""
+        """Whether blocks may be given away: nobody touches them on behalf of an older epoch."""
         return not self._unanswered
 
     # ------------------------------------------------------------ sequences

@@ -123,6 +123,8 @@ class TokenStage(StageService):
         for member in self.members.values():
             if member.role == "cache_store":
                 replication.store_joined(member.name, was_there=True)
+            elif member.role == "prompt_stage":
+                replication.writer_was_there(member.name)
         self._scheduler = TokenScheduler(
             epoch=epoch,
             num_stages=self.options.num_stages,
@@ -205,7 +207,7 @@ class TokenStage(StageService):
             await self._pulls.store_lost(record.name)
         if self._scheduler is None:
             return
-        if record.role == "cache_store":
+        if record.role in ("cache_store", "prompt_stage"):
             self._carry_out(self._scheduler.store_lost(record.name))
         elif record.role == "router":
             self._router_lost(self._scheduler, Sender(record.name, record.incarnation))
