@@ -6,10 +6,25 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+INCARNATION_VARIABLE = "DEJAVU_INCARNATION"
+"""How a parent names the incarnation that it starts, so that it can say later which one has ended."""
+
+
+def new_incarnation() -> str:
+    """A name that no other process has, now or later."""
+    return f"{os.getpid():x}-{time.time_ns():x}"
+
+
+def own_incarnation() -> str:
+    """This process's incarnation: the one its parent gave it, else a new one."""
+    return os.environ.get(INCARNATION_VARIABLE) or new_incarnation()
 
 
 def die_with_parent() -> None:
@@ -20,6 +35,12 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def become_subreaper() -> None:
+    """Orphans among this process's descendants become its children (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def set_affinity(cores: Sequence[int]) -> None:

@@ -37,25 +37,25 @@ class Obituaries:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.__aexit__(*exception)
 
-    def report(self, name: str, pid: int) -> None:
-        """The process `pid`, which was member `name`, has ended."""
-        task = asyncio.get_running_loop().create_task(self._revoke(name, pid))
+    def report(self, name: str, incarnation: str) -> None:
+        """The process that was this incarnation of member `name` has ended."""
+        task = asyncio.get_running_loop().create_task(self._revoke(name, incarnation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _revoke(self, name: str, pid: int) -> None:
+    async def _revoke(self, name: str, incarnation: str) -> None:
         """Again and again until etcd has heard it, or another incarnation has the name."""
         for pause_s in backoff_s():
             with contextlib.suppress(EtcdUnavailable):
-                await self._revoke_once(name, pid)
+                await self._revoke_once(name, incarnation)
                 return
             await asyncio.sleep(pause_s)
 
-    async def _revoke_once(self, name: str, pid: int) -> None:
+    async def _revoke_once(self, name: str, incarnation: str) -> None:
         key = member_key(self._cluster, name)
         found = await self._client.get(key)
         record = None if found is None else decode_value(key, found.value, MemberRecord)
-        if found is None or record is None or record.pid != pid:
+        if found is None or record is None or record.incarnation != incarnation:
             return
         try:
             await self._client.revoke_lease(found.lease_id, REVOKE_DEADLINE_S)

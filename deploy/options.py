@@ -47,6 +47,7 @@ class ServeOptions:
     link: str
     threads_per_stage: int | None
     pin: str
+    has_nursery: bool
 
     @property
     def num_stage_processes(self) -> int:
@@ -84,6 +85,7 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         link=arguments.link,
         threads_per_stage=arguments.threads_per_stage,
         pin=arguments.pin,
+        has_nursery=arguments.nursery,
     )
     if options.port:
         check_port_free(options.host, options.port)
@@ -163,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--link", default="auto", choices=["auto", "shm", "zmq"], help="how KV travels between stages")
     add("--threads-per-stage", type=_count, metavar="N", help="compute threads (default: cores / stages)")
     add("--pin", default="auto", choices=["auto", "on", "off"], help="keep each stage on cores of its own")
+    add(
+        "--nursery",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fork stages from a process that has imported torch (never with cuda)",
+    )
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=5555, help="where clients connect (0: any free port)")
     add("--etcd", metavar="URL", help="use this etcd instead of a private one")

@@ -13,13 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 from common.etcd.client import EtcdClient
 from common.model.spec import ModelSpec, load_spec
 from dejavu import AsyncClient
 from dejavu.errors import ConfigurationError, DejavuError
+from deploy.children import DirectSpawner, Nursery, Spawner
+from deploy.etcd_keeper import keep_etcd
 from deploy.etcd_server import EtcdServer
 from deploy.layout import Place, ServiceCommand, plan_services
 from deploy.obituary import Obituaries
@@ -30,6 +32,7 @@ logger = logging.getLogger("serve")
 
 POLL_S = 0.1
 PROGRESS_S = 2.0
+STAGE_MODULES = ("services.prompt_stage.service", "services.token_stage.service")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,22 +44,25 @@ def main(argv: Sequence[str]) -> int:
         # a layout that cannot be is refused before anything is started
         plan_services(options, spec, Place("", "", "cpu", (0,) * options.routers, (0,)))
         device = _resolve_device(options.device)
-        with _etcd_url(options) as etcd_url:
-            return asyncio.run(_serve(options, spec, device, etcd_url))
+        return asyncio.run(_serve(options, spec, device))
     except (DejavuError, ServiceGaveUp) as error:
         print(f"dejavu: error: {error}", file=sys.stderr)  # noqa: T201
         return 1
 
 
-async def _serve(options: ServeOptions, spec: ModelSpec, device: str, etcd_url: str) -> int:
+async def _serve(options: ServeOptions, spec: ModelSpec, device: str) -> int:
     ports = _router_ports(options)
-    place = Place(etcd_url, f"c{secrets.token_hex(4)}", device, ports, tuple(sorted(os.sched_getaffinity(0))))
-    commands = plan_services(options, spec, place)
     endpoints = [f"tcp://{options.host}:{port}" for port in ports]
-    async with Obituaries(etcd_url, place.cluster) as obituaries:
-        supervisor = Supervisor(commands, ROOT, obituaries.report)
-        with _endpoints_file(options.state_dir, endpoints):
-            await _supervise(supervisor, endpoints, commands)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_endpoints_file(options.state_dir, endpoints))
+        # first what takes longest
+        spawner = stack.enter_context(_spawner(options, spec, device))
+        etcd_url = await stack.enter_async_context(_etcd_url(options))
+        place = Place(etcd_url, f"c{secrets.token_hex(4)}", device, ports, tuple(sorted(os.sched_getaffinity(0))))
+        commands = plan_services(options, spec, place)
+        obituaries = await stack.enter_async_context(Obituaries(etcd_url, place.cluster))
+        supervisor = Supervisor(commands, spawner, lambda ended: obituaries.report(ended.name, ended.incarnation))
+        await _supervise(supervisor, endpoints, commands)
     return 0
 
 
@@ -149,14 +155,32 @@ def _endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def _etcd_url(options: ServeOptions) -> Iterator[str]:
-    """The given etcd, checked, or a private one with its data in a temporary directory."""
+def _spawner(options: ServeOptions, spec: ModelSpec, device: str) -> Iterator[Spawner]:
+    """A nursery where it helps; a process that uses CUDA must not come from a fork."""
+    if not options.has_nursery or device == "cuda" or not hasattr(os, "pidfd_open"):
+        yield DirectSpawner(ROOT)
+        return
+    nursery = Nursery(ROOT, [*STAGE_MODULES, f"transformers.models.{spec.architecture}.modeling_{spec.architecture}"])
+    try:
+        yield nursery
+    finally:
+        nursery.close()
+
+
+@contextlib.asynccontextmanager
+async def _etcd_url(options: ServeOptions) -> AsyncIterator[str]:
+    """The given etcd, checked, or a private one with its data in a temporary directory, kept alive."""
     if options.etcd is not None:
-        asyncio.run(_check_etcd(options.etcd))
+        await _check_etcd(options.etcd)
         yield options.etcd
         return
     with tempfile.TemporaryDirectory(prefix="dejavu-etcd-") as folder, EtcdServer(Path(folder)) as etcd:
-        yield etcd.url
+        keeping = asyncio.ensure_future(keep_etcd(etcd))
+        try:
+            yield etcd.url
+        finally:
+            keeping.cancel()
+            await asyncio.wait([keeping])
 
 
 async def _check_etcd(url: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
+from common.process import INCARNATION_VARIABLE, new_incarnation
 from common.service import FATAL_EXIT
+from deploy.children import Child, Spawner
 from deploy.layout import ServiceCommand
 
 logger = logging.getLogger(__name__)
@@ -26,15 +27,32 @@ class ServiceGaveUp(Exception):
     """A service cannot be kept alive; the message names it."""
 
 
-class Supervisor:
-    """Runs service commands in `folder`, each under the respawning eye of one task. `on_exit(name, pid)` hears of
-    every process that ended without being asked to."""
+@dataclass(frozen=True, slots=True)
+class ServiceExit:
+    """The end of a service's process; `exit_code` is minus the signal's number where one ended it."""
 
-    def __init__(self, commands: Sequence[ServiceCommand], folder: Path, on_exit: Callable[[str, int], None]) -> None:
+    name: str
+    role: str
+    pid: int
+    incarnation: str
+    exit_code: int
+    at_monotonic_s: float
+
+
+class Supervisor:
+    """Runs service commands, each under the respawning eye of one task. `on_exit` is told of every end the moment the
+    system reports it, before anything else is done about it."""
+
+    def __init__(
+        self,
+        commands: Sequence[ServiceCommand],
+        spawner: Spawner,
+        on_exit: Callable[[ServiceExit], None] = lambda ended: None,
+    ) -> None:
         self._commands = commands
-        self._folder = folder
+        self._spawner = spawner
         self._on_exit = on_exit
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._children: dict[str, Child] = {}
         self._is_stopping = False
 
     async def run(self) -> None:
@@ -46,13 +64,18 @@ class Supervisor:
         except* ServiceGaveUp as group:
             raise group.exceptions[0] from None
 
+    def pid_of(self, name: str) -> int | None:
+        """The latest process of a service, None before its first."""
+        child = self._children.get(name)
+        return None if child is None else child.pid
+
     async def stop(self) -> None:
         """SIGTERM to all, SIGKILL to what is left after ten seconds."""
         self._is_stopping = True
         self._signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_LIMIT_S):
-                await asyncio.gather(*(process.wait() for process in self._processes.values()))
+                await asyncio.gather(*(child.exited for child in self._children.values()))
                 return
         self.kill()
 
@@ -62,10 +85,8 @@ class Supervisor:
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
-        for process in self._processes.values():
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(number)
+        for child in self._children.values():
+            child.send_signal(number)
 
     async def _keep(self, command: ServiceCommand) -> None:
         num_short_lives = 0
@@ -75,7 +96,6 @@ class Supervisor:
                 code = await self._run_once(command)
                 if self._is_stopping:
                     return
-                self._on_exit(command.name, self._processes[command.name].pid)
                 lived_s = time.monotonic() - started_s
                 logger.warning("%s ended with %s after %.1f s", command.name, code, lived_s)
                 # who is killed from outside is not to blame
@@ -84,27 +104,30 @@ class Supervisor:
                 if code == FATAL_EXIT or num_short_lives == MAX_SHORT_LIVES:
                     raise ServiceGaveUp(f"{command.name} cannot be kept alive (exit {code}); its log is above")
         finally:
-            process = self._processes.get(command.name)
-            if process is not None and process.returncode is None:
-                process.kill()
-                await process.wait()
+            child = self._children.get(command.name)
+            if child is not None:
+                child.send_signal(signal.SIGKILL)
+                await child.exited
 
     async def _run_once(self, command: ServiceCommand) -> int:
-        process = await asyncio.create_subprocess_exec(
-            *command.argv,
-            cwd=self._folder,
-            env=os.environ | {"OMP_NUM_THREADS": _threads(command), "PYTHONUNBUFFERED": "1"},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
+        incarnation = new_incarnation()
+        environment = {
+            "OMP_NUM_THREADS": _threads(command),
+            "PYTHONUNBUFFERED": "1",
+            INCARNATION_VARIABLE: incarnation,
+        }
+        child = self._children[command.name] = await self._spawner.spawn(command, environment)
+        if self._is_stopping:  # it was told while this one was being started
+            child.send_signal(signal.SIGTERM)
+        child.exited.add_done_callback(
+            lambda exited: self._on_exit(
+                ServiceExit(command.name, command.role, child.pid, incarnation, exited.result(), time.monotonic())
+            )
         )
-        self._processes[command.name] = process
-        assert process.stdout is not None
-        while line := await _next_line(process.stdout):
+        while line := await _next_line(child.output):
             sys.stderr.write(f"{command.name:>16} | {line}\n")
         sys.stderr.flush()
-        return await process.wait()
+        return await child.exited
 
 
 async def _next_line(stream: asyncio.StreamReader) -> str:

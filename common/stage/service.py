@@ -39,6 +39,7 @@ from common.model.loader import load_stage
 from common.model.runner import StageRunner
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
+from common.process import own_incarnation
 from common.stage.compute import ComputeThread
 from common.stage.options import StageOptions
 from common.stage.step_clock import StepClock
@@ -64,7 +65,7 @@ class StageService(abc.ABC):
         self.options = options
         self.spec = spec
         self.epoch = 0
-        self.incarnation = f"{os.getpid():x}-{time.time_ns():x}"
+        self.incarnation = own_incarnation()
         self.peers = Peers(f"{options.name}.{self.incarnation}")
         self.members: dict[str, MemberRecord] = {}
         self.records: dict[str, PipelineRecord] = {}

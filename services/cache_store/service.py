@@ -22,6 +22,7 @@ from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRec
 from common.messages import StatsQuery, StatsReply, StoreInboxMessage
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
+from common.process import own_incarnation
 from common.replica_messages import Claim, Claimed, Forget, Locate, Located, Replicate, Replicated, replica_key
 from dejavu.errors import ConfigurationError
 from services.cache_store.keeper import Keeper
@@ -56,7 +57,7 @@ class CacheStore:
 
     def __init__(self, options: StoreOptions, spec: ModelSpec) -> None:
         self._options = options
-        self._incarnation = f"{os.getpid():x}-{time.time_ns():x}"
+        self._incarnation = own_incarnation()
         self._peers = Peers(f"{options.name}.{self._incarnation}")
         self._pool = KvPool.create(_layout(options, spec), name=options.name)
         layout = self._pool.layout

@@ -29,7 +29,7 @@ from common.membership import (
 from common.messages import Beat, PipelineReady, SequenceFailed, StatsQuery, StatsReply, TokensProduced
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
-from common.process import is_stopped, kill_process
+from common.process import is_stopped, kill_process, own_incarnation
 from common.text import TextCodec
 from dejavu import wire
 from dejavu.errors import ConfigurationError, DejavuError, InvalidParameter
@@ -68,7 +68,7 @@ class RouterService:
     def __init__(self, options: RouterOptions, spec: ModelSpec, codec: TextCodec | None) -> None:
         self._options = options
         self._spec = spec
-        self._incarnation = f"{os.getpid():x}-{time.time_ns():x}"
+        self._incarnation = own_incarnation()
         self._peers = Peers(f"{options.name}.{self._incarnation}")
         self._journal = Journal()
         self._requests = Requests(spec, codec, self, self._journal, self._incarnation)

@@ -1,0 +1,172 @@
+"""Child processes on an event loop: started directly or forked by the nursery, their end known at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from common.process import become_subreaper
+from deploy.layout import ServiceCommand
+from deploy.nursery import MAX_MESSAGE_BYTES, PADDING, Birth
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A running process; `output` is its stdout and stderr, `exited` its exit code (minus the signal's number)."""
+
+    pid: int
+    output: asyncio.StreamReader
+    exited: asyncio.Future[int]
+
+    def send_signal(self, number: int) -> None:
+        # until `exited` is done the process is not waited for, so the pid is its own
+        if not self.exited.done():
+            os.kill(self.pid, number)
+
+
+class Spawner(Protocol):
+    """How a service's process comes to be."""
+
+    async def spawn(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child:
+        """Raises `OSError`."""
+
+
+class DirectSpawner:
+    """Starts every process afresh, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def spawn(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child:
+        """Starts a process in a session of its own. Raises `OSError`."""
+        with _output_pipe() as (read_end, write_end):
+            process = subprocess.Popen(  # noqa: ASYNC220 - takes milliseconds
+                command.argv,
+                cwd=self._folder,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=write_end,
+                start_new_session=True,
+            )
+        return Child(process.pid, await _reader(read_end), watch_exit(process.pid, process.wait))
+
+
+class Nursery:
+    """Forks stages from a process that has imported `modules`; everything else, and what the nursery cannot do, is
+    started directly."""
+
+    def __init__(self, folder: Path, modules: Sequence[str]) -> None:
+        become_subreaper()
+        self._folder = folder
+        self._modules = modules
+        self._direct = DirectSpawner(folder)
+        self._asking = asyncio.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.nursery", str(theirs.fileno()), ",".join(self._modules), PADDING],
+                cwd=self._folder,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """Ends the nursery, not its children."""
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+    async def spawn(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child:
+        """Forks a stage, starts anything else. Raises `OSError`."""
+        if not command.role.endswith("_stage"):
+            return await self._direct.spawn(command, environment)
+        async with self._asking:
+            try:
+                return await self._ask(command, environment)
+            except (OSError, ValueError) as error:
+                logger.warning("the nursery is gone (%r): %s is started directly", error, command.name)
+                self.close()
+                self._start()
+        return await self._direct.spawn(command, environment)
+
+    async def _ask(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child:
+        module = command.argv[command.argv.index("-m") + 1]
+        arguments = list(command.argv[command.argv.index("-m") + 2 :])
+        birth = msgspec.json.encode(Birth(module, arguments, dict(environment)))
+        with _output_pipe() as (read_end, write_end):
+            socket.send_fds(self._control, [birth], [write_end])
+            pid = int(await asyncio.get_running_loop().sock_recv(self._control, MAX_MESSAGE_BYTES))
+        return Child(pid, await _reader(read_end), watch_exit(pid, lambda: _reap(pid)))
+
+
+def watch_exit(pid: int, reap: Callable[[], int]) -> asyncio.Future[int]:
+    """A future that gets the child's exit code from `reap`, which may block until the child has ended."""
+    loop = asyncio.get_running_loop()
+    exited: asyncio.Future[int] = loop.create_future()
+
+    def on_exit() -> None:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        _set(exited, reap())
+
+    def wait() -> None:
+        code = reap()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
+            loop.call_soon_threadsafe(_set, exited, code)
+
+    if hasattr(os, "pidfd_open"):
+        descriptor = os.pidfd_open(pid)
+        loop.add_reader(descriptor, on_exit)
+    else:
+        threading.Thread(target=wait, name=f"wait-{pid}", daemon=True).start()
+    return exited
+
+
+def _set(exited: asyncio.Future[int], code: int) -> None:
+    if not exited.done():
+        exited.set_result(code)
+
+
+def _reap(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@contextlib.contextmanager
+def _output_pipe() -> Iterator[tuple[int, int]]:
+    """(read end, write end); the write end is only open inside, the read end stays open if all went well."""
+    read_end, write_end = os.pipe()
+    try:
+        yield read_end, write_end
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        os.close(write_end)
+
+
+async def _reader(descriptor: int) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    pipe = os.fdopen(descriptor, "rb", buffering=0)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    return reader

@@ -1,0 +1,112 @@
+"""The parent of a system's processes: what it starts, what it hears of their ends, what it starts again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from common.process import INCARNATION_VARIABLE
+from deploy.children import DirectSpawner, Nursery, Spawner
+from deploy.layout import ServiceCommand
+from deploy.supervisor import ServiceExit, ServiceGaveUp, Supervisor
+from tests.cluster.system import ROOT, descendants
+
+pytestmark = pytest.mark.cluster
+
+STAGE = "tests.cluster.stand_in_stage"
+
+
+@pytest.fixture(params=[DirectSpawner, Nursery])
+async def spawner(request: pytest.FixtureRequest) -> AsyncIterator[Spawner]:
+    if request.param is DirectSpawner:
+        yield DirectSpawner(ROOT)
+        return
+    nursery = Nursery(ROOT, ["json"])
+    yield nursery
+    nursery.close()
+
+
+def command(what: str, name: str = "token-0-stage-0") -> ServiceCommand:
+    return ServiceCommand(name, "token_stage", (sys.executable, "-m", STAGE, what))
+
+
+async def first_line(child_output: asyncio.StreamReader) -> list[str]:
+    return (await child_output.readline()).decode().split()
+
+
+async def test_a_child_is_a_process_of_its_own(spawner: Spawner) -> None:
+    child = await spawner.spawn(command("wait"), {INCARNATION_VARIABLE: "abc"})
+    pid, parent, session, incarnation = await first_line(child.output)
+    assert (int(pid), int(parent), int(session), incarnation) == (child.pid, os.getpid(), child.pid, "abc")
+    assert child.pid in descendants(os.getpid())
+    shown = Path("/proc", str(child.pid), "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    assert shown == [argument.encode() for argument in command("wait").argv]
+    child.send_signal(signal.SIGKILL)
+    assert await child.exited == -signal.SIGKILL
+    assert await child.output.read() == b""
+    child.send_signal(signal.SIGKILL)  # nobody is there, nobody is hit
+
+
+@pytest.mark.parametrize(("what", "code"), [("0", 0), ("3", 3), ("raise", 1)])
+async def test_exit_codes_are_the_childs(spawner: Spawner, what: str, code: int) -> None:
+    child = await spawner.spawn(command(what), {})
+    assert await child.exited == code
+    assert (b"Traceback" in await child.output.read()) == (what == "raise")
+
+
+async def test_children_outlive_the_nursery_and_the_next_is_started_all_the_same() -> None:
+    nursery = Nursery(ROOT, ["json"])
+    child = await nursery.spawn(command("wait"), {})
+    await first_line(child.output)
+    (nursery_pid,) = descendants(os.getpid()) - {child.pid}
+    os.kill(nursery_pid, signal.SIGKILL)
+    following = [await nursery.spawn(command("wait"), {}) for _ in range(2)]
+    for other in following:
+        assert (await first_line(other.output))[1] == str(os.getpid())
+    assert not child.exited.done()
+    nursery.close()
+    for other in [child, *following]:
+        other.send_signal(signal.SIGKILL)
+        await other.exited
+
+
+def ends_into(queue: asyncio.Queue[ServiceExit]) -> Callable[[ServiceExit], None]:
+    return queue.put_nowait
+
+
+async def test_every_end_is_reported_with_the_incarnation_that_ended(spawner: Spawner) -> None:
+    ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
+    supervisor = Supervisor([command("7")], spawner, ends_into(ends))
+    with pytest.raises(ServiceGaveUp, match="token-0-stage-0"):
+        await supervisor.run()
+    seen = [ends.get_nowait() for _ in range(3)]
+    assert [(e.name, e.role, e.exit_code) for e in seen] == [("token-0-stage-0", "token_stage", 7)] * 3
+    assert len({e.pid for e in seen}) == len({e.incarnation for e in seen}) == 3
+
+
+async def test_a_killed_child_is_reported_at_once_and_replaced(spawner: Spawner) -> None:
+    ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
+    supervisor = Supervisor([command("wait")], spawner, ends_into(ends))
+    running = asyncio.ensure_future(supervisor.run())
+    first = await next_pid(supervisor, 0)
+    os.kill(first, signal.SIGKILL)
+    ended = await ends.get()
+    assert (ended.pid, ended.exit_code) == (first, -signal.SIGKILL)
+    await next_pid(supervisor, first)
+    supervisor.kill()
+    await running
+    assert (await ends.get()).incarnation != ended.incarnation
+
+
+async def next_pid(supervisor: Supervisor, last: int) -> int:
+    while True:
+        pid = supervisor.pid_of("token-0-stage-0")
+        if pid not in (None, last):
+            return pid
+        await asyncio.sleep(0)
