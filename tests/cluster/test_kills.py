@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 
 import pytest
 
@@ -23,7 +24,7 @@ async def stream(client: AsyncClient, prompt: list[int], started: asyncio.Queue[
     tokens: list[int] = []
     async for token in client.stream(prompt, LONG):
         tokens.append(token.id)
-        if len(tokens) == 5:
+        if len(tokens) in (5, 60):
             started.put_nowait(1)
     return tokens
 
@@ -49,3 +50,58 @@ async def test_streams_survive_a_kill(victim: str) -> None:
     for prompt, tokens in zip([*work, work[0]], answers, strict=True):
         assert len(tokens) == NUM_TOKENS
         assert_greedy(TINY, prompt, tokens)
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "layout"),
+    [
+        ("token-0-stage-1", signal.SIGKILL, ("--token-stages", "2", "--standbys", "1")),
+        ("token-0-stage-0", signal.SIGSTOP, ("--colocated", "--standbys", "1")),
+        ("router-0", signal.SIGKILL, ("--routers", "2")),
+    ],
+)
+async def test_kv_comes_back_from_the_store(victim: str, number: int, layout: tuple[str, ...]) -> None:
+    """Nearly nothing is computed again, and the spare goes on at once."""
+    work = prompts(22, [10, 40, 70, 33])
+    with running(*FLOAT32, *layout) as system:
+        async with AsyncClient(system.endpoint) as client:
+            started: asyncio.Queue[int] = asyncio.Queue()
+            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+            for _ in work:
+                await started.get()
+            pid = await pid_of(client, victim)
+            killed_at_s = time.monotonic()
+            os.kill(pid, number)
+            answers = await asyncio.gather(*streams)
+            status = await client.status()
+        await settled_status(system.endpoint)
+    for prompt, tokens in zip(work, answers, strict=True):
+        assert len(tokens) == NUM_TOKENS
+        assert_greedy(TINY, prompt, tokens)
+    counters = status["counters"]
+    assert counters["recoveries"] == len(work)
+    assert counters["recomputed_tokens"] <= 8 * len(work)
+    if "router" not in victim:
+        detected = [e for e in status["events"] if e["kind"] == "detected" and e["service"] == victim]
+        assert 0 < detected[0]["at_monotonic_s"] - killed_at_s < 5
+
+
+async def test_a_dead_store_disturbs_nobody() -> None:
+    """Streams go on; what the lost store had is copied to the next one, which then serves a recovery."""
+    work = prompts(23, [10, 40, 70])
+    with running(*FLOAT32, "--cache-stores", "2", "--standbys", "1") as system:
+        async with AsyncClient(system.endpoint) as client:
+            started: asyncio.Queue[int] = asyncio.Queue()
+            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+            for _ in work:
+                await started.get()
+            os.kill(await pid_of(client, "cache-store-0"), signal.SIGKILL)
+            for _ in work:
+                await started.get()
+            os.kill(await pid_of(client, "token-0-stage-0"), signal.SIGKILL)
+            answers = await asyncio.gather(*streams)
+            status = await client.status()
+        await settled_status(system.endpoint)
+    for prompt, tokens in zip(work, answers, strict=True):
+        assert_greedy(TINY, prompt, tokens)
+    assert status["counters"]["recoveries"] == len(work)
