@@ -12,7 +12,6 @@ import functools
 import gc
 import logging
 import os
-import socket
 import time
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ import torch
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
-from common.kv.layout import PoolLayout, num_blocks_for
 from common.kv.pool import KvPool
 from common.loop_monitor import LoopMonitor
 from common.membership import (
@@ -37,14 +35,14 @@ from common.membership import (
 from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone
 from common.model.loader import load_stage
 from common.model.runner import StageRunner
-from common.model.spec import ModelSpec, load_spec
+from common.model.spec import ModelSpec
 from common.peers import Peers, beat
 from common.process import own_incarnation
 from common.stage.compute import ComputeThread
 from common.stage.options import StageOptions
+from common.stage.setup import pool_layout, stage_record
 from common.stage.step_clock import StepClock
 from common.stage.worker import CloseHook, LayerHook, StageWorker, StepOutput
-from dejavu.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +149,7 @@ class StageService(abc.ABC):
                 EtcdClient(self.options.etcd) as etcd,
                 Membership(etcd, self.options.cluster, LEASE_TTL_S) as membership,
             ):
-                await membership.register(self._member(details))
+                await membership.register(stage_record(self.options, self.incarnation, self.inbox.endpoint, details))
                 async with asyncio.TaskGroup() as self.tasks:
                     await self._attend(membership, stop)
         finally:
@@ -167,7 +165,7 @@ class StageService(abc.ABC):
         torch.set_num_threads(options.num_threads)
         started_s = time.monotonic()
         model = load_stage(self.spec, options.layers, options.device)
-        layout = self._layout()
+        layout = pool_layout(options, self.spec)
         self.pool = KvPool.create(layout, options.device, options.name)
         logger.info(
             "layers %d:%d of %s loaded in %.1f s; %d KV blocks of %d tokens",
@@ -178,43 +176,6 @@ class StageService(abc.ABC):
             layout.block_size,
         )
         return StageRunner(model, self.pool)
-
-    def _layout(self) -> PoolLayout:
-        options, spec = self.options, self.spec
-        layout = PoolLayout(
-            first_layer=options.layers[0],
-            last_layer=options.layers[1],
-            num_blocks=1,
-            block_size=options.block_size,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=spec.dtype,
-            fingerprint=spec.fingerprint,
-        )
-        num_blocks = num_blocks_for(layout, options.kv_memory_bytes)
-        if num_blocks < 1:
-            raise ConfigurationError(
-                f"--kv-memory {options.kv_memory_bytes} holds no block of {options.block_size} tokens",
-                field="kv_memory",
-            )
-        return msgspec.structs.replace(layout, num_blocks=num_blocks)
-
-    def _member(self, details: dict[str, str]) -> MemberRecord:
-        options = self.options
-        return MemberRecord(
-            name=options.name,
-            role=options.role,
-            incarnation=self.incarnation,
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            endpoint=self.inbox.endpoint,
-            pipeline=options.pipeline,
-            stage_index=options.stage_index,
-            num_stages=options.num_stages,
-            layers=options.layers,
-            state="active",
-            detail={"colocated": int(options.is_colocated), **details},
-        )
 
     async def _attend(self, membership: Membership, stop: asyncio.Event) -> None:
         tasks = [
@@ -421,12 +382,3 @@ class StageService(abc.ABC):
     def _finish(self, step: int, drawn: list[Drawn]) -> None:
         self.step_done(step, drawn)
         self.pump()
-
-
-def load_stage_spec(options: StageOptions) -> ModelSpec:
-    """The model's spec, with the stage's layers checked against it. Raises `ConfigurationError`."""
-    spec = load_spec(options.model, options.dtype)
-    first, last = options.layers
-    if not 0 <= first < last <= spec.num_layers:
-        raise ConfigurationError(f"layers {first}:{last} are not within 0:{spec.num_layers}", field="layers")
-    return spec

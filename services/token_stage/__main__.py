@@ -6,7 +6,7 @@ import sys
 
 from common.service import run_service
 from common.stage.options import parse_stage_options
-from common.stage.service import load_stage_spec
+from common.stage.setup import load_stage_spec
 from services.token_stage.service import TokenStage
 
 
