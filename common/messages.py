@@ -106,7 +106,11 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
     overdue_s: float = 0.0
 
 
-RouterInboxMessage = PipelineReady | TokensProduced | SequenceFailed | StatsReply | Beat
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    """The leading router to any service: end in order; somebody else does your work."""
+
+
+RouterInboxMessage = PipelineReady | TokensProduced | SequenceFailed | StatsReply | Beat | Stop
 
 # ---------------------------------------------------------------- to a stage
 
@@ -260,7 +264,8 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
 
 
 StageInboxMessage = (
-    StatsQuery
+    Stop
+    | StatsQuery
     | PipelineReady
     | StageReady
     | Admit
@@ -281,7 +286,7 @@ StageInboxMessage = (
     | Pulled
 )
 
-StoreInboxMessage = StatsQuery | Claim | Replicate | Forget | Locate
+StoreInboxMessage = Stop | StatsQuery | Claim | Replicate | Forget | Locate
 
 Message = RouterInboxMessage | StageInboxMessage | StoreInboxMessage
 

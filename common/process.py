@@ -58,6 +58,15 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
+def run_delay_s(pid: int) -> float:
+    """For how long the main thread of a process of this machine has wanted a processor and had none, since it began;
+    0 where that cannot be known."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 def kill_process(pid: int) -> bool:
     """SIGKILL; works on a stopped process, too. False: there is none, or it is not ours."""
     try:

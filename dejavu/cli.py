@@ -27,6 +27,7 @@ examples:
   dejavu generate "2 + 2 =" --temperature 0 --max-tokens 8
   dejavu status                               who runs, where, with how much memory
   dejavu status --json | jq .counters
+  dejavu drain token-0-stage-0                replace a running process, keep its streams
 
 The system is found through --endpoint, DEJAVU_ENDPOINT, the state directory of a running `dejavu serve`
 (DEJAVU_STATE_DIR), or at tcp://127.0.0.1:5555, in this order.
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return asyncio.run(_generate(options) if options.command == "generate" else _status(options))
+        return asyncio.run(COMMANDS[options.command](options))
     except DejavuError as error:
         print(f"dejavu: error: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -70,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show what runs where", description="Shows what runs where.")
     status.add_argument("--json", action="store_true", help="the whole status document, as JSON")
     _add_endpoint(status)
+    drain = commands.add_parser(
+        "drain",
+        help="have others take over from a service, and end it",
+        description="Moves the live work of a service to a standby or a peer, without a failed request, and ends the "
+        "process. What keeps it alive (`dejavu serve`) starts a fresh one, which then stands by.",
+    )
+    drain.add_argument("name", metavar="NAME", help="as `dejavu status` shows it")
+    _add_endpoint(drain)
     commands.add_parser("serve", help="start a system (`dejavu serve --help` lists its options)", add_help=False)
     return parser
 
@@ -112,8 +121,18 @@ async def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+async def _drain(options: argparse.Namespace) -> int:
+    async with AsyncClient(options.endpoint) as client:
+        await client.drain(options.name)
+    print(f"{options.name} is drained", flush=True)
+    return 0
+
+
 async def _status(options: argparse.Namespace) -> int:
     async with AsyncClient(options.endpoint) as client:
         status = await client.status()
     print(json.dumps(status) if options.json else render_status(status), flush=True)
     return 0
+
+
+COMMANDS = {"generate": _generate, "status": _status, "drain": _drain}

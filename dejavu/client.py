@@ -71,6 +71,11 @@ class AsyncClient:
         found = tuple(Choice(index, tuple(tokens)) for index, tokens in enumerate(choices))
         return Completion(live.request_id, found, live.usage)
 
+    async def drain(self, name: str) -> None:
+        """Has others take over from a service, without a failed request, and ends it. Raises `InvalidParameter` for an
+        unknown name, `Unavailable` where nobody can take over."""
+        await self._session.drain(name)
+
     async def status(self) -> dict[str, Any]:
         """What runs where, with counters and recent events. Raises `Unavailable`, `ProtocolError`."""
         try:

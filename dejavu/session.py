@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import assert_never
 
 import msgspec
@@ -18,7 +18,14 @@ import zmq.asyncio
 from dejavu import wire
 from dejavu.connection import Connection, RouterLost
 from dejavu.endpoints import RouterList
-from dejavu.errors import DejavuError, ProtocolError, RequestCancelled, RequestConflict, Unavailable
+from dejavu.errors import (
+    DejavuError,
+    ProtocolError,
+    RequestCancelled,
+    RequestConflict,
+    Unavailable,
+    error_from_wire,
+)
 from dejavu.live_request import LiveRequest
 from dejavu.types import Token
 
@@ -26,10 +33,14 @@ MAX_UNANSWERED_PINGS = 4
 HANDSHAKE_LIMIT_S = 1.0
 MAX_BURST = 16
 """Messages handled before others get a turn: receiving what is already there does not yield by itself."""
+DRAIN_LIMIT_S = 60.0
 RETRY_PAUSE_S = 0.1
 """Between two rounds through all known routers."""
 OUTAGE_LIMIT_S = 30.0
 """A request that no router worked on for so long fails; the servers give it up after the same time."""
+
+
+_Query = tuple[wire.StatusQuery | wire.Drain, asyncio.Future[wire.StatusReply | wire.Drained]]
 
 
 class Session:
@@ -41,7 +52,7 @@ class Session:
         self._routers = RouterList(endpoints)
         self._losses: dict[str, str] = {}
         self._live: dict[str, LiveRequest] = {}
-        self._queries: dict[int, asyncio.Future[bytes]] = {}
+        self._queries: dict[int, _Query] = {}
         self._num_queries = 0
         self._connection: Connection | None = None
         self._is_served = asyncio.Event()
@@ -92,19 +103,35 @@ class Session:
 
     async def status(self) -> bytes:
         """The status document of the router, as JSON. Raises `Unavailable`."""
+        reply = await self._ask(wire.StatusQuery, self._connect_timeout_s)
+        assert isinstance(reply, wire.StatusReply)
+        return reply.status_json
+
+    async def drain(self, name: str) -> None:
+        """Has a service replaced and ended. Raises `DejavuError`."""
+        reply = await self._ask(lambda query_id: wire.Drain(query_id, name), DRAIN_LIMIT_S)
+        assert isinstance(reply, wire.Drained)
+        if reply.error is not None:
+            error = reply.error
+            raise error_from_wire(error.code, error.message, error.field, error.details)
+
+    async def _ask(
+        self, new_query: Callable[[int], wire.StatusQuery | wire.Drain], limit_s: float
+    ) -> wire.StatusReply | wire.Drained:
+        """Asks whichever router serves us, again after each loss of one. Raises `Unavailable`."""
         self._check_open()
         self._num_queries += 1
-        query_id = self._num_queries
-        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._queries[query_id] = reply
-        self._send(wire.StatusQuery(query_id))
+        query = new_query(self._num_queries)
+        reply: asyncio.Future[wire.StatusReply | wire.Drained] = asyncio.get_running_loop().create_future()
+        self._queries[query.query_id] = (query, reply)
+        self._send(query)
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
+            async with asyncio.timeout(limit_s):
                 return await reply
         except TimeoutError:
-            raise self._unavailable(self._connect_timeout_s) from None
+            raise self._unavailable(limit_s) from None
         finally:
-            del self._queries[query_id]
+            del self._queries[query.query_id]
 
     def cancel(self, request_id: str) -> None:
         """Asks the router to cancel a request of any client. Raises `Unavailable` where there is none."""
@@ -250,12 +277,12 @@ class Session:
                 if request_id in self._live:
                     self._live.pop(request_id).end(message)
             case wire.NotLeader(request_id, leader):
-                if request_id in self._live:
+                if request_id in self._live or (not request_id and self._queries):
                     self._redirect(leader)
-            case wire.StatusReply(query_id, status_json):
-                reply = self._queries.get(query_id)
+            case wire.StatusReply() | wire.Drained():
+                _, reply = self._queries.get(message.query_id, (None, None))
                 if reply is not None and not reply.done():
-                    reply.set_result(status_json)
+                    reply.set_result(message)
             case wire.Welcome():
                 self._be_served(connection, message)
             case wire.Pong():
@@ -287,7 +314,7 @@ class Session:
         self._connection = connection
         connection.is_welcome.set()
         self._is_served.set()
-        for query_id in self._queries:
-            self._send(wire.StatusQuery(query_id))
+        for query, _ in self._queries.values():
+            self._send(query)
         for live in list(self._live.values()):
             self._submit_again(live)

@@ -63,6 +63,10 @@ class Client:
         """See `AsyncClient.generate`."""
         return self._call(self._client.generate(prompt, params, request_id))
 
+    def drain(self, name: str) -> None:
+        """See `AsyncClient.drain`."""
+        self._call(self._client.drain(name))
+
     def status(self) -> dict[str, Any]:
         """See `AsyncClient.status`."""
         return self._call(self._client.status())

@@ -56,7 +56,14 @@ class StatusQuery(msgspec.Struct, frozen=True, array_like=True, tag="status"):
     query_id: int
 
 
-ClientMessage = Hello | Submit | Cancel | Acknowledge | Ping | StatusQuery
+class Drain(msgspec.Struct, frozen=True, array_like=True, tag="drain"):
+    """Asks the leader to have others take over from a service and to end it."""
+
+    query_id: int
+    name: str
+
+
+ClientMessage = Hello | Submit | Cancel | Acknowledge | Ping | StatusQuery | Drain
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
@@ -130,7 +137,14 @@ class StatusReply(msgspec.Struct, frozen=True, array_like=True, tag="status_repl
     status_json: bytes
 
 
-RouterMessage = Welcome | Accepted | Tokens | Ended | NotLeader | Pong | StatusReply
+class Drained(msgspec.Struct, frozen=True, array_like=True, tag="drained"):
+    """Answers `Drain` when it is done, or cannot be."""
+
+    query_id: int
+    error: WireError | None = None
+
+
+RouterMessage = Welcome | Accepted | Tokens | Ended | NotLeader | Pong | StatusReply | Drained
 
 _encoder = msgspec.msgpack.Encoder()
 _client_decoder = msgspec.msgpack.Decoder(ClientMessage)

@@ -11,7 +11,6 @@ import asyncio
 import functools
 import gc
 import logging
-import os
 import time
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from common.membership import (
     PipelineRecord,
     SnapshotEnd,
 )
-from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone
+from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone, Stop
 from common.model.loader import load_stage
 from common.model.runner import StageRunner
 from common.model.spec import ModelSpec
@@ -79,6 +78,7 @@ class StageService(abc.ABC):
         self._clock = StepClock()
         self._monitor = LoopMonitor()
         self._counters = {"refused_frames": 0, "bad_frames": 0, "steps": 0, "tokens": 0}
+        self._stop: asyncio.Event
         self._crash: asyncio.Future[None]
         self._runner: StageRunner
 
@@ -136,6 +136,7 @@ class StageService(abc.ABC):
     async def serve(self, stop: asyncio.Event) -> None:
         """Loads the layers, registers and works until `stop` is set. Raises `ConfigurationError`."""
         self.loop = asyncio.get_running_loop()
+        self._stop = stop
         self._crash = self.loop.create_future()
         self.compute = ComputeThread(self.loop, self._on_crash)
         self.inbox = await Inbox.bind(f"tcp://{self.options.host}:*", self._on_frames)
@@ -321,6 +322,8 @@ class StageService(abc.ABC):
                 self._stage_ready(message)
             case StatsQuery():
                 self._answer_stats(message)
+            case Stop():
+                self._stop.set()
             case _:
                 self.handle(Sender(*peer.decode(errors="replace").rpartition(".")[::2]), message)
 

@@ -19,7 +19,7 @@ from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.loop_monitor import LoopMonitor
 from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Membership, PipelineRecord
-from common.messages import StatsQuery, StatsReply, StoreInboxMessage
+from common.messages import StatsQuery, StatsReply, Stop, StoreInboxMessage
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
 from common.process import own_incarnation
@@ -71,6 +71,7 @@ class CacheStore:
         self._lease_id = 0
         self._monitor = LoopMonitor()
         self._counters = {"bad_frames": 0, "refused_frames": 0, "batches": 0}
+        self._stop: asyncio.Event
         self._inbox: Inbox
         self._membership: Membership
 
@@ -96,6 +97,7 @@ class CacheStore:
             store._pool.close()
 
     async def _live(self, stop: asyncio.Event) -> None:
+        self._stop = stop
         async with asyncio.TaskGroup() as tasks:
             running = [
                 tasks.create_task(self._watch_members()),
@@ -157,6 +159,9 @@ class CacheStore:
             return
         if isinstance(message, StatsQuery):
             self._answer_stats(message)
+            return
+        if isinstance(message, Stop):
+            self._stop.set()
             return
         try:
             self._queue.put_nowait((peer.decode(errors="replace").rpartition(".")[0], message))

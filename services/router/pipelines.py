@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from common.membership import MemberRecord, PipelineRecord
 
 
-def missing_pipelines(members: Iterable[MemberRecord], published: Mapping[str, PipelineRecord]) -> list[PipelineRecord]:
+def missing_pipelines(
+    members: Iterable[MemberRecord], published: Mapping[str, PipelineRecord], draining: Collection[str] = ()
+) -> list[PipelineRecord]:
     """Records to publish: every stage of the pipeline is registered, their layers join without a gap, and the
     incarnations differ from those published. Where several stand ready for one stage, the one that is published
-    stays; the others are spares. The epoch is filled in by the store."""
+    stays, unless it is `draining`; the others are spares. The epoch is filled in by the store."""
     candidates: dict[str, dict[int, list[MemberRecord]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
         if member.pipeline is not None and member.stage_index is not None:
@@ -20,7 +22,7 @@ def missing_pipelines(members: Iterable[MemberRecord], published: Mapping[str, P
     for pipeline, found in sorted(candidates.items()):
         known = published.get(pipeline)
         incarnations = [] if known is None else [member.incarnation for member in known.stages]
-        stages = [_choose(found[index], incarnations) for index in sorted(found)]
+        stages = [_choose(found[index], incarnations, draining) for index in sorted(found)]
         if _is_complete(stages) and incarnations != [member.incarnation for member in stages]:
             records.append(PipelineRecord(pipeline, stages[0].role, 0, tuple(stages)))
     return records
@@ -32,9 +34,19 @@ def is_spare(member: MemberRecord, published: Mapping[str, PipelineRecord]) -> b
     return record is not None and all(stage.incarnation != member.incarnation for stage in record.stages)
 
 
-def _choose(candidates: list[MemberRecord], incarnations: list[str]) -> MemberRecord:
-    """The published one, else the first by name."""
-    return min(candidates, key=lambda member: (member.incarnation not in incarnations, member.name))
+def stand_in(member: MemberRecord, members: Iterable[MemberRecord], draining: Collection[str]) -> MemberRecord | None:
+    """Who could take a stage's place."""
+    place = (member.pipeline, member.stage_index)
+    others = (other for other in members if (other.pipeline, other.stage_index) == place)
+    return next((other for other in others if other is not member and other.incarnation not in draining), None)
+
+
+def _choose(candidates: list[MemberRecord], incarnations: list[str], draining: Collection[str]) -> MemberRecord:
+    """The published one, else the first by name; one that is draining only where there is no other."""
+    return min(
+        candidates,
+        key=lambda member: (member.incarnation in draining, member.incarnation not in incarnations, member.name),
+    )
 
 
 def _is_complete(stages: list[MemberRecord]) -> bool:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from common.membership import PipelineRecord
 from common.messages import (
     Admit,
     CancelSequence,
@@ -142,6 +143,19 @@ class Requests:
                 stale = choice.pipeline == view.name and choice.epoch != view.epoch
                 if not choice.is_done and (stale or choice.sequence_id in self._unplaced):
                     self._place(request, choice)
+
+    def pipeline_published(self, record: PipelineRecord) -> None:
+        """A pipeline has a new epoch, which nobody has reported ready yet."""
+        view = self.pipelines.setdefault(record.pipeline, PipelineView(record.pipeline, record.role))
+        if record.epoch > view.epoch:
+            view.is_ready = False
+        view.driver = record.stages[0].name
+        view.is_colocated = bool(record.stages[0].detail.get("colocated"))
+
+    def pipeline_lost(self, name: str) -> None:
+        """A stage of the pipeline is gone: nothing is placed on it until its next epoch."""
+        if name in self.pipelines:
+            self.pipelines[name].is_ready = False
 
     def tokens_produced(self, produced: TokensProduced) -> None:
         """Relays tokens to their clients, one message a client."""

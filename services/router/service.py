@@ -15,36 +15,24 @@ import msgspec
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
-from common.etcd.errors import EtcdUnavailable
 from common.loop_monitor import LoopMonitor
-from common.membership import (
-    Election,
-    MemberChanged,
-    MemberJoined,
-    MemberLost,
-    MemberRecord,
-    Membership,
-    PipelineRecord,
-)
-from common.messages import Beat, PipelineReady, SequenceFailed, StatsQuery, StatsReply, TokensProduced
+from common.membership import Election, MemberRecord, Membership, PipelineRecord
+from common.messages import Beat, PipelineReady, SequenceFailed, StatsQuery, StatsReply, Stop, TokensProduced
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
-from common.process import is_stopped, kill_process, own_incarnation
+from common.process import own_incarnation
 from common.text import TextCodec
 from dejavu import wire
 from dejavu.errors import ConfigurationError, DejavuError, InvalidParameter
 from services.router.clients import Clients
-from services.router.pipelines import missing_pipelines
-from services.router.placement import PipelineView
-from services.router.requests import LONG_TEXT_CHARS, Requests
+from services.router.cluster import Cluster
+from services.router.requests import LONG_TEXT_CHARS, Requests, wire_error
 from services.router.status import Journal, StatsRound, describe
-from services.router.watchdog import TICK_S, Suspicion, Watchdog
 
 logger = logging.getLogger(__name__)
 
 STATS_WAIT_S = 0.5
 MAX_UNREAD_MESSAGES = 65536
-RETRY_S = 0.5
 LEASE_TTL_S = 3.0
 
 
@@ -73,16 +61,14 @@ class RouterService:
         self._journal = Journal()
         self._requests = Requests(spec, codec, self, self._journal, self._incarnation)
         self._clients = Clients()
-        self._members: dict[str, MemberRecord] = {}
-        self._records: dict[str, PipelineRecord] = {}
         self._reports: dict[str, PipelineReady] = {}
-        self._leader = ""
-        self._is_leader = False
         self._monitor = LoopMonitor()
-        self._watchdog = Watchdog(lambda member: member.host == socket.gethostname() and is_stopped(member.pid))
         self._queries: dict[int, StatsRound] = {}
         self._num_queries = 0
-        self._changed = asyncio.Event()
+        self._is_live = False
+        """registered; before that there is nothing to say to anybody"""
+        self._cluster: Cluster
+        self._stop: asyncio.Event
         self._inbox: Inbox
         self._public: Inbox
         self._tasks: asyncio.TaskGroup
@@ -146,107 +132,33 @@ class RouterService:
             self._peers.close()
 
     async def _live(self, etcd: EtcdClient, membership: Membership, stop: asyncio.Event) -> None:
-        election = Election(etcd, self._options.cluster, membership.lease, self._options.name, self._public.endpoint)
-        tasks = [
-            self._tasks.create_task(self._watch_members(membership)),
-            self._tasks.create_task(self._watch_pipelines(membership)),
-            self._tasks.create_task(election.campaign()),
-            self._tasks.create_task(self._watch_leader(election)),
-            self._tasks.create_task(self._form_pipelines(membership, election)),
-            self._tasks.create_task(self._watch_clients()),
-            self._tasks.create_task(self._monitor.watch()),
-            self._tasks.create_task(
-                beat(self._peers, self._other_routers, self._options.name, self._incarnation, lambda: 0.0)
-            ),
-            self._tasks.create_task(self._watch_pulses(membership)),
-        ]
+        options = self._options
+        self._stop = stop
+        self._cluster = Cluster(
+            options.name,
+            membership,
+            Election(etcd, options.cluster, membership.lease, options.name, self._public.endpoint),
+            self._peers,
+            self._journal,
+            may_kill=options.may_kill,
+            on_record=self._pipeline_published,
+            on_lost=self._requests.pipeline_lost,
+            is_ready=lambda pipeline: self._requests.pipelines[pipeline].is_ready,
+        )
+        self._is_live = True
+        beating = beat(self._peers, self._cluster.other_routers, options.name, self._incarnation, lambda: 0.0)
+        work = (self._cluster.run(), self._watch_clients(), self._monitor.watch(), beating)
+        tasks = [self._tasks.create_task(each) for each in work]
         logger.info("listening for clients on %s", self._public.endpoint)
         await stop.wait()
         for task in tasks:
             task.cancel()
 
-    async def _watch_members(self, membership: Membership) -> None:
-        async for event in membership.watch():
-            match event:
-                case MemberJoined(record) | MemberChanged(record):
-                    self._members[record.name] = record
-                    await self._peers.connect(record.name, record.endpoint)
-                case MemberLost(record):
-                    self._members.pop(record.name, None)
-                    self._watchdog.lost(record.name)
-                    self._peers.drop(record.name)
-                    self._journal.note("detected", record.name, role=record.role, pid=record.pid)
-                    self._pipeline_of(record)
-            self._changed.set()
-
-    def _pipeline_of(self, lost: MemberRecord) -> None:
-        view = self._requests.pipelines.get(lost.pipeline or "")
-        if view is not None:
-            view.is_ready = False
-
-    async def _watch_pipelines(self, membership: Membership) -> None:
-        async for record in membership.watch_pipelines():
-            self._records[record.pipeline] = record
-            view = self._requests.pipelines.setdefault(record.pipeline, PipelineView(record.pipeline, record.role))
-            if record.epoch > view.epoch:
-                view.is_ready = False
-                self._journal.note("decided", record.pipeline, epoch=record.epoch)
-            view.driver = record.stages[0].name
-            view.is_colocated = bool(record.stages[0].detail.get("colocated"))
-            report = self._reports.pop(record.pipeline, None)
-            if report is not None:
-                self._pipeline_ready(report)
-            self._changed.set()
-
-    async def _watch_leader(self, election: Election) -> None:
-        async for leader in election.watch():
-            self._leader = leader.name
-            self._is_leader = leader.is_me
-            self._journal.note("leader", leader.name)
-            self._changed.set()
-
-    async def _form_pipelines(self, membership: Membership, election: Election) -> None:
-        """The leader publishes every pipeline whose stages are all there and not yet the published ones."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            if not self._is_leader:
-                continue
-            for record in missing_pipelines(self._members.values(), self._records):
-                try:
-                    await membership.publish_pipeline(record, election.guard())
-                except EtcdUnavailable as error:
-                    logger.warning("%s is published later: %s", record.pipeline, error)
-                    asyncio.get_running_loop().call_later(RETRY_S, self._changed.set)
-
-    def _other_routers(self) -> list[str]:
-        return [m.name for m in self._members.values() if m.role == "router" and m.name != self._options.name]
-
-    async def _watch_pulses(self, membership: Membership) -> None:
-        """The leader watches everybody, the other routers watch the leader."""
-        while True:
-            await asyncio.sleep(TICK_S)
-            watched = [
-                m
-                for m in self._members.values()
-                if m.name != self._options.name and (self._is_leader or m.name == self._leader)
-            ]
-            for suspicion in self._watchdog.suspects(watched, time.monotonic()):
-                await self._evict(membership, suspicion)
-
-    async def _evict(self, membership: Membership, suspicion: Suspicion) -> None:
-        """First the process is killed, where we can, so that it never wakes up again; then its lease is ended, which
-        tells everybody."""
-        record = suspicion.record
-        logger.warning("%s (pid %d): %s", record.name, record.pid, suspicion.reason)
-        self._watchdog.lost(record.name)
-        self._journal.note("suspected", record.name, reason=suspicion.reason, pid=record.pid)
-        if self._options.may_kill and record.host == socket.gethostname():
-            kill_process(record.pid)
-        try:
-            await membership.evict(record)
-        except EtcdUnavailable as error:
-            logger.warning("%s keeps its lease for now: %s", record.name, error)
+    def _pipeline_published(self, record: PipelineRecord) -> None:
+        self._requests.pipeline_published(record)
+        report = self._reports.pop(record.pipeline, None)
+        if report is not None:
+            self._pipeline_ready(report)
 
     async def _watch_clients(self) -> None:
         while True:
@@ -262,7 +174,7 @@ class RouterService:
         asyncio.get_running_loop().call_soon(self._requests.client_gone, client)
 
     def _on_client_frames(self, client: bytes, frames: list[memoryview]) -> None:
-        if not self._clients.heard(client, time.monotonic()):
+        if not self._is_live or not self._clients.heard(client, time.monotonic()):
             return
         try:
             if len(frames) != 1:
@@ -282,6 +194,8 @@ class RouterService:
                 self.to_client(client, wire.Pong())
             case wire.StatusQuery():
                 self._tasks.create_task(self._answer_status(client, message.query_id))
+            case wire.Drain():
+                self._tasks.create_task(self._drain(client, message))
             case wire.Acknowledge():
                 pass
 
@@ -293,13 +207,15 @@ class RouterService:
         self._requests.refuse(client, request_id, error)
 
     def _welcome(self, client: bytes) -> None:
-        routers = {m.name: str(m.detail.get("client_endpoint")) for m in self._members.values() if m.role == "router"}
+        routers = {
+            m.name: str(m.detail.get("client_endpoint")) for m in self._cluster.members.values() if m.role == "router"
+        }
         self.to_client(
             client,
             wire.Welcome(
                 wire.PROTOCOL_VERSION,
                 sorted(routers.values()) or [self._public.endpoint],
-                routers.get(self._leader, ""),
+                routers.get(self._cluster.leader, ""),
                 self._spec.name,
                 self._spec.vocab_size,
                 self._spec.max_context_tokens,
@@ -307,10 +223,8 @@ class RouterService:
         )
 
     def _submit(self, client: bytes, submit: wire.Submit) -> None:
-        if not self._is_leader:
-            leader = self._members.get(self._leader)
-            endpoint = "" if leader is None else str(leader.detail.get("client_endpoint"))
-            self.to_client(client, wire.NotLeader(submit.request_id, endpoint))
+        if not self._cluster.is_leader:
+            self.to_client(client, wire.NotLeader(submit.request_id, self._leader_endpoint()))
             return
         try:
             if not self._requests.precheck(client, submit):
@@ -332,6 +246,8 @@ class RouterService:
     # ------------------------------------------------------------ services
 
     def _on_service_frames(self, peer: bytes, frames: list[memoryview]) -> None:
+        if not self._is_live:
+            return
         try:
             message = messages.decode_router_inbox(frames[0])
         except msgspec.DecodeError as error:
@@ -339,10 +255,12 @@ class RouterService:
             logger.warning("malformed message from %r: %s", peer[:64], error)
             return
         match message:
+            case Stop():
+                self._stop.set()
             case PipelineReady():
                 self._pipeline_ready(message)
             case Beat(name, incarnation, overdue_s):
-                self._watchdog.heard(name, incarnation, overdue_s, time.monotonic())
+                self._cluster.watchdog.heard(name, incarnation, overdue_s, time.monotonic())
             case TokensProduced():
                 self._requests.tokens_produced(message)
             case SequenceFailed():
@@ -354,7 +272,7 @@ class RouterService:
 
     def _pipeline_ready(self, ready: PipelineReady) -> None:
         """A driver reports as soon as it sees this router, which may be before this router sees the pipeline."""
-        record = self._records.get(ready.pipeline)
+        record = self._cluster.records.get(ready.pipeline)
         if record is None or ready.epoch > record.epoch:
             self._reports[ready.pipeline] = ready
         elif ready.epoch < record.epoch:
@@ -362,11 +280,26 @@ class RouterService:
         else:
             self._requests.pipeline_ready(self._requests.pipelines[ready.pipeline], ready)
 
+    async def _drain(self, client: bytes, drain: wire.Drain) -> None:
+        if not self._cluster.is_leader:
+            self.to_client(client, wire.NotLeader("", self._leader_endpoint()))
+            return
+        error = None
+        try:
+            await self._cluster.drain(drain.name)
+        except DejavuError as reason:
+            error = wire_error(reason)
+        self.to_client(client, wire.Drained(drain.query_id, error))
+
+    def _leader_endpoint(self) -> str:
+        leader = self._cluster.members.get(self._cluster.leader)
+        return "" if leader is None else str(leader.detail.get("client_endpoint"))
+
     async def _answer_status(self, client: bytes, query_id: int) -> None:
         """Asks every stage for its figures and answers with those that came in time."""
         self._num_queries += 1
         number = self._num_queries
-        asked = [m.name for m in self._members.values() if m.role != "router"]
+        asked = [m.name for m in self._cluster.members.values() if m.role != "router"]
         query = self._queries[number] = StatsRound(set(asked))
         for name in asked:
             self._peers.send(name, StatsQuery(number, self._options.name))
@@ -378,9 +311,9 @@ class RouterService:
         replies[self._options.name] = {"loop": self._monitor.figures(), "link": "zmq"}
         live = {"requests": len(self._requests.ledger), "sequences": self._requests.ledger.num_sequences}
         document = describe(
-            self._members.values(),
-            self._records,
-            self._leader,
+            self._cluster.members.values(),
+            self._cluster.records,
+            self._cluster.leader,
             self._requests.pipelines.values(),
             replies,
             self._journal,

@@ -28,14 +28,20 @@ class _Pulse:
     incarnation: str
     heard_at_s: float
     overdue_s: float = 0.0
+    run_delay_s: float | None = None
+    """when it began to look silent"""
 
 
 class Watchdog:
     """Listens for heartbeats. `is_stopped(record)` says whether the operating system has stopped a process (False where
-    that cannot be known)."""
+    that cannot be known), `run_delay_s(record)` for how long it has been kept from running by others, since it began
+    (0 where that cannot be known)."""
 
-    def __init__(self, is_stopped: Callable[[MemberRecord], bool]) -> None:
+    def __init__(
+        self, is_stopped: Callable[[MemberRecord], bool], run_delay_s: Callable[[MemberRecord], float]
+    ) -> None:
         self._is_stopped = is_stopped
+        self._run_delay_s = run_delay_s
         self._pulses: dict[str, _Pulse] = {}
         self._ticked_at_s: float | None = None
 
@@ -47,7 +53,8 @@ class Watchdog:
         self._pulses.pop(name, None)
 
     def suspects(self, members: Iterable[MemberRecord], now_s: float) -> list[Suspicion]:
-        """Call every `TICK_S`. Time in which this process itself was not scheduled counts for nobody."""
+        """Call every `TICK_S`. Time in which this process, or the one that is judged, was kept from running by others
+        does not count: a busy machine is no failure."""
         late_s = 0.0 if self._ticked_at_s is None else now_s - self._ticked_at_s - TICK_S
         self._ticked_at_s = now_s
         if late_s > MAX_OWN_DELAY_S:
@@ -62,6 +69,11 @@ class Watchdog:
         if pulse is None or pulse.incarnation != record.incarnation:
             return None  # it has not begun yet
         silent_s = now_s - pulse.heard_at_s
+        if silent_s > STOPPED_AFTER_S:
+            run_delay_s = self._run_delay_s(record)
+            if pulse.run_delay_s is None:
+                pulse.run_delay_s = run_delay_s
+            silent_s -= run_delay_s - pulse.run_delay_s
         if silent_s > SILENT_AFTER_S:
             return f"silent for {silent_s:.2f} s"
         if silent_s > STOPPED_AFTER_S and self._is_stopped(record):

@@ -6,10 +6,12 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from dejavu import AsyncClient, SamplingParams
+from dejavu.errors import InvalidParameter
 from tests.cluster.reference import assert_greedy
 from tests.cluster.system import TINY, running
 from tests.cluster.test_serving import FLOAT32, prompts, settled_status
@@ -32,6 +34,13 @@ async def stream(client: AsyncClient, prompt: list[int], started: asyncio.Queue[
 async def pid_of(client: AsyncClient, name: str) -> int:
     services = {service["name"]: service["pid"] for service in (await client.status())["services"]}
     return int(services[name])
+
+
+async def gone(pid: int) -> None:
+    """Returns when the process has ended."""
+    async with asyncio.timeout(10):
+        while Path(f"/proc/{pid}").exists():  # noqa: ASYNC110 - not our child: there is nothing to wait on
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("victim", ["token-0-stage-0", "token-0-stage-1", "prompt-0-stage-1", "router-0"])
@@ -105,3 +114,25 @@ async def test_a_dead_store_disturbs_nobody() -> None:
     for prompt, tokens in zip(work, answers, strict=True):
         assert_greedy(TINY, prompt, tokens)
     assert status["counters"]["recoveries"] == len(work)
+
+
+async def test_services_are_replaced_one_by_one_without_a_failed_request() -> None:
+    """A rolling restart: every role is drained while streams run."""
+    work = prompts(24, [10, 40, 70])
+    with running(*FLOAT32, "--routers", "2", "--cache-stores", "2", "--standbys", "1") as system:
+        async with AsyncClient(system.endpoint) as client, AsyncClient(system.endpoint) as operator:
+            streams = []
+            for name in ("token-0-stage-0", "prompt-0-stage-0", "cache-store-1", "router-0"):
+                started: asyncio.Queue[int] = asyncio.Queue()
+                streams += [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+                for _ in work:
+                    await started.get()
+                pid = await pid_of(operator, name)
+                await operator.drain(name)
+                await gone(pid)
+            with pytest.raises(InvalidParameter, match="no service of this name"):
+                await operator.drain("nobody")
+            answers = await asyncio.gather(*streams)
+        await settled_status(system.endpoint)
+    for prompt, tokens in zip(work * 4, answers, strict=True):
+        assert_greedy(TINY, prompt, tokens)

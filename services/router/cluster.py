@@ -1,0 +1,189 @@
+"""What a router knows of the cluster and, when it leads, decides for it: who lives, who stands in for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+
+from common.etcd.errors import EtcdUnavailable
+from common.membership import (
+    Election,
+    MemberChanged,
+    MemberJoined,
+    MemberLost,
+    MemberRecord,
+    Membership,
+    PipelineRecord,
+)
+from common.messages import Stop
+from common.peers import Peers
+from common.process import is_stopped, kill_process, run_delay_s
+from dejavu.errors import InvalidParameter, Unavailable
+from services.router.pipelines import is_spare, missing_pipelines, stand_in
+from services.router.status import Journal
+from services.router.watchdog import TICK_S, Suspicion, Watchdog
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+DRAIN_LIMIT_S = 20.0
+
+
+class Cluster:
+    """Members, published pipelines and the leader. `on_record(record)` hears of every publication, `on_lost(pipeline)`
+    of a pipeline that has lost a stage; `is_ready(pipeline)` says whether it works again."""
+
+    def __init__(
+        self,
+        name: str,
+        membership: Membership,
+        election: Election,
+        peers: Peers,
+        journal: Journal,
+        *,
+        may_kill: bool,
+        on_record: Callable[[PipelineRecord], None],
+        on_lost: Callable[[str], None],
+        is_ready: Callable[[str], bool],
+    ) -> None:
+        self.members: dict[str, MemberRecord] = {}
+        self.records: dict[str, PipelineRecord] = {}
+        self.leader = ""
+        self.is_leader = False
+        self._name = name
+        self._membership = membership
+        self._election = election
+        self._peers = peers
+        self._journal = journal
+        self._may_kill = may_kill
+        self._on_record = on_record
+        self._on_lost = on_lost
+        self._is_ready = is_ready
+        self._changed = asyncio.Event()
+        self._draining: set[str] = set()
+        """incarnations that are to be replaced"""
+        self.watchdog = Watchdog(
+            lambda member: _is_here(member) and is_stopped(member.pid),
+            lambda member: run_delay_s(member.pid) if _is_here(member) else 0.0,
+        )
+
+    async def run(self) -> None:
+        """Follows and leads until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_members())
+            tasks.create_task(self._watch_pipelines())
+            tasks.create_task(self._election.campaign())
+            tasks.create_task(self._watch_leader())
+            tasks.create_task(self._form_pipelines())
+            tasks.create_task(self._watch_pulses())
+
+    def other_routers(self) -> list[str]:
+        return [m.name for m in self.members.values() if m.role == "router" and m.name != self._name]
+
+    # ------------------------------------------------------------ following
+
+    async def _watch_members(self) -> None:
+        async for event in self._membership.watch():
+            match event:
+                case MemberJoined(record) | MemberChanged(record):
+                    self.members[record.name] = record
+                    await self._peers.connect(record.name, record.endpoint)
+                case MemberLost(record):
+                    self._lost(record)
+            self._changed.set()
+
+    def _lost(self, record: MemberRecord) -> None:
+        self.members.pop(record.name, None)
+        self.watchdog.lost(record.name)
+        self._peers.drop(record.name)
+        self._draining.discard(record.incarnation)
+        self._journal.note("detected", record.name, role=record.role, pid=record.pid)
+        if record.pipeline is not None and not is_spare(record, self.records):
+            self._on_lost(record.pipeline)
+
+    async def _watch_pipelines(self) -> None:
+        async for record in self._membership.watch_pipelines():
+            self.records[record.pipeline] = record
+            self._journal.note("decided", record.pipeline, epoch=record.epoch)
+            self._on_record(record)
+            self._changed.set()
+
+    async def _watch_leader(self) -> None:
+        async for leader in self._election.watch():
+            self.leader = leader.name
+            self.is_leader = leader.is_me
+            self._journal.note("leader", leader.name)
+            self._changed.set()
+
+    # ------------------------------------------------------------ leading
+
+    async def _form_pipelines(self) -> None:
+        """The leader publishes every pipeline whose stages are all there and not yet the published ones."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if not self.is_leader:
+                continue
+            for record in missing_pipelines(self.members.values(), self.records, self._draining):
+                try:
+                    await self._membership.publish_pipeline(record, self._election.guard())
+                except EtcdUnavailable as error:
+                    logger.warning("%s is published later: %s", record.pipeline, error)
+                    asyncio.get_running_loop().call_later(RETRY_S, self._changed.set)
+
+    async def _watch_pulses(self) -> None:
+        """The leader watches everybody, the other routers watch the leader."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            others = [member for member in self.members.values() if member.name != self._name]
+            watched = [member for member in others if self.is_leader or member.name == self.leader]
+            for suspicion in self.watchdog.suspects(watched, time.monotonic()):
+                await self._evict(suspicion)
+
+    async def _evict(self, suspicion: Suspicion) -> None:
+        """First the process is killed, where we can, so that it never wakes up again; then its lease is ended, which
+        tells everybody."""
+        record = suspicion.record
+        logger.warning("%s (pid %d): %s", record.name, record.pid, suspicion.reason)
+        self.watchdog.lost(record.name)
+        self._journal.note("suspected", record.name, reason=suspicion.reason, pid=record.pid)
+        if self._may_kill and _is_here(record):
+            kill_process(record.pid)
+        try:
+            await self._membership.evict(record)
+        except EtcdUnavailable as error:
+            logger.warning("%s keeps its lease for now: %s", record.name, error)
+
+    async def drain(self, name: str) -> None:
+        """Has another process take over from a member, then ends it in order. Returns when it is gone; raises
+        `InvalidParameter` for a name that nobody has, `Unavailable` where nobody can take over."""
+        record = self.members.get(name)
+        if record is None:
+            raise InvalidParameter(f"there is no service of this name: {', '.join(sorted(self.members))}", field="name")
+        if record.role == "router" and not self.other_routers():
+            raise Unavailable(f"{name} is the only router; start more with --routers")
+        if record.pipeline is not None and not is_spare(record, self.records):
+            if stand_in(record, self.members.values(), self._draining) is None:
+                raise Unavailable(f"nobody can take over from {name}; keep spares with --standbys")
+            self._draining.add(record.incarnation)
+            self._changed.set()
+            await self._until(lambda: is_spare(record, self.records) and self._is_ready(str(record.pipeline)))
+        self._journal.note("drained", name)
+        self._peers.send(name, Stop())
+        if name != self._name:
+            await self._until(lambda: self.members.get(name) is not record)
+
+    async def _until(self, is_done: Callable[[], bool]) -> None:
+        try:
+            async with asyncio.timeout(DRAIN_LIMIT_S):
+                while not is_done():  # noqa: ASYNC110 - what is waited for comes from several places
+                    await asyncio.sleep(TICK_S)
+        except TimeoutError:
+            raise Unavailable(f"not done within {DRAIN_LIMIT_S:g} s; see `dejavu status`") from None
+
+
+def _is_here(member: MemberRecord) -> bool:
+    return member.host == socket.gethostname()
