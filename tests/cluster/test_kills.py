@@ -134,5 +134,6 @@ async def test_services_are_replaced_one_by_one_without_a_failed_request() -> No
                 await operator.drain("nobody")
             answers = await asyncio.gather(*streams)
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work * 4, answers, strict=True):
+    for prompt, tokens in zip(work, answers[: len(work)], strict=True):
         assert_greedy(TINY, prompt, tokens)
+    assert answers == answers[: len(work)] * 4
