@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import zmq
 
+from common.kv.nixl_agent import NixlGrant, nixl_module
 from common.kv.offer import GrantOffer, host_id
 from common.kv.pool import KvPool
 from common.kv.shm import MemoryDoor
@@ -21,7 +22,8 @@ class PoolServer:
     """Grants a pool to whoever has its `offer`. Close it before the pool."""
 
     def __init__(self, pool: KvPool, host: str, incarnation: str, port: int) -> None:
-        self._zmq_door = ZmqDoor(pool, host, port)
+        self._nixl = NixlGrant(pool) if nixl_module() else None
+        self._zmq_door = ZmqDoor(pool, host, port, None if self._nixl is None else self._nixl.memory)
         can_share = pool.fd is not None and sys.platform == "linux"
         self._memory_door = MemoryDoor(pool) if can_share else None
         self.offer = GrantOffer(
@@ -32,6 +34,7 @@ class PoolServer:
             zmq_endpoint=self._zmq_door.endpoint,
             token=secrets.token_bytes(16),
             memory_address=None if self._memory_door is None else self._memory_door.address,
+            has_nixl=self._nixl is not None,
         )
         self._wake, self._woken = socket.socketpair()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-server")
@@ -60,6 +63,8 @@ class PoolServer:
         finally:
             self._woken.close()
             self._zmq_door.close()
+            if self._nixl is not None:
+                self._nixl.close(self._zmq_door.has_one_sided_writers)
             if self._memory_door is not None:
                 self._memory_door.close()
 

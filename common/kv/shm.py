@@ -207,7 +207,7 @@ def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float) -> _Entrance:
     try:
         connection.settimeout(timeout_s)
         connection.connect(f"\0{offer.memory_address}")
-        hello = Hello(PROTOCOL_VERSION, offer.token, pool.name, pool.layout)
+        hello = Hello(PROTOCOL_VERSION, offer.token, pool.name, pool.layout, "shm")
         connection.send(msgspec.msgpack.encode(hello))
         memory = _receive_memory(connection, offer)
         connection.setblocking(False)
