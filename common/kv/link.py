@@ -6,6 +6,8 @@ from concurrent.futures import Executor
 from typing import Protocol
 
 from common.kv.choice import Capabilities, choose_links
+from common.kv.cuda_driver import gpu_ids
+from common.kv.cuda_link import CudaIpcLink
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
 from common.kv.geometry import CopyPlan
 from common.kv.nixl_agent import nixl_module
@@ -69,10 +71,12 @@ async def open_link(
 
 def capabilities() -> Capabilities:
     """Those of this process."""
-    return Capabilities(host_id(), has_nixl=nixl_module() is not None)
+    return Capabilities(host_id(), frozenset(gpu_ids()), nixl_module() is not None)
 
 
 async def _open(name: str, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float) -> Link:
+    if name == "cuda_ipc":
+        return await CudaIpcLink.open(offer, pool, timeout_s)
     if name == "nixl":
         return await NixlLink.open(offer, pool, timeout_s)
     return await ShmLink.open(offer, pool, executor, timeout_s)

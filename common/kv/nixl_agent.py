@@ -26,11 +26,9 @@ import torch
 from common.kv.errors import LinkLost
 from common.kv.geometry import CopyPlan, Int64
 from common.kv.offer import NixlMemory
-from common.kv.pool import KvPool
+from common.kv.pool import KvPool, retire
 
 _MODULES = ("nixl_cu13", "nixl_cu12")
-_retired: list[torch.Tensor] = []
-"""Granted memory of pools that are closed, with writers that never said that they left."""
 
 
 def nixl_module() -> str | None:
@@ -179,7 +177,7 @@ class NixlGrant:
 
     def __init__(self, pool: KvPool) -> None:
         self._agent: NixlAgent | None = NixlAgent(pool.name)
-        self._memory: torch.Tensor | None = pool.arena
+        self._pool = pool
         self._region = self._agent.register(pool.arena)
         self.memory = NixlMemory(
             self._agent.metadata, pool.arena.data_ptr(), max(pool.arena.get_device(), 0), pool.arena.is_cuda
@@ -187,11 +185,11 @@ class NixlGrant:
 
     def close(self, has_writers: bool) -> None:
         """`has_writers`: somebody was let in and has not left, so the memory has to stay where it is for good."""
-        if self._agent is not None and self._memory is not None:
+        if self._agent is not None:
             if has_writers:
-                _retired.append(self._memory)
+                retire(self._pool)
             self._agent.unregister(self._region)
-            self._agent = self._memory = None
+            self._agent = None
 
 
 _initiator: NixlAgent | None = None

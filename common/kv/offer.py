@@ -66,12 +66,22 @@ class NixlMemory(msgspec.Struct, frozen=True, array_like=True):
     is_device: bool
 
 
+class CudaMemory(msgspec.Struct, frozen=True, array_like=True):
+    """Memory of a GPU that other processes can open: the driver's handle of an allocation, and where in it the pool
+    begins."""
+
+    handle: bytes
+    offset: int
+    gpu_id: str
+
+
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
     """The owner lets the writer in. The memory comes along where it can be shared."""
 
     incarnation: str
     layout: PoolLayout
     nixl: NixlMemory | None = None
+    cuda: CudaMemory | None = None
 
 
 class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
