@@ -2,7 +2,7 @@
 python := .venv/bin/python
 sources := dejavu common services deploy loadtest models tests
 
-.PHONY: demo serve test check format gpu-check setup clean
+.PHONY: demo serve test check format gpu-check kv-kills setup clean
 
 demo: setup ## start the system, stream a completion, show where it ran
 	@$(python) -m deploy.demo
@@ -26,6 +26,9 @@ format: setup ## put the code in shape
 gpu-check: setup ## everything that needs a GPU
 	@$(python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
 	  && $(python) -m pytest -m gpu || echo "no CUDA device here: nothing to check"
+
+kv-kills: setup ## kill either side of a KV transfer 1,000 times (options: make kv-kills ARGS="--runs 50")
+	@OMP_NUM_THREADS=1 $(python) -m loadtest.kv_kills $(ARGS)
 
 setup:
 	@deploy/setup.sh

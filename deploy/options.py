@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.kv.choice import LINK_NAMES
 from dejavu.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--block-size", type=_count, default=16, metavar="N", help="tokens of a KV block")
     add("--chunk-size", type=_count, default=256, metavar="N", help="tokens of a prefill step")
-    add("--link", default="auto", choices=["auto", "shm", "zmq"], help="how KV travels between stages")
+    add("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels between stages")
     add("--threads-per-stage", type=_count, metavar="N", help="compute threads (default: cores / stages)")
     add("--pin", default="auto", choices=["auto", "on", "off"], help="keep each stage on cores of its own")
     add(

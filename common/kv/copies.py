@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from common.kv.geometry import CopyPlan, Int64
@@ -44,16 +46,32 @@ def check_plan(plan: CopyPlan, source_bytes: int, destination_bytes: int) -> Non
 def gather(source: Bytes, offsets: Int64, num_bytes: Int64) -> Bytes:
     """Pieces of `source`, one after the other."""
     gathered = np.empty(num_bytes.sum(), dtype=np.uint8)
-    copy_pieces(CopyPlan(offsets, _packed(num_bytes), num_bytes), source, gathered)
+    copy_pieces(CopyPlan(offsets, packed(num_bytes), num_bytes), source, gathered)
     return gathered
 
 
 def scatter(payload: Bytes, offsets: Int64, num_bytes: Int64, destination: Bytes) -> None:
     """The inverse of `gather`: pieces that lie one after the other in `payload` go to `offsets`."""
-    copy_pieces(CopyPlan(_packed(num_bytes), offsets, num_bytes), payload, destination)
+    copy_pieces(CopyPlan(packed(num_bytes), offsets, num_bytes), payload, destination)
 
 
-def _packed(num_bytes: Int64) -> Int64:
+def split(plan: CopyPlan, max_bytes: int) -> Iterator[CopyPlan]:
+    """The plan in parts of at most `max_bytes`; pieces that are bigger are cut."""
+    num_cuts = -(-plan.num_bytes // max_bytes)
+    within = (np.arange(num_cuts.sum()) - np.repeat(np.cumsum(num_cuts) - num_cuts, num_cuts)) * max_bytes
+    source = np.repeat(plan.source_offset, num_cuts) + within
+    destination = np.repeat(plan.destination_offset, num_cuts) + within
+    sizes = np.minimum(np.repeat(plan.num_bytes, num_cuts) - within, max_bytes)
+    ends = np.cumsum(sizes)
+    first, sent = 0, 0
+    while first < len(sizes):
+        end = int(np.searchsorted(ends, sent + max_bytes, side="right"))
+        yield CopyPlan(source[first:end], destination[first:end], sizes[first:end])
+        first, sent = end, int(ends[end - 1])
+
+
+def packed(num_bytes: Int64) -> Int64:
+    """Offsets of pieces that lie one after the other."""
     return np.cumsum(num_bytes) - num_bytes
 
 

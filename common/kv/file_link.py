@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from common.kv.copies import check_plan
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
-from common.kv.file_pool import FilePool, Gate, GivenUp, typed_errors
+from common.kv.file_pool import FilePool, typed_errors
+from common.kv.gate import Gate, GivenUp
 from common.kv.geometry import CopyPlan
 from common.kv.layout import PoolLayout
 from common.kv.pool import KvPool

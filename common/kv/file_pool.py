@@ -8,7 +8,6 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 import msgspec
 import numpy as np
@@ -29,39 +28,12 @@ from common.kv.file_format import (
     encode_header,
     num_chunks,
 )
+from common.kv.gate import Gate
 from common.kv.geometry import CopyPlan
 from common.kv.layout import PoolLayout
 from common.kv.pool import Bytes
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class GivenUp(Exception):
-    """Nobody waits for this call any more."""
-
-
-class Gate:
-    """A call touches memory of its caller only inside `with gate`, which raises `GivenUp` once it is shut."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._is_shut = False
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._is_shut:
-            self._lock.release()
-            raise GivenUp
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.release()
-
-    def shut(self) -> None:
-        """Returns when nobody is inside, and nobody will be."""
-        with self._lock:
-            self._is_shut = True
 
 
 class FilePool:

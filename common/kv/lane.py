@@ -149,10 +149,10 @@ class Lane:
             ready = [job.ready for job in jobs if job.ready is not None]
             source, blocks = self._staging.copy_out(blocks, span.token_range, layers, ready)
         theirs = self.offer.layout
-        plan = plan_copies(
-            source.layout, blocks, theirs, span.destination_blocks, span.token_range, layers, theirs.heads
-        )
-        await link.write(source, plan)
+        # a GPU copies from its own memory; what was staged is for the checksum then
+        pool, table = (self._pool, span.source_blocks) if link.name == "cuda_ipc" else (source, blocks)
+        plan = plan_copies(pool.layout, table, theirs, span.destination_blocks, span.token_range, layers, theirs.heads)
+        await link.write(pool, plan)
         binding = SpanBinding(theirs.fingerprint, span.sequence_id, layers, span.token_range, span.token_hash)
         start, end = span.token_range
         return Arrival(

@@ -5,8 +5,13 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from typing import Protocol
 
+from common.kv.choice import Capabilities, choose_links
+from common.kv.cuda_driver import gpu_ids
+from common.kv.cuda_link import CudaIpcLink
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
 from common.kv.geometry import CopyPlan
+from common.kv.nixl_agent import nixl_module
+from common.kv.nixl_link import NixlLink
 from common.kv.offer import PROTOCOL_VERSION, GrantOffer, host_id, misfit
 from common.kv.pool import KvPool
 from common.kv.shm import ShmLink
@@ -24,7 +29,7 @@ class Link(Protocol):
 
     @property
     def name(self) -> str:
-        """What `status` shows: "shm" or "zmq"."""
+        """What `status` shows, one of `choice.LINK_NAMES`."""
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """Copies pieces of `source` (host memory) into the owner's pool. When it returns *the bytes are
@@ -45,7 +50,7 @@ class Link(Protocol):
 async def open_link(
     offer: GrantOffer, pool: KvPool, *, executor: Executor | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> Link:
-    """The best link from `pool` into what is offered: shared memory on the same host, else ZeroMQ.
+    """The best link from `pool` into what is offered (see `choice.choose_links`).
 
     `timeout_s` is the deadline of the handshake and of every later write. `executor` runs the copies of a
     shared-memory link; without one they run in the calling thread. Raises `LinkRefused` at once, naming both
@@ -56,9 +61,22 @@ async def open_link(
     reason = misfit(pool.name, pool.layout, offer.name, offer.layout)
     if reason is not None:
         raise LinkRefused(reason)
-    if offer.memory_address is not None and offer.host_id == host_id() != "":
+    for name in choose_links(capabilities(), offer)[:-1]:
         try:
-            return await ShmLink.open(offer, pool, executor, timeout_s)
+            return await _open(name, offer, pool, executor, timeout_s)
         except ConnectionRefusedError:
-            pass  # gone, or in another network namespace; ZeroMQ finds out
+            continue  # gone, or in another network namespace; the next one finds out
     return await ZmqLink.open(offer, pool, timeout_s)
+
+
+def capabilities() -> Capabilities:
+    """Those of this process."""
+    return Capabilities(host_id(), frozenset(gpu_ids()), nixl_module() is not None)
+
+
+async def _open(name: str, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float) -> Link:
+    if name == "cuda_ipc":
+        return await CudaIpcLink.open(offer, pool, timeout_s)
+    if name == "nixl":
+        return await NixlLink.open(offer, pool, timeout_s)
+    return await ShmLink.open(offer, pool, executor, timeout_s)

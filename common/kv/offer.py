@@ -28,6 +28,10 @@ class GrantOffer(msgspec.Struct, frozen=True):
     token: bytes
     memory_address: str | None = None
     """Abstract Unix socket (without the leading NUL) that hands out the memory; None: it cannot be shared."""
+    gpu_id: str | None = None
+    """The GPU whose memory the pool is; None: it is host memory."""
+    has_nixl: bool = False
+    """The pool is registered with the transfer library."""
     protocol: int = PROTOCOL_VERSION
 
     def encode(self) -> str:
@@ -49,6 +53,26 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     token: bytes
     name: str
     layout: PoolLayout
+    link: str
+    """Name of the link that the writer wants."""
+
+
+class NixlMemory(msgspec.Struct, frozen=True, array_like=True):
+    """Where an owner's pool lies, for the transfer library; `metadata` is that of the owner's agent."""
+
+    metadata: bytes
+    address: int
+    device_id: int
+    is_device: bool
+
+
+class CudaMemory(msgspec.Struct, frozen=True, array_like=True):
+    """Memory of a GPU that other processes can open: the driver's handle of an allocation, and where in it the pool
+    begins."""
+
+    handle: bytes
+    offset: int
+    gpu_id: str
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
@@ -56,6 +80,12 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
 
     incarnation: str
     layout: PoolLayout
+    nixl: NixlMemory | None = None
+    cuda: CudaMemory | None = None
+
+
+class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
+    """Nothing of this writer is on its way any more, and nothing will be."""
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):

@@ -11,9 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import zmq
 
-from common.kv.offer import GrantOffer, host_id
+from common.kv.cuda_driver import export_memory
+from common.kv.errors import LinkLost
+from common.kv.memory_door import MemoryDoor
+from common.kv.nixl_agent import NixlGrant, nixl_module
+from common.kv.offer import CudaMemory, GrantOffer, host_id
 from common.kv.pool import KvPool
-from common.kv.shm import MemoryDoor
 from common.kv.zmq_door import ZmqDoor
 
 
@@ -21,9 +24,11 @@ class PoolServer:
     """Grants a pool to whoever has its `offer`. Close it before the pool."""
 
     def __init__(self, pool: KvPool, host: str, incarnation: str, port: int) -> None:
-        self._zmq_door = ZmqDoor(pool, host, port)
-        can_share = pool.fd is not None and sys.platform == "linux"
-        self._memory_door = MemoryDoor(pool) if can_share else None
+        self._nixl = NixlGrant(pool) if nixl_module() else None
+        self._zmq_door = ZmqDoor(pool, host, port, None if self._nixl is None else self._nixl.memory)
+        cuda = _exported(pool)
+        can_share = (pool.fd is not None or cuda is not None) and sys.platform == "linux"
+        self._memory_door = MemoryDoor(pool, cuda) if can_share else None
         self.offer = GrantOffer(
             name=pool.name,
             incarnation=incarnation,
@@ -32,6 +37,8 @@ class PoolServer:
             zmq_endpoint=self._zmq_door.endpoint,
             token=secrets.token_bytes(16),
             memory_address=None if self._memory_door is None else self._memory_door.address,
+            gpu_id=None if cuda is None else cuda.gpu_id,
+            has_nixl=self._nixl is not None,
         )
         self._wake, self._woken = socket.socketpair()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-server")
@@ -60,6 +67,8 @@ class PoolServer:
         finally:
             self._woken.close()
             self._zmq_door.close()
+            if self._nixl is not None:
+                self._nixl.close(self._zmq_door.has_one_sided_writers)
             if self._memory_door is not None:
                 self._memory_door.close()
 
@@ -77,3 +86,12 @@ class PoolServer:
             elif self._memory_door is not None and isinstance(ready, int):
                 self._memory_door.on_readable(ready, self.offer)
         return True
+
+
+def _exported(pool: KvPool) -> CudaMemory | None:
+    if pool.device.type != "cuda":
+        return None
+    try:
+        return export_memory(pool.arena)
+    except LinkLost:
+        return None  # memory that cannot be shared, as in some containers; other links serve

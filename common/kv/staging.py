@@ -10,7 +10,7 @@ import torch
 from common.kv.geometry import Range
 from common.kv.pool import KvPool
 
-_new_stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
+new_stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
 _new_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
@@ -31,7 +31,7 @@ class HostStaging:
     def __init__(self, pool: KvPool) -> None:
         self._pool = pool
         self._is_cuda = pool.device.type == "cuda"
-        self._stream = _new_stream(pool.device) if self._is_cuda else None
+        self._stream = new_stream(pool.device) if self._is_cuda else None
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def copy_out(

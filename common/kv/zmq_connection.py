@@ -47,10 +47,11 @@ class ZmqConnection:
         self._socket.connect(offer.zmq_endpoint)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
-    async def enter(self, pool: KvPool) -> Welcome:
-        """The handshake. Raises `LinkRefused`, `LinkTimeout` or `LinkLost`; the connection is closed then."""
+    async def enter(self, pool: KvPool, link: str) -> Welcome:
+        """The handshake, for a link of this name. Raises `LinkRefused`, `LinkTimeout` or `LinkLost`; the connection
+        is closed then."""
         try:
-            hello = Hello(PROTOCOL_VERSION, self._offer.token, pool.name, pool.layout)
+            hello = Hello(PROTOCOL_VERSION, self._offer.token, pool.name, pool.layout, link)
             async with asyncio.timeout(self._timeout_s):
                 await self._socket.send(msgspec.msgpack.encode(hello))
                 return check_answer(await self._answer, self._offer)

@@ -12,7 +12,7 @@ import zmq
 
 from common.kv.copies import check_pieces
 from common.kv.geometry import Int64
-from common.kv.offer import GrantOffer, Hello, Refusal, Welcome, judge
+from common.kv.offer import GrantOffer, Hello, Leave, NixlMemory, Refusal, Welcome, judge
 from common.kv.pool import Bytes, KvPool
 from common.kv.zmq_messages import (
     MAX_IN_FLIGHT,
@@ -31,11 +31,13 @@ _MAX_MESSAGES_AT_ONCE = 16
 
 
 class ZmqDoor:
-    """A ROUTER for one pool. Never blocks; the caller polls `socket`."""
+    """A ROUTER for one pool. Never blocks; the caller polls `socket`. Who wants the transfer library gets `nixl`."""
 
-    def __init__(self, pool: KvPool, host: str, port: int = 0) -> None:
+    def __init__(self, pool: KvPool, host: str, port: int, nixl: NixlMemory | None = None) -> None:
         self._pool = pool
+        self._nixl = nixl
         self._writers: OrderedDict[bytes, None] = OrderedDict()
+        self._one_sided: set[bytes] = set()
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, 2 * MAX_IN_FLIGHT)
@@ -61,6 +63,11 @@ class ZmqDoor:
             parts: list[Any] = [writer.bytes, msgspec.msgpack.encode(answer), *payload]
             self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
 
+    @property
+    def has_one_sided_writers(self) -> bool:
+        """Somebody may write to the pool without asking."""
+        return bool(self._one_sided)
+
     def close(self) -> None:
         self.socket.close(linger=0)
 
@@ -68,9 +75,12 @@ class ZmqDoor:
         self, writer: bytes, frames: Sequence[memoryview], offer: GrantOffer
     ) -> tuple[Welcome | Done | Refusal, list[Bytes]]:
         try:
-            message = msgspec.msgpack.decode(frames[0], type=Hello | Write | Read)
+            message = msgspec.msgpack.decode(frames[0], type=Hello | Leave | Write | Read)
             if isinstance(message, Hello):
                 return self._let_in(writer, message, offer), []
+            if isinstance(message, Leave):
+                self._one_sided.discard(writer)
+                return Done(0), []
             if writer not in self._writers:
                 return Refusal(f"{offer.name} does not know this writer"), []
             return Done(message.number), self._carry_out(message, frames[1:])
@@ -79,11 +89,15 @@ class ZmqDoor:
 
     def _let_in(self, writer: bytes, hello: Hello, offer: GrantOffer) -> Welcome | Refusal:
         answer = judge(hello, offer)
-        if isinstance(answer, Welcome):
-            self._writers[writer] = None
-            if len(self._writers) > _MAX_WRITERS:
-                self._writers.popitem(last=False)
-        return answer
+        if isinstance(answer, Refusal):
+            return answer
+        self._writers[writer] = None
+        if len(self._writers) > _MAX_WRITERS:
+            self._writers.popitem(last=False)
+        if hello.link != "nixl":
+            return answer
+        self._one_sided.add(writer)
+        return msgspec.structs.replace(answer, nixl=self._nixl)
 
     def _carry_out(self, request: Write | Read, payload: Sequence[memoryview]) -> list[Bytes]:
         offsets, num_bytes = pieces_of(request)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from common.kv.copies import check_plan
+from common.kv.copies import check_plan, split
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
 from common.kv.geometry import CopyPlan, Int64
 from common.kv.offer import GrantOffer, Refusal
@@ -27,7 +27,6 @@ from common.kv.zmq_messages import (
     Write,
     from_frames,
     into,
-    split,
     to_frames,
 )
 
@@ -60,7 +59,7 @@ class ZmqLink:
     async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float) -> ZmqLink:
         """Raises `LinkRefused`, `LinkTimeout` or `LinkLost`."""
         link = cls(offer, timeout_s)
-        await link._connection.enter(pool)
+        await link._connection.enter(pool, cls.name)
         return link
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:

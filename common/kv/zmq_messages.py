@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
 
 from common.kv.copies import gather, scatter
-from common.kv.geometry import CopyPlan, Int64
+from common.kv.geometry import Int64
 from common.kv.pool import Bytes
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -79,18 +79,3 @@ def from_frames(frames: Sequence[memoryview], offsets: Int64, num_bytes: Int64, 
 def into(memory: Bytes) -> Place:
     """Puts pieces into host memory."""
     return lambda payload, offsets, num_bytes: scatter(payload, offsets, num_bytes, memory)
-
-
-def split(plan: CopyPlan, max_bytes: int) -> Iterator[CopyPlan]:
-    """The plan in parts of at most `max_bytes`; pieces that are bigger are cut."""
-    num_cuts = -(-plan.num_bytes // max_bytes)
-    within = (np.arange(num_cuts.sum()) - np.repeat(np.cumsum(num_cuts) - num_cuts, num_cuts)) * max_bytes
-    source = np.repeat(plan.source_offset, num_cuts) + within
-    destination = np.repeat(plan.destination_offset, num_cuts) + within
-    sizes = np.minimum(np.repeat(plan.num_bytes, num_cuts) - within, max_bytes)
-    ends = np.cumsum(sizes)
-    first, sent = 0, 0
-    while first < len(sizes):
-        end = int(np.searchsorted(ends, sent + max_bytes, side="right"))
-        yield CopyPlan(source[first:end], destination[first:end], sizes[first:end])
-        first, sent = end, int(ends[end - 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from common.kv.choice import LINK_NAMES
 from common.service import add_common_options
 
 
@@ -57,7 +58,7 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
     parser.add_argument("--chunk-size", type=int, default=256, metavar="TOKENS", help="tokens of a prefill step")
     parser.add_argument("--threads", type=int, default=1, help="compute threads")
     parser.add_argument("--cores", default="", metavar="LIST", help="run on these cores only, e.g. 0,1")
-    parser.add_argument("--link", default="auto", choices=["auto", "shm", "zmq"], help="how KV travels")
+    parser.add_argument("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels")
     if role == "token_stage":
         parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
         parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")

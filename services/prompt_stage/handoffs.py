@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-import msgspec
-
 from common.kv.checksum import hash_tokens
+from common.kv.choice import restricted
 from common.kv.errors import LinkError
 from common.kv.link import GrantOffer
 from common.kv.pool import KvPool
@@ -138,7 +137,7 @@ class Handoffs:
 
     def _offer(self, text: str) -> GrantOffer:
         offer = GrantOffer.decode(text)
-        return msgspec.structs.replace(offer, memory_address=None) if self._link == "zmq" else offer
+        return restricted(offer, self._link)
 
     def _links_to(self, record: PipelineRecord) -> list[str]:
         names = self._writer.links(_destination(record.pipeline, record.epoch))

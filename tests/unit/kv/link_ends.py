@@ -9,22 +9,27 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
+import pytest
 
+from common.kv.choice import restricted
 from common.kv.file_format import PAGE_BYTES
 from common.kv.file_store import FileStore
 from common.kv.geometry import CopyPlan, plan_copies
 from common.kv.layout import PoolLayout
 from common.kv.link import GrantOffer, Link, LinkError, open_link
+from common.kv.nixl_agent import nixl_module
 from common.kv.pool import Bytes, KvPool
 from common.kv.server import PoolServer
 from tests.unit.kv.processes import BIG
 
-KINDS = ["shm", "zmq", "file"]
+_NIXL = pytest.param(
+    "nixl", marks=pytest.mark.skipif(nixl_module() is None, reason="needs the transfer library: pip install .[nixl]")
+)
+OWNED = ["shm", "zmq", _NIXL]
+"""The kinds of link at whose other end is a process."""
+KINDS = [*OWNED, "file"]
 """Every kind of link."""
-OWNED = ["shm", "zmq"]
-"""Those at whose other end is a process."""
 TIMEOUT_S = 5.0
 
 
@@ -73,8 +78,8 @@ async def _to_owner(kind: str, ours: PoolLayout, theirs: PoolLayout) -> AsyncIte
 
 
 def only(kind: str, offer: GrantOffer) -> GrantOffer:
-    """The offer of an owner that knows no other link."""
-    return offer if kind == "shm" else msgspec.structs.replace(offer, memory_address=None)
+    """The offer of an owner that knows no better link."""
+    return restricted(offer, kind)
 
 
 def random_pool(pool_layout: PoolLayout, name: str = "writer", seed: int = 0) -> KvPool:

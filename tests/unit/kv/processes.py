@@ -1,6 +1,7 @@
 """Owners and writers in processes of their own, for tests that kill and freeze them.
 
-`python -m tests.unit.kv.processes owner [--port N] [--incarnation NAME]` prints its offer and serves; every line on its
+`python -m tests.unit.kv.processes owner [--port N] [--incarnation NAME] [--device NAME]` prints its offer and serves;
+every line on its
 input is an arrival to verify. `... writer OFFER` writes without end and says so. `... spiller DIRECTORY` stores one
 file after the other under the same key, each full of one byte.
 """
@@ -91,8 +92,8 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-async def serve(port: int, incarnation: str) -> None:
-    pool = KvPool.create(BIG, name="owner")
+async def serve(port: int, incarnation: str, device: str) -> None:
+    pool = KvPool.create(BIG, device, name="owner")
     server = await PoolServer.start(pool, "127.0.0.1", incarnation, port=port)
     say(server.offer.encode())
     while line := await asyncio.to_thread(sys.stdin.readline):
@@ -133,9 +134,10 @@ def main() -> None:
     parser.add_argument("place", nargs="?")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--incarnation", default="first")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     if arguments.role == "owner":
-        asyncio.run(serve(arguments.port, arguments.incarnation))
+        asyncio.run(serve(arguments.port, arguments.incarnation, arguments.device))
     elif arguments.role == "writer":
         asyncio.run(write(GrantOffer.decode(arguments.place)))
     else:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import uvloop
 
+from common.kv.copies import split
 from common.kv.geometry import CopyPlan, plan_copies
 from common.kv.link import LinkLost
 from common.kv.zmq_link import ZmqLink
-from common.kv.zmq_messages import MAX_IN_FLIGHT, split
+from common.kv.zmq_messages import MAX_IN_FLIGHT
 from tests.unit.kv.link_ends import (
     KINDS,
     as_plan_says,

@@ -1,0 +1,208 @@
+"""The link across hosts: one-sided copies by NVIDIA's transfer library, over the fastest way that both sides have.
+
+The handshake goes through the owner's ZeroMQ door, and that connection stays open: its end says that the owner is gone.
+A thread starts the copies and watches them, for the library has nothing to wait on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import msgspec
+import torch
+
+from common.kv.copies import check_plan, gather, packed, scatter, split
+from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
+from common.kv.gate import Gate, GivenUp
+from common.kv.geometry import CopyPlan
+from common.kv.nixl_agent import Region, Transfer, initiator
+from common.kv.offer import GrantOffer, Leave, NixlMemory
+from common.kv.pool import KvPool
+from common.kv.zmq_connection import ZmqConnection
+
+MAX_TRANSFER_BYTES = 16 << 20
+"""A link has one transfer of at most this size under way."""
+_SPIN_S = 200e-6
+_MIN_SLEEP_S, _MAX_SLEEP_S = 20e-6, 1e-3
+Result = TypeVar("Result")
+
+
+class NixlLink:
+    """The writer's side. All the library does for it happens on one thread, in `_Mover`."""
+
+    name = "nixl"
+
+    def __init__(self, offer: GrantOffer, timeout_s: float) -> None:
+        self._offer = offer
+        self._timeout_s = timeout_s
+        self._connection = ZmqConnection(offer, timeout_s, on_end=self._fail)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-nixl")
+        self._failure: LinkError | None = None
+        self._gates: set[Gate] = set()
+        self._mover: _Mover | None = None
+
+    @classmethod
+    async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float) -> NixlLink:
+        """The first link of a process takes about a second more than the handshake. Raises `LinkRefused`,
+        `LinkTimeout` or `LinkLost`."""
+        link = cls(offer, timeout_s)
+        try:
+            welcome = await link._connection.enter(pool, cls.name)
+            memory = welcome.nixl
+            if memory is None:
+                raise LinkRefused(f"{pool.name} wants the transfer library, {offer.name} does not have it")
+            link._mover = await link._on_thread(lambda: _Mover(pool, memory))
+        except BaseException:
+            await link._connection.aclose()
+            link._executor.shutdown(wait=False)
+            raise
+        return link
+
+    async def write(self, source: KvPool, plan: CopyPlan) -> None:
+        """See `Link.write`."""
+        check_plan(plan, source.layout.total_bytes, self._offer.layout.total_bytes)
+        await self._move(lambda mover, part, gate: mover.write(source, part, gate), plan)
+
+    async def read(self, destination: KvPool, plan: CopyPlan) -> None:
+        """See `Link.read`."""
+        check_plan(plan, self._offer.layout.total_bytes, destination.layout.total_bytes)
+        await self._move(lambda mover, part, gate: mover.read(destination, part, gate), plan)
+
+    async def aclose(self) -> None:
+        """See `Link.aclose`."""
+        mover, self._mover = self._mover, None
+        if mover is None:
+            return
+        self._fail(LinkLost(f"the link to {self._offer.name} was closed"))
+        gate = Gate()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._on_thread(lambda: mover.settle(gate))
+            if self._connection.error is None:
+                await self._connection.send([msgspec.msgpack.encode(Leave())])
+        except (TimeoutError, LinkLost):
+            pass  # `let_go` tells what is still under way
+        finally:
+            gate.shut()
+            may_still_write = await self._on_thread(mover.let_go)
+            await self._connection.aclose()
+            self._executor.shutdown(wait=False)
+        if may_still_write:
+            raise LinkTimeout(f"a write to {self._offer.name} has not ended", may_still_write=True)
+
+    async def _move(self, move: Callable[[_Mover, CopyPlan, Gate], None], plan: CopyPlan) -> None:
+        mover, gate = self._mover, Gate()
+        if mover is None or self._failure is not None:
+            raise self._lost(mover)
+
+        def work() -> None:
+            mover.settle(gate)
+            for part in split(plan, MAX_TRANSFER_BYTES):
+                move(mover, part, gate)
+
+        self._gates.add(gate)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._on_thread(work)
+        except TimeoutError:
+            message = f"{self._offer.name} did not let a transfer end within {self._timeout_s} s"
+            self._fail(LinkTimeout(message))
+            raise LinkTimeout(message, may_still_write=mover.may_still_write) from None
+        except (LinkError, GivenUp) as error:
+            self._fail(LinkLost(f"the way to {self._offer.name} broke: {error}"))
+            raise self._lost(mover) from None
+        finally:
+            gate.shut()
+            self._gates.discard(gate)
+        if self._failure is not None:
+            raise self._lost(mover)
+
+    async def _on_thread(self, work: Callable[[], Result]) -> Result:
+        # what runs on the thread ends by itself, soon after its gate is shut
+        return await asyncio.shield(asyncio.wrap_future(self._executor.submit(work)))
+
+    def _lost(self, mover: _Mover | None) -> LinkLost:
+        message = f"the link to {self._offer.name} was closed" if self._failure is None else self._failure.message
+        return LinkLost(message, may_still_write=mover is not None and mover.may_still_write)
+
+    def _fail(self, error: LinkError) -> None:
+        """Nothing more is begun, and whoever waits hears of it."""
+        self._failure = self._failure or error
+        for gate in list(self._gates):
+            gate.shut()
+
+
+class _Mover:
+    """What happens on the link's thread; it blocks. Writes go straight from our pool. What is read lands in memory of
+    the link first: bytes that come late cannot reach our pool then.
+
+    Any method may raise `GivenUp` once its gate is shut, and `LinkLost` where a transfer fails.
+    """
+
+    def __init__(self, pool: KvPool, theirs: NixlMemory) -> None:
+        self._agent = initiator()
+        self._theirs = theirs
+        self._peer = self._agent.add_peer(theirs.metadata)
+        self._own = self._agent.register(pool.arena)
+        self._landing = self._agent.register(torch.empty(MAX_TRANSFER_BYTES, dtype=torch.uint8))
+        self._under_way: Transfer | None = None
+
+    @property
+    def may_still_write(self) -> bool:
+        """A write was begun and has not ended."""
+        transfer = self._under_way
+        return transfer is not None and transfer.is_write
+
+    def write(self, source: KvPool, part: CopyPlan, gate: Gate) -> None:
+        region = self._own
+        if source.arena.data_ptr() != region.address:  # not registered, and not worth it
+            with gate:
+                pieces = gather(source.memory, part.source_offset, part.num_bytes)
+                self._landing.memory.numpy()[: len(pieces)] = pieces
+            region, part = self._landing, CopyPlan(packed(part.num_bytes), part.destination_offset, part.num_bytes)
+        self._begin(region, part, gate, is_write=True)
+
+    def read(self, destination: KvPool, part: CopyPlan, gate: Gate) -> None:
+        landing = CopyPlan(part.source_offset, packed(part.num_bytes), part.num_bytes)
+        self._begin(self._landing, landing, gate, is_write=False)
+        with gate:
+            payload = self._landing.memory.numpy()[: part.total_bytes]
+            scatter(payload, part.destination_offset, part.num_bytes, destination.memory)
+
+    def _begin(self, region: Region, part: CopyPlan, gate: Gate, *, is_write: bool) -> None:
+        if gate.is_shut:
+            raise GivenUp
+        self._under_way = self._agent.start(self._peer, region, self._theirs, part, is_write=is_write)
+        self.settle(gate)
+
+    def settle(self, gate: Gate) -> None:
+        """Waits until nothing is under way."""
+        started_s, sleep_s = time.perf_counter(), _MIN_SLEEP_S
+        while self._under_way is not None:
+            if self._is_over(self._under_way):
+                self._under_way = None
+            elif gate.is_shut:
+                raise GivenUp
+            elif time.perf_counter() > started_s + _SPIN_S:
+                time.sleep(sleep_s)
+                sleep_s = min(2 * sleep_s, _MAX_SLEEP_S)
+
+    def _is_over(self, transfer: Transfer) -> bool:
+        try:
+            return self._agent.is_over(transfer)
+        except LinkLost:
+            self._under_way = None
+            raise
+
+    def let_go(self) -> bool:
+        """The end of the link; whether a write may still have an effect."""
+        may_still_write = self.may_still_write
+        if self._under_way is not None:
+            self._agent.leave(self._under_way)
+        self._agent.unregister(self._landing)
+        self._agent.unregister(self._own)
+        self._agent.remove_peer(self._peer)
+        return may_still_write

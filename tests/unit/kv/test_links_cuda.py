@@ -1,0 +1,135 @@
+"""GPU memory of another process; and the copies between devices, which any device can check."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from common.kv.arrival import Arrival, pool_checksum
+from common.kv.checksum import SpanBinding
+from common.kv.choice import restricted
+from common.kv.copies import copy_pieces
+from common.kv.cuda_driver import gpu_ids
+from common.kv.device_copies import copy_on_device
+from common.kv.geometry import CopyPlan, plan_copies
+from common.kv.link import LinkLost, open_link
+from common.kv.pool import KvPool
+from common.kv.server import PoolServer
+from tests.unit.kv.link_ends import TIMEOUT_S, close_quietly, piece, random_pool, scattered, whole
+from tests.unit.kv.processes import BIG, Child, owner
+from tests.unit.kv.reference import layout, random_pair
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_device_copies_do_what_host_copies_do() -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        pair = random_pair(generator)
+        plan = plan_copies(
+            pair.source, pair.source_blocks, pair.destination, pair.destination_blocks,
+            pair.token_range, pair.layer_range, pair.head_range,
+        )  # fmt: skip
+        check_copies(plan, pair.source.total_bytes, pair.destination.total_bytes)
+    for num_bytes in (4096, 1 << 20):
+        check_copies(scattered(num_bytes, 1024, BIG.total_bytes), BIG.total_bytes, BIG.total_bytes)
+    check_copies(whole(BIG, BIG), BIG.total_bytes, BIG.total_bytes)
+
+
+def check_copies(plan: CopyPlan, source_bytes: int, destination_bytes: int) -> None:
+    source = np.random.default_rng(0).integers(0, 256, source_bytes, dtype=np.uint8)
+    expected, copied = np.zeros(destination_bytes, dtype=np.uint8), torch.zeros(destination_bytes, dtype=torch.uint8)
+    copy_pieces(plan, source, expected)
+    copy_on_device(plan, torch.from_numpy(source), copied)
+    assert np.array_equal(expected, copied.numpy())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+async def test_without_a_gpu_nothing_is_offered() -> None:
+    assert gpu_ids() == []
+    server = await PoolServer.start(KvPool.create(layout()), "127.0.0.1", "first")
+    assert server.offer.gpu_id is None
+    await server.aclose()
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    async def test_the_bytes_are_there_and_come_back(self, device: str) -> None:
+        with owner("--device", "cuda") as (process, offer):
+            source = on(device, 0)
+            link = await open_link(restricted(offer, "cuda_ipc"), source, timeout_s=TIMEOUT_S)
+            assert link.name == "cuda_ipc"
+            for plan in (whole(BIG, BIG), scattered(1 << 20, 1024, BIG.total_bytes), whole(BIG, BIG)):
+                await link.write(source, plan)
+            assert await intact(process, source)
+            back = on(device, 1)
+            await link.read(back, whole(BIG, BIG))
+            assert torch.equal(back.arena, source.arena)
+            for call in (link.read, link.write):
+                with pytest.raises(ValueError, match="do not lie within"):
+                    await call(source, piece(8, source=BIG.total_bytes - 4))
+            await link.aclose()
+            with pytest.raises(LinkLost):
+                await link.write(source, piece(8))
+
+    async def test_a_copy_comes_after_what_the_stream_was_given_before(self) -> None:
+        with owner("--device", "cuda") as (process, offer):
+            source = on("cuda", 0)
+            link = await open_link(restricted(offer, "cuda_ipc"), source, timeout_s=TIMEOUT_S)
+            busy = torch.ones(4096, 4096, device="cuda")
+            for _ in range(50):
+                busy = busy @ busy * 1e-4
+            source.arena.fill_(9)
+            await link.write(source, whole(BIG, BIG))
+            back = on("cuda", 1)
+            await link.read(back, whole(BIG, BIG))
+            assert bool((back.arena == 9).all())
+            assert await intact(process, source)
+            await link.aclose()
+
+    async def test_a_killed_owner_ends_the_link(self) -> None:
+        with owner("--device", "cuda") as (process, offer):
+            source = on("cuda", 0)
+            link = await open_link(restricted(offer, "cuda_ipc"), source, timeout_s=TIMEOUT_S)
+            await link.write(source, whole(BIG, BIG))
+            process.kill()
+            with pytest.raises(LinkLost):
+                async with asyncio.timeout(TIMEOUT_S):
+                    while True:
+                        await link.write(source, piece(4096))
+            await close_quietly(link)
+        source.arena.fill_(3)  # the device is as good as before
+        assert bool((source.arena == 3).all())
+
+    async def test_the_own_process_falls_back(self) -> None:
+        destination, source = on("cuda", 0), on("cuda", 1)
+        server = await PoolServer.start(destination, "127.0.0.1", "first")
+        link = await open_link(msgspec.structs.replace(server.offer, has_nixl=False), source, timeout_s=TIMEOUT_S)
+        assert link.name == "zmq"
+        await link.aclose()
+        await server.aclose()
+
+
+def on(device: str, seed: int) -> KvPool:
+    pool = KvPool.create(BIG, device, name="writer")
+    pool.arena.copy_(random_pool(BIG, seed=seed).arena)
+    return pool
+
+
+async def intact(process: Child, source: KvPool) -> bool:
+    """Whether the owner finds in its pool what we have in ours."""
+    tokens, layers, blocks = (0, 4096), BIG.layers, list(range(256))
+    checksum = pool_checksum(source, blocks, SpanBinding(BIG.fingerprint, "sequence", layers, tokens, b""))
+    arrival = Arrival("owner", 0, "sequence", 1, layers, 0, 4096, blocks, b"", checksum)
+    process.write(msgspec.json.encode(arrival).decode())
+    return await asyncio.to_thread(process.read) == "True"
