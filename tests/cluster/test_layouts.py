@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dejavu import AsyncClient, SamplingParams
+from dejavu import SamplingParams
 from tests.cluster.reference import assert_greedy, assert_seeded
 from tests.cluster.system import TINY, running
 from tests.cluster.test_serving import FLOAT32, GREEDY, generate_all, prompts, settled_status
