@@ -2,7 +2,7 @@
 python := .venv/bin/python
 sources := dejavu common services deploy loadtest models tests
 
-.PHONY: demo serve test check format gpu-check kv-kills setup clean
+.PHONY: demo serve test test-layouts leaks kv-kills check format gpu-check setup clean
 
 demo: setup ## start the system, stream a completion, show where it ran
 	@$(python) -m deploy.demo
@@ -12,6 +12,12 @@ serve: setup ## start the system and stay up (options: make serve ARGS="--token-
 
 test: setup ## all tests
 	@OMP_NUM_THREADS=1 $(python) -m pytest $(ARGS)
+
+test-layouts: setup ## every cut of the stages and every model family, through real processes (20 minutes)
+	@OMP_NUM_THREADS=1 $(python) -m pytest -m matrix $(ARGS)
+
+leaks: setup ## 1,000 requests, cancelled and disconnected at random: every KV block must come back
+	@$(python) -m loadtest.leaks --requests 1000 --serve-options "--prompt-stages 2 --token-stages 2" $(ARGS)
 
 check: setup ## format, lint, types, imports
 	$(python) -m ruff format --check $(sources)

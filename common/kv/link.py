@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import Executor
 from typing import Protocol
 
 from common.kv.choice import Capabilities, choose_links
-from common.kv.cuda_driver import gpu_ids
-from common.kv.cuda_link import CudaIpcLink
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
 from common.kv.geometry import CopyPlan
-from common.kv.nixl_agent import nixl_module
-from common.kv.nixl_link import NixlLink
 from common.kv.offer import PROTOCOL_VERSION, GrantOffer, host_id, misfit
 from common.kv.pool import KvPool
 from common.kv.shm import ShmLink
@@ -70,13 +67,22 @@ async def open_link(
 
 
 def capabilities() -> Capabilities:
-    """Those of this process."""
+    """Those of this process. One that has not loaded torch (a store, say) does not load it for this."""
+    if "torch" not in sys.modules:
+        return Capabilities(host_id(), frozenset(), has_nixl=False)
+    from common.kv.cuda_driver import gpu_ids
+    from common.kv.nixl_agent import nixl_module
+
     return Capabilities(host_id(), frozenset(gpu_ids()), nixl_module() is not None)
 
 
 async def _open(name: str, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float) -> Link:
     if name == "cuda_ipc":
+        from common.kv.cuda_link import CudaIpcLink
+
         return await CudaIpcLink.open(offer, pool, timeout_s)
     if name == "nixl":
+        from common.kv.nixl_link import NixlLink
+
         return await NixlLink.open(offer, pool, timeout_s)
     return await ShmLink.open(offer, pool, executor, timeout_s)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Bytes = npt.NDArray[np.uint8]
 
 _MADV_POPULATE_WRITE = 23
-_retired: list[torch.Tensor] = []
+_retired: list[object] = []
 
 
 class KvPool:
@@ -98,7 +98,7 @@ class KvPool:
 def retire(pool: KvPool) -> None:
     """Keeps the pool's memory where it is for the life of this process, though nobody uses it any more: a peer may
     still write to it, and what came to lie there would be overwritten."""
-    _retired.append(pool.arena)
+    _retired.append(pool._arena)
 
 
 def create_memfd(name: str, num_bytes: int) -> int:

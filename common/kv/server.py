@@ -8,23 +8,25 @@ import secrets
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import zmq
 
-from common.kv.cuda_driver import export_memory
 from common.kv.errors import LinkLost
 from common.kv.memory_door import MemoryDoor
-from common.kv.nixl_agent import NixlGrant, nixl_module
 from common.kv.offer import CudaMemory, GrantOffer, host_id
 from common.kv.pool import KvPool
 from common.kv.zmq_door import ZmqDoor
+
+if TYPE_CHECKING:
+    from common.kv.nixl_agent import NixlGrant
 
 
 class PoolServer:
     """Grants a pool to whoever has its `offer`. Close it before the pool."""
 
     def __init__(self, pool: KvPool, host: str, incarnation: str, port: int) -> None:
-        self._nixl = NixlGrant(pool) if nixl_module() else None
+        self._nixl = _nixl_grant(pool)
         self._zmq_door = ZmqDoor(pool, host, port, None if self._nixl is None else self._nixl.memory)
         cuda = _exported(pool)
         can_share = (pool.fd is not None or cuda is not None) and sys.platform == "linux"
@@ -88,9 +90,20 @@ class PoolServer:
         return True
 
 
-def _exported(pool: KvPool) -> CudaMemory | None:
-    if pool.device.type != "cuda":
+def _nixl_grant(pool: KvPool) -> NixlGrant | None:
+    """None where the library is missing, or torch, which it is used through, has not been loaded."""
+    if "torch" not in sys.modules:
         return None
+    from common.kv.nixl_agent import NixlGrant, nixl_module
+
+    return NixlGrant(pool) if nixl_module() else None
+
+
+def _exported(pool: KvPool) -> CudaMemory | None:
+    if pool.is_host or pool.device.type != "cuda":
+        return None
+    from common.kv.cuda_driver import export_memory
+
     try:
         return export_memory(pool.arena)
     except LinkLost:

@@ -43,12 +43,14 @@ def serve_command(*arguments: str) -> list[str]:
 def running(*arguments: str, model: str | Path = TINY) -> Iterator[System]:
     """Runs `dejavu serve` with these arguments on a free port; stops it and checks that it exits with 0."""
     with tempfile.TemporaryDirectory(prefix="dejavu-test-") as folder:
-        log = Path(folder, "serve.log")
+        log, temporary = Path(folder, "serve.log"), Path(folder, "tmp")
+        temporary.mkdir()
         command = serve_command("--port", "0", "--state-dir", folder, "--model", str(model), *arguments)
         with log.open("w") as errors:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-            )
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+                env=os.environ | {"TMPDIR": str(temporary)},
+            )  # fmt: skip
         assert process.stdout is not None
         watchdog = threading.Timer(START_LIMIT_S, process.kill)
         watchdog.start()
@@ -60,6 +62,8 @@ def running(*arguments: str, model: str | Path = TINY) -> Iterator[System]:
             yield system
             if process.poll() is None:
                 assert system.stop() == 0, log.read_text()[-3000:]
+            left = [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
+            assert not left, left
         finally:
             watchdog.cancel()
             if process.poll() is None:

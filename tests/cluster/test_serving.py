@@ -9,13 +9,16 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from dejavu import AsyncClient, Client, SamplingParams
 from dejavu.errors import InvalidParameter, PromptEmpty, PromptTooLong, TokenOutOfRange
+from loadtest.leaks import hunt
 from tests.cluster.reference import assert_greedy
 from tests.cluster.system import ROOT, TINY, System, descendants, running
 
@@ -51,42 +54,24 @@ async def settled_status(endpoint: str) -> dict[str, Any]:
                 return status
 
 
-LAYOUTS = [
-    ("--prompt-stages", "1", "--token-stages", "1"),
-    ("--prompt-stages", "2", "--token-stages", "3"),
-    ("--prompt-stages", "3", "--token-stages", "2"),
-    ("--prompt-stages", "1", "--token-stages", "2", "--link", "zmq"),
-    ("--prompt-pipelines", "2", "--token-pipelines", "2"),
-    ("--colocated", "--token-stages", "1"),
-    ("--colocated", "--token-stages", "2"),
-]
+@pytest.fixture(scope="module")
+def system() -> Iterator[System]:
+    """One running system for every test here, cut unevenly. Ctrl-C at its end leaves nothing of it behind."""
+    before = shared_memory()
+    with running(*FLOAT32, "--chunk-size", "64", "--prompt-split", "4,2", "--token-split", "1,3,2") as started:
+        below = descendants(started.process.pid)
+        assert len(below) >= 7
+        yield started
+        assert started.stop(signal.SIGINT) == 0
+    assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
+    assert not shared_memory() - before
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
-async def test_greedy_tokens_equal_transformers(layout: tuple[str, ...]) -> None:
-    lengths = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130, 200, 257, 300]
-    work = prompts(7, lengths)
-    with running(*FLOAT32, "--chunk-size", "64", *layout) as system:
-        tokens = await generate_all(system.endpoint, work, GREEDY)
-        await settled_status(system.endpoint)
-    for prompt, token_ids in zip(work, tokens, strict=True):
-        assert len(token_ids) == GREEDY.max_tokens
-        assert_greedy(TINY, prompt, token_ids)
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("__KMP")}
 
 
-async def test_one_system_many_wishes() -> None:
-    """Everything that needs no layout of its own, on one running system."""
-    with running(*FLOAT32, "--prompt-stages", "2", "--token-stages", "2") as system:
-        await check_refusals(system)
-        await check_seeds_hold_alone_and_in_a_batch(system)
-        await check_ends(system)
-        await check_text(system)
-        await check_cancels_leak_nothing(system)
-        check_command_line(system)
-        check_sync_client(system)
-
-
-async def check_refusals(system: System) -> None:
+async def test_refusals(system: System) -> None:
     async with AsyncClient(system.endpoint) as client:
         with pytest.raises(PromptEmpty):
             await client.generate([], GREEDY)
@@ -100,7 +85,7 @@ async def check_refusals(system: System) -> None:
             await client.generate([5], SamplingParams(stop_token_ids=[1 << 20]))
 
 
-async def check_seeds_hold_alone_and_in_a_batch(system: System) -> None:
+async def test_seeds_hold_alone_and_in_a_batch(system: System) -> None:
     params = SamplingParams(temperature=1.0, top_p=0.95, top_k=50, seed=11, max_tokens=16, n=2, ignore_eos=True)
     work = prompts(3, [20, 40, 9])
     async with AsyncClient(system.endpoint) as client:
@@ -111,7 +96,7 @@ async def check_seeds_hold_alone_and_in_a_batch(system: System) -> None:
     assert alone[0].choices[0].token_ids != alone[0].choices[1].token_ids
 
 
-async def check_ends(system: System) -> None:
+async def test_the_first_token_can_be_the_last(system: System) -> None:
     prompt = prompts(5, [30])[0]
     async with AsyncClient(system.endpoint) as client:
         tokens = (await client.generate(prompt, GREEDY)).token_ids
@@ -122,38 +107,46 @@ async def check_ends(system: System) -> None:
         assert (first.token_ids, first.finish_reason, first.text) == (tokens[:1], "stop", "")
 
 
-async def check_text(system: System) -> None:
+async def test_64_requests_of_mixed_lengths_at_once(system: System) -> None:
+    draws = random.Random(64)
+    work = prompts(64, [draws.choice((1, 15, 16, 17, 64, draws.randrange(1, 400))) for _ in range(64)])
+    wishes = [SamplingParams(temperature=0.0, max_tokens=draws.randrange(1, 40), ignore_eos=True) for _ in work]
     async with AsyncClient(system.endpoint) as client:
-        plain = await client.generate("It was a quiet morning in 🌍 and", GREEDY)
-        assert plain.text
+        completions = await asyncio.gather(*(client.generate(p, w) for p, w in zip(work, wishes, strict=True)))
+    for prompt, wish, completion in zip(work, wishes, completions, strict=True):
+        assert len(completion.token_ids) == wish.max_tokens
+        assert_greedy(TINY, prompt, completion.token_ids)
+
+
+EMOJI = ("🌍", "It was a quiet 👩‍👩‍👧‍👦 morning, naïve café 東京 🇩🇪", "é", "ends with half of �")
+
+
+@pytest.mark.parametrize("prompt", EMOJI)
+async def test_text_of_any_script(system: System, prompt: str) -> None:
+    """Prompts become the ids that transformers' tokenizer gives, ids the text that it gives."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    wild = SamplingParams(temperature=100.0, max_tokens=80, seed=3, ignore_eos=True)
+    async with AsyncClient(system.endpoint) as client:
+        assert_greedy(TINY, tokenizer.encode(prompt), (await client.generate(prompt, GREEDY)).token_ids)
+        streamed = [token async for token in client.stream(prompt, wild)]
+    text = tokenizer.decode([token.id for token in streamed], skip_special_tokens=True)
+    assert "".join(token.text for token in streamed) == text
+    assert "�" in text  # single bytes of longer characters were among the tokens
+
+
+async def test_stop_strings(system: System) -> None:
+    async with AsyncClient(system.endpoint) as client:
+        plain = await client.generate(EMOJI[1], GREEDY)
         cut = plain.text[len(plain.text) // 2 :][:3]
-        stopped = await client.generate(
-            "It was a quiet morning in 🌍 and", SamplingParams(temperature=0.0, max_tokens=24, stop=[cut])
-        )
-        assert stopped.text == plain.text[: plain.text.index(cut)]
-        assert stopped.finish_reason == "stop"
-        streamed = [t async for t in client.stream("Once", GREEDY)]
-        assert "".join(t.text for t in streamed) == (await client.generate("Once", GREEDY)).text
+        stopped = await client.generate(EMOJI[1], SamplingParams(temperature=0.0, max_tokens=24, stop=[cut]))
+    assert (stopped.text, stopped.finish_reason) == (plain.text[: plain.text.index(cut)], "stop")
 
 
-async def check_cancels_leak_nothing(system: System) -> None:
-    draws = random.Random(1)
-    work = prompts(9, [draws.randrange(1, 200) for _ in range(150)])
-
-    async def one(client: AsyncClient, prompt: list[int], keep: int) -> None:
-        stream = client.stream(prompt, GREEDY)
-        async for token in stream:
-            if token.index >= keep:
-                break
-        await stream.aclose()
-
-    async with AsyncClient(system.endpoint) as client, asyncio.TaskGroup() as tasks:
-        for prompt in work:
-            tasks.create_task(one(client, prompt, draws.randrange(0, 40)))
-    await settled_status(system.endpoint)
+async def test_cancels_and_disconnects_leak_nothing(system: System) -> None:
+    await hunt(system.endpoint, num_requests=150, seed=1)
 
 
-def check_command_line(system: System) -> None:
+def test_command_line(system: System) -> None:
     environment = os.environ | {"DEJAVU_ENDPOINT": system.endpoint}
     command = [sys.executable, "-m", "dejavu"]
     done = subprocess.run(
@@ -179,50 +172,7 @@ def check_command_line(system: System) -> None:
     assert {"router", "prompt_stage", "token_stage"} <= roles
 
 
-def check_sync_client(system: System) -> None:
+def test_sync_client(system: System) -> None:
     with Client(system.endpoint) as client:
         assert client.generate([5, 6, 7], GREEDY).finish_reason == "length"
         assert len(list(client.stream([5, 6, 7], GREEDY))) == GREEDY.max_tokens
-
-
-async def test_blocks_run_out_and_everything_still_ends() -> None:
-    """A pool that holds a few sequences: the rest queue or are preempted; tokens stay exact."""
-    work = prompts(13, [60] * 12)
-    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
-    for layout in (("--token-stages", "2"), ("--colocated",)):
-        with running("--dtype", "float32", "--kv-memory", "900K", *layout) as system:
-            tokens = await generate_all(system.endpoint, work, params)
-            await settled_status(system.endpoint)
-        for prompt, token_ids in zip(work, tokens, strict=True):
-            assert len(token_ids) == 60
-            assert_greedy(TINY, prompt, token_ids)
-
-
-def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
-    with running(*FLOAT32) as system:
-        below = descendants(system.process.pid)
-        assert len(below) >= 4
-        assert system.stop(signal.SIGINT) == 0
-    assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
-    left = {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("__KMP")}
-    assert not left
-
-
-async def test_a_killed_client_frees_its_blocks() -> None:
-    program = (
-        "import sys\nfrom dejavu import Client, SamplingParams\n"
-        "client = Client(sys.argv[1]).__enter__()\n"
-        "for token in client.stream([5] * 50, SamplingParams(max_tokens=3000, ignore_eos=True)):\n"
-        "    print(token.index, flush=True)\n"
-    )
-    with running(*FLOAT32) as system:
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, system.endpoint], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "0"
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        await settled_status(system.endpoint)
