@@ -75,3 +75,23 @@ class HostStaging:
         if len(self._buffer) < layout.total_bytes:
             self._buffer = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=self._is_cuda)
         return KvPool(layout, self._buffer[: layout.total_bytes], None, self._pool.name)
+
+
+def landing_pool(pool: KvPool, blocks: Sequence[int], num_tokens: int) -> tuple[KvPool, Sequence[int]]:
+    """Where KV for the first `num_tokens` tokens in `blocks` of `pool` can be read into: the pool itself on the host,
+    host memory of the same shape for a device (then `copy_in`), with the block table there."""
+    if pool.is_host:
+        return pool, blocks
+    layout = msgspec.structs.replace(pool.layout, num_blocks=-(-num_tokens // pool.layout.block_size))
+    arena = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=True)
+    return KvPool(layout, arena, None, pool.name), range(layout.num_blocks)
+
+
+def copy_in(staged: KvPool, pool: KvPool, blocks: Sequence[int]) -> None:
+    """Copies all blocks of `staged` to the first of `blocks` in `pool`; returns when the bytes are there."""
+    index = torch.tensor(list(blocks[: staged.layout.num_blocks]), device=pool.device)
+    for local_layer in range(pool.layout.num_layers):
+        for source, to in zip(staged.layer(local_layer), pool.layer(local_layer), strict=True):
+            to.index_copy_(0, index, source.to(pool.device))
+    if pool.device.type == "cuda":
+        torch.cuda.synchronize(pool.device)

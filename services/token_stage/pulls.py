@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -14,6 +15,7 @@ from common.kv.geometry import plan_copies
 from common.kv.link import Link, open_link
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
+from common.kv.staging import copy_in, landing_pool
 from common.membership import MemberRecord
 from common.replica_messages import Pull, replica_key
 from dejavu.errors import ProtocolError
@@ -78,19 +80,20 @@ class Pulls:
 
     async def _copy(self, pull: Pull) -> bool:
         link, offer = await self._link(pull.store)
-        layout = self._pool.layout
-        token_range = (0, pull.num_tokens)
-        plan = plan_copies(offer.layout, pull.store_blocks, layout, pull.blocks, token_range, layout.layers)
-        await link.read(self._pool, plan)
+        layers, token_range = self._pool.layout.layers, (0, pull.num_tokens)
+        landing, blocks = landing_pool(self._pool, pull.blocks, pull.num_tokens)
+        plan = plan_copies(offer.layout, pull.store_blocks, landing.layout, blocks, token_range, layers)
+        await link.read(landing, plan)
         self.received_bytes += plan.total_bytes
         key = replica_key(pull.sequence_id)
-        binding = SpanBinding(layout.fingerprint, key, layout.layers, token_range, pull.token_hash)
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._executor, pool_checksum, self._pool, pull.blocks, binding
-        )
-        if found != pull.checksum:
+        binding = SpanBinding(landing.layout.fingerprint, key, layers, token_range, pull.token_hash)
+        run = functools.partial(asyncio.get_running_loop().run_in_executor, self._executor)
+        if await run(pool_checksum, landing, blocks, binding) != pull.checksum:
             logger.warning("the replica of %s in %s is damaged", pull.sequence_id, pull.store)
-        return found == pull.checksum
+            return False
+        if landing is not self._pool:
+            await run(copy_in, landing, self._pool, pull.blocks)
+        return True
 
     async def _link(self, store: str) -> tuple[Link, GrantOffer]:
         """Raises `LinkError`; `ValueError` for a store that is gone."""
