@@ -63,7 +63,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         self._check_stops(vocab_size)
         if type(self.ignore_eos) is not bool:
             raise InvalidParameter("must be true or false", field="ignore_eos")
-        if self.durability is not None and not _is_durability(self.durability):
+        if self.durability is not None and not is_durability(self.durability):
             raise InvalidParameter('must be "async", "lag:k" or "sync"', field="durability")
 
     def _check_integers(self) -> None:
@@ -120,7 +120,7 @@ def _check_stop(stop: object) -> None:
         raise InvalidParameter("is not valid Unicode (a lone surrogate)", field="stop") from error
 
 
-def _is_durability(value: object) -> bool:
+def is_durability(value: object) -> bool:
     if not isinstance(value, str):
         return False
     kind, _, lag = value.partition(":")

@@ -101,6 +101,7 @@ def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list
                 arguments += ["--layers", f"{first}:{last}"] + ["--colocated"] * options.is_colocated
                 if kind == "token":
                     arguments += ["--replicas", str(options.replicas), "--recovery", options.recovery]
+                    arguments += ["--durability", options.durability]
                 stages.append((f"{pipeline}-stage-{index}", f"{kind}_stage", arguments))
     return stages
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.kv.choice import LINK_NAMES
 from dejavu.errors import ConfigurationError
+from dejavu.params import is_durability
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STATE_DIR = Path(os.environ.get("DEJAVU_STATE_DIR", "~/.local/state/dejavu"))
@@ -32,6 +33,7 @@ class ServeOptions:
     cache_stores: int
     replicas: int
     recovery: str
+    durability: str
     may_kill: bool
     device: str
     dtype: str
@@ -70,6 +72,7 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         cache_stores=arguments.cache_stores,
         replicas=arguments.replicas,
         recovery=arguments.recovery,
+        durability=arguments.durability,
         may_kill=not arguments.no_kill,
         device=arguments.device,
         dtype=arguments.dtype,
@@ -143,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "restore", "replay"],
         help="after a failure: take KV from the stores, or compute everything again (replay)",
     )
+    add(
+        "--durability",
+        type=_durability,
+        default="async",
+        metavar="async|lag:k|sync",
+        help="what a store must have before a token is shown: nothing; all but k tokens' KV; everything",
+    )
     add("--no-kill", action="store_true", help="never kill a silent service, only take its lease (to test fencing)")
     add("--colocated", action="store_true", help="token pipelines compute prompts, too; no prompt pipelines")
     add("--prompt-split", type=_split, metavar="A,B", help="layers of each prompt stage (default: even)")
@@ -182,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
         help="endpoints for clients on this machine",
     )
     return parser
+
+
+def _durability(text: str) -> str:
+    if not is_durability(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not async, lag:k or sync")
+    return text
 
 
 def _number(text: str) -> int:

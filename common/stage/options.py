@@ -34,6 +34,7 @@ class StageOptions:
     is_colocated: bool
     num_replicas: int
     recovery: str
+    durability: str
 
     @property
     def is_driver(self) -> bool:
@@ -63,6 +64,7 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
         parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
         parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
         parser.add_argument("--recovery", default="auto", choices=["auto", "restore", "replay"])
+        parser.add_argument("--durability", default="async", help="async, lag:k or sync, for requests that do not say")
     arguments = parser.parse_args(argv)
     first, last = (int(layer) for layer in arguments.layers.split(":"))
     return StageOptions(
@@ -87,4 +89,5 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
         is_colocated=getattr(arguments, "colocated", False),
         num_replicas=getattr(arguments, "replicas", 0),
         recovery=getattr(arguments, "recovery", "auto"),
+        durability=getattr(arguments, "durability", "async"),
     )

@@ -14,6 +14,7 @@ from services.token_stage.sequence import (
     PullReplica,
     Sequence,
     StopPrefill,
+    max_lag,
     too_long,
 )
 from services.token_stage.table import SequenceTable
@@ -34,6 +35,7 @@ class Intake(SequenceTable):
         if needed > self._num_blocks:
             return [Fail(sequence_id, too_long(len(prompt), params.max_tokens, needed, self._num_blocks))]
         sequence = Sequence(sequence_id, choice, params, len(prompt), prompt + forced, self._num_arrivals)
+        sequence.max_lag = max_lag(params.durability or self._durability)
         self._num_arrivals += 1
         self._sequences[sequence_id] = sequence
         self._waiting[sequence_id] = sequence
@@ -133,9 +135,10 @@ class Intake(SequenceTable):
     def store_lost(self, name: str) -> list[Action]:
         """A store is gone: who waits for its answer is prefilled."""
         self._no_longer_read(self.replication.store_lost(name))
+        delivered = [action for sequence in self._sequences.values() for action in self._deliver(sequence)]
         waiting = [s for s in self._sequences.values() if s.source == name and not s.num_pulls and not s.is_leaving]
         actions = [action for s in waiting if s.phase is Phase.PREFILLING for action in self._prefill(s)]
-        return [*actions, *self._grant_waiting()]
+        return [*delivered, *actions, *self._grant_waiting()]
 
     def store_claimed(self, name: str, keys: list[str]) -> list[Action]:
         """A store reads nothing of older epochs any more."""
@@ -144,8 +147,10 @@ class Intake(SequenceTable):
 
     def replicated(self, name: str, batch: int, failed: list[str]) -> list[Action]:
         """A store has read what it was told to."""
-        self._no_longer_read(self.replication.replicated(name, batch, failed))
-        return self._grant_waiting()
+        read = self.replication.replicated(name, batch, failed)
+        delivered = [action for sequence in read for action in self._deliver(sequence)]
+        self._no_longer_read(read)
+        return [*delivered, *self._grant_waiting()]
 
     def located(self, sequence_id: str, attempt: int, store: str, held: HeldReplica | None) -> list[Action]:
         """A store's answer. What a replica lacks is computed here, unless it is so much that it would hold up the

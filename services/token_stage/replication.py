@@ -27,14 +27,16 @@ ToStore = tuple[str, Claim | Replicate | Forget | Locate]
 
 @dataclass(slots=True)
 class _Store:
-    """`reading` is the batch under way, with how far each of its sequences gets by it."""
+    """`reading` is the batch under way: how many tokens and ids of each of its sequences are safe after it."""
 
     is_claimed: bool = False
     keys: set[str] = field(default_factory=set)
     """replicas of older epochs"""
     acknowledged: dict[str, int] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)
+    """how many token ids of a sequence it knows"""
     behind: dict[str, Sequence] = field(default_factory=dict)
-    reading: dict[str, tuple[Sequence, int]] | None = None
+    reading: dict[str, tuple[Sequence, int, int]] | None = None
     refused: dict[str, int] = field(default_factory=dict)
     """key -> number of the batch that may try it again"""
     forget: list[str] = field(default_factory=list)
@@ -101,14 +103,14 @@ class Replication:
         if store is None or store.reading is None:
             return []
         refused = set(failed)
-        for key, (sequence, end) in store.reading.items():
+        for key, (sequence, end, num_ids) in store.reading.items():
             if self._sequences.get(key) is not sequence:
                 continue
             if key in refused:
                 store.acknowledged.pop(key, None)
                 store.refused[key] = batch + RETRY_BATCHES
             else:
-                store.acknowledged[key] = end
+                store.acknowledged[key], store.ids[key] = end, num_ids
             self._note_behind(sequence)
         return self._end_reading(store)
 
@@ -116,6 +118,11 @@ class Replication:
     def is_settled(self) -> bool:
         """Whether blocks may be given away: nobody touches them on behalf of an older epoch."""
         return not self._unanswered
+
+    @property
+    def num_stores(self) -> int:
+        """Stores that copies can go to; with none, requests go on unprotected."""
+        return sum(store.is_claimed for store in self._stores.values())
 
     # ------------------------------------------------------------ sequences
 
@@ -138,12 +145,26 @@ class Replication:
         for store in self._stores.values():
             if store.may_have(key):
                 (store.expire if is_orphan else store.forget).append(key)
-            for of_store in (store.behind, store.refused, store.acknowledged):
+            for of_store in (store.behind, store.refused, store.acknowledged, store.ids):
                 of_store.pop(key, None)
             if is_orphan:
                 store.keys.add(key)
             else:
                 store.keys.discard(key)
+
+    def protects(self, sequence: Sequence, position: int, max_lag: int) -> bool:
+        """Whether the token at `position` may be delivered: a store knows its id and the KV of all tokens before it but
+        `max_lag`. True also where no store could: then nothing is gained by waiting."""
+        key = replica_key(sequence.sequence_id)
+        stores = [self._stores[name] for name in self._ranked(key)[: self._num_copies]]
+        return (
+            any(
+                key in store.refused
+                or (store.acknowledged.get(key, 0) >= position - max_lag and store.ids.get(key, 0) > position)
+                for store in stores
+            )
+            or not stores
+        )
 
     def holder(self, sequence: Sequence, *, is_continued: bool) -> str | None:
         """The store to ask for a replica: one that is known to have it, or, for a sequence that ran elsewhere before
@@ -185,7 +206,7 @@ class Replication:
         if store.reading is not None or not store.behind:
             return None
         items: list[ReplicaItem] = []
-        reading: dict[str, tuple[Sequence, int]] = {}
+        reading: dict[str, tuple[Sequence, int, int]] = {}
         room = MAX_BATCH_TOKENS
         for key, sequence in list(store.behind.items()):
             if sequence.is_leaving or not sequence.blocks:
@@ -201,7 +222,7 @@ class Replication:
             if count == 0:
                 continue
             items.append(self._item(key, sequence, start, count))
-            reading[key] = (sequence, start + count)
+            reading[key] = (sequence, start + count, len(sequence.tokens))
             sequence.num_reads += 1
             room -= count
         self._num_batches += 1
@@ -224,7 +245,7 @@ class Replication:
                 store.behind[key] = sequence
 
     def _end_reading(self, store: _Store) -> list[Sequence]:
-        sequences = [] if store.reading is None else [sequence for sequence, _ in store.reading.values()]
+        sequences = [] if store.reading is None else [sequence for sequence, *_ in store.reading.values()]
         store.reading = None
         for sequence in sequences:
             sequence.num_reads -= 1

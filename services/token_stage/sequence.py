@@ -45,6 +45,9 @@ class Sequence:
     replica: HeldReplica | None = None
     """what is being pulled, from the store `source`; None: it turned out damaged"""
     source: str = ""
+    max_lag: int | None = None
+    """a token is delivered only when a store lacks KV of at most so many tokens before it; None: at once"""
+    undelivered: list[Produce] = field(default_factory=list)
     num_in_flight: int = 0
     is_open: bool = False
     num_cells: int = 0
@@ -136,6 +139,13 @@ class PullReplica:
 
 
 Action = Grant | Produce | Fail | StopPrefill | AskStore | PullReplica
+
+
+def max_lag(durability: str) -> int | None:
+    """ "async" is None, "lag:k" is k, "sync" is 0."""
+    if durability == "async":
+        return None
+    return int(durability.partition(":")[2] or 0)
 
 
 def too_long(num_prompt: int, max_tokens: int, needed: int, num_blocks: int) -> WireError:

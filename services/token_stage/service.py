@@ -135,6 +135,7 @@ class TokenStage(StageService):
             chunk_tokens=self.options.chunk_tokens,
             is_colocated=self.options.is_colocated,
             replication=replication,
+            durability=self.options.durability,
         )
         self.pump()
 
@@ -324,6 +325,7 @@ class TokenStage(StageService):
         if self._scheduler is not None:
             stats["replication"] = {
                 "lag_tokens": self._scheduler.replication.lag_tokens(),
+                "stores": self._scheduler.replication.num_stores,
                 "pulled_bytes": self._pulls.received_bytes,
             }
             stats["counters"] = {

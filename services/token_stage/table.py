@@ -31,9 +31,11 @@ class SequenceTable:
         chunk_tokens: int,
         is_colocated: bool,
         replication: Replication,
+        durability: str = "async",
     ) -> None:
         self.epoch = epoch
         self.replication = replication
+        self._durability = durability
         self.num_recoveries = 0
         self.num_recomputed = 0
         self.allocator = BlockAllocator(num_blocks)
@@ -90,8 +92,25 @@ class SequenceTable:
         sequence.tokens.append(drawn.token_id)
         num_output = sequence.num_output
         reason = finish_reason(sequence.params, self._eos_token_ids, drawn.token_id, num_output)
-        produced = Produce(sequence.sequence_id, num_output - 1, drawn, reason)
-        return [produced, *self._end(sequence)] if reason is not None else [produced]
+        sequence.undelivered.append(Produce(sequence.sequence_id, num_output - 1, drawn, reason))
+        delivered = self._deliver(sequence)
+        return [*delivered, *self._end(sequence)] if reason is not None else delivered
+
+    def _deliver(self, sequence: Sequence) -> list[Action]:
+        """Tokens that need not wait (any more) for a store. The last one never does: after it nothing can be lost."""
+        count = 0
+        for produced in sequence.undelivered:
+            position = sequence.num_prompt + produced.index
+            if not self._may_deliver(sequence, position):
+                break
+            count += 1
+        delivered, sequence.undelivered = sequence.undelivered[:count], sequence.undelivered[count:]
+        return list(delivered)
+
+    def _may_deliver(self, sequence: Sequence, position: int) -> bool:
+        if sequence.max_lag is None or sequence.undelivered[-1].finish_reason is not None:
+            return True
+        return self.replication.protects(sequence, position, sequence.max_lag)
 
     def _requeue(self, sequence: Sequence) -> None:
         self._ready.pop(sequence.sequence_id, None)

@@ -52,12 +52,14 @@ class World:
         self.num_blocks = num_blocks
         self.epoch = 0
         self.pool: dict[int, int] = {}
-        self.stores: dict[str, Store] = {"a": Store(40), "b": Store(12)}
+        self.stores: dict[str, Store] = {"a": Store(40), "b": Store(40)}
         self.requests: dict[str, list[int]] = {}
         self.max_tokens: dict[str, int] = {}
         self.outputs: dict[str, list[int]] = {}
         self.ended: set[str] = set()
         self.num_restored = 0
+        self.num_refused = 0
+        self.durability: dict[str, str] = {}
         self.begin_epoch()
 
     # ------------------------------------------------------------ faults
@@ -104,7 +106,8 @@ class World:
         self.admit(name, self.requests[name])
 
     def admit(self, name: str, prompt: list[int]) -> None:
-        params = SamplingParams(max_tokens=self.max_tokens[name])
+        durability = self.durability.setdefault(name, self.draws.choice(["async", "lag:3", "sync"]))
+        params = SamplingParams(max_tokens=self.max_tokens[name], durability=durability)
         self.carry_out(self.token.admit(f"{name}/0/t", 0, prompt, self.outputs[name], params))
 
     def cancel(self, name: str) -> None:
@@ -112,6 +115,8 @@ class World:
         self.carry_out(self.token.cancel(f"{name}/0/t", is_orphan=self.draws.random() < 0.5))
 
     def carry_out(self, actions: Iterable[Action]) -> None:
+        actions = list(actions)
+        ending = {action.sequence_id for action in actions if isinstance(action, Produce) and action.finish_reason}
         for action in actions:
             match action:
                 case Produce(sequence_id, index, drawn, reason):
@@ -119,6 +124,8 @@ class World:
                     tokens = self.requests[name] + self.outputs[name]
                     assert index == len(self.outputs[name])
                     assert drawn.token_id == next_token(tokens)
+                    if sequence_id not in ending and self.durability[name] != "async":
+                        self.check_safe(name, tokens, 3 if self.durability[name] == "lag:3" else 0)
                     self.outputs[name].append(drawn.token_id)
                     if reason is not None:
                         self.ended.add(name)
@@ -131,6 +138,12 @@ class World:
                         self.wire.append(("pull", (sequence_id,)))
                 case Fail():
                     raise AssertionError(action)
+
+    def check_safe(self, name: str, tokens: list[int], max_lag: int) -> None:
+        """A token after `tokens` is delivered: a store must have nearly all KV before it, unless none had room."""
+        kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens)) for store in self.stores.values()]
+        is_safe = any(found is not None and found[1] >= len(tokens) - max_lag for found in kept)
+        assert is_safe or self.num_refused or not self.token.replication.num_stores
 
     # ------------------------------------------------------------ the token pipeline
 
@@ -210,6 +223,7 @@ class World:
     def _keep(self, store: Store, item: ReplicaItem) -> bool:
         blocks = store.shelf.make_room("token-0", item)
         if blocks is None:
+            self.num_refused += 1
             return False
         first = item.start // BLOCK_SIZE * BLOCK_SIZE
         for position in range(item.start, item.start + item.num_tokens):
