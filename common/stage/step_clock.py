@@ -8,6 +8,7 @@ MIN_LIMIT_S = 1.0
 FIRST_LIMIT_S = 60.0
 """Until a step has been seen nobody knows how long one takes here."""
 FACTOR = 5.0
+STANDSTILL_S = 0.5
 NUM_RECENT = 256
 
 
@@ -18,6 +19,7 @@ class StepClock:
         self._recent: deque[tuple[float, int]] = deque(maxlen=NUM_RECENT)
         self._waiting: deque[int] = deque()
         self._started_s = 0.0
+        self._asked_s: float | None = None
 
     def submitted(self, num_tokens: int, now_s: float) -> None:
         """A step was queued; the thread works on the oldest."""
@@ -31,7 +33,12 @@ class StepClock:
         self._started_s = now_s
 
     def overdue_s(self, now_s: float) -> float:
-        """By how much the running step exceeds max(1 s, 5 x what recent steps let expect); 0: it does not."""
+        """By how much the running step exceeds max(1 s, 5 x what recent steps let expect); 0: it does not. Asked many
+        times a second; a gap between two questions is time in which the whole process stood still."""
+        gap_s = 0.0 if self._asked_s is None else now_s - self._asked_s
+        self._asked_s = now_s
+        if gap_s > STANDSTILL_S:
+            self._started_s = min(now_s, self._started_s + gap_s)
         if not self._waiting:
             return 0.0
         return max(0.0, now_s - self._started_s - self._limit_s(self._waiting[0]))

@@ -65,6 +65,8 @@ class Cluster:
         self._changed = asyncio.Event()
         self._draining: set[str] = set()
         """incarnations that are to be replaced"""
+        self._broken: set[str] = set()
+        """pipelines that have lost a stage since they were published"""
         self.watchdog = Watchdog(
             lambda member: _is_here(member) and is_stopped(member.pid),
             lambda member: run_delay_s(member.pid) if _is_here(member) else 0.0,
@@ -102,11 +104,13 @@ class Cluster:
         self._draining.discard(record.incarnation)
         self._journal.note("detected", record.name, role=record.role, pid=record.pid)
         if record.pipeline is not None and not is_spare(record, self.records):
+            self._broken.add(record.pipeline)
             self._on_lost(record.pipeline)
 
     async def _watch_pipelines(self) -> None:
         async for record in self._membership.watch_pipelines():
             self.records[record.pipeline] = record
+            self._broken.discard(record.pipeline)
             self._journal.note("decided", record.pipeline, epoch=record.epoch)
             self._on_record(record)
             self._changed.set()
@@ -127,7 +131,7 @@ class Cluster:
             self._changed.clear()
             if not self.is_leader:
                 continue
-            for record in missing_pipelines(self.members.values(), self.records, self._draining):
+            for record in missing_pipelines(self.members.values(), self.records, self._draining, self._broken):
                 try:
                     await self._membership.publish_pipeline(record, self._election.guard())
                 except EtcdUnavailable as error:

@@ -9,11 +9,15 @@ from common.membership import MemberRecord, PipelineRecord
 
 
 def missing_pipelines(
-    members: Iterable[MemberRecord], published: Mapping[str, PipelineRecord], draining: Collection[str] = ()
+    members: Iterable[MemberRecord],
+    published: Mapping[str, PipelineRecord],
+    draining: Collection[str] = (),
+    broken: Collection[str] = (),
 ) -> list[PipelineRecord]:
     """Records to publish: every stage of the pipeline is registered, their layers join without a gap, and the
-    incarnations differ from those published. Where several stand ready for one stage, the one that is published
-    stays, unless it is `draining`; the others are spares. The epoch is filled in by the store."""
+    incarnations differ from those published, or the pipeline is `broken`: it has lost a stage, which may be back. Where
+    several stand ready for one stage, the one that is published stays, unless it is `draining`; the others are spares.
+    The epoch is filled in by the store."""
     candidates: dict[str, dict[int, list[MemberRecord]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
         if member.pipeline is not None and member.stage_index is not None:
@@ -23,7 +27,8 @@ def missing_pipelines(
         known = published.get(pipeline)
         incarnations = [] if known is None else [member.incarnation for member in known.stages]
         stages = [_choose(found[index], incarnations, draining) for index in sorted(found)]
-        if _is_complete(stages) and incarnations != [member.incarnation for member in stages]:
+        has_changed = pipeline in broken or incarnations != [member.incarnation for member in stages]
+        if has_changed and _is_complete(stages):
             records.append(PipelineRecord(pipeline, stages[0].role, 0, tuple(stages)))
     return records
 

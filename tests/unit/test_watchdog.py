@@ -72,18 +72,33 @@ def test_a_stuck_step_and_another_incarnation() -> None:
     assert clock.pass_time(3.0) == []
 
 
+def ask(steps: StepClock, start_s: float, end_s: float) -> float:
+    """Asks ten times a second; the last answer."""
+    overdue_s = 0.0
+    for tick in range(round(start_s * 10), round(end_s * 10) + 1):
+        overdue_s = steps.overdue_s(tick / 10)
+    return overdue_s
+
+
 def test_steps_are_overdue_beyond_what_they_usually_take() -> None:
     steps = StepClock()
     steps.submitted(256, 0.0)
-    assert steps.overdue_s(50.0) == 0.0
+    assert ask(steps, 0.0, 50.0) == 0.0
     steps.done(0.5)
-    steps.submitted(256, 1.0)
-    assert steps.overdue_s(3.0) == 0.0
-    assert steps.overdue_s(4.0) > 0.0
-    steps.submitted(1, 1.5)
-    steps.done(1.6)
-    assert steps.overdue_s(1.7) == 0.0
-    steps.done(1.7)
-    assert steps.overdue_s(1e9) == 0.0
-    steps.submitted(1024, 10.0)
-    assert steps.overdue_s(19.0) == 0.0
+    steps.submitted(256, 51.0)
+    assert ask(steps, 50.1, 53.0) == 0.0
+    assert ask(steps, 53.1, 54.0) > 0.0
+    steps.done(54.0)
+    assert ask(steps, 54.1, 90.0) == 0.0
+    steps.submitted(1024, 90.0)
+    assert ask(steps, 90.1, 120.0) == 0.0
+
+
+def test_a_process_that_stood_still_is_not_overdue() -> None:
+    steps = StepClock()
+    steps.submitted(1, 0.0)
+    steps.done(0.1)
+    steps.submitted(1, 1.0)
+    ask(steps, 1.0, 1.5)
+    assert ask(steps, 11.5, 12.0) == 0.0
+    assert ask(steps, 12.1, 13.0) > 0.0
