@@ -13,6 +13,7 @@ from typing import Any
 
 import uvloop
 
+from common.loop_monitor import run_measured
 from common.process import die_with_parent, set_affinity
 from dejavu.errors import DejavuError
 
@@ -51,7 +52,8 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, 
         await serve(stop)
 
     try:
-        uvloop.run(main())
+        run = run_measured if os.environ.get("DEJAVU_MEASURE_CALLBACKS") else uvloop.run
+        run(main())
     except DejavuError as error:
         logger.error("%s", error)
         return 1
