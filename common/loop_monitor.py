@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from asyncio import events
@@ -10,7 +11,10 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 TICK_S = 0.01
+CALLBACK_LIMIT_S = 0.02
 NUM_SAMPLES = 60_000
 """ten minutes of ticks"""
 
@@ -24,10 +28,14 @@ def run_measured(main: Coroutine[Any, Any, None]) -> None:
 
     def run_and_measure(handle: events.Handle) -> None:
         global _callback_max_s
+        callback = getattr(handle, "_callback", None)
         started_s = time.thread_time()
         run(handle)
+        used_s = time.thread_time() - started_s
         if threading.get_ident() == thread:
-            _callback_max_s = max(_callback_max_s, time.thread_time() - started_s)
+            _callback_max_s = max(_callback_max_s, used_s)
+            if used_s > CALLBACK_LIMIT_S:
+                logger.warning("%.0f ms of CPU in %r", 1e3 * used_s, getattr(callback, "__self__", callback))
 
     events.Handle._run = run_and_measure  # type: ignore[assignment, method-assign]
     asyncio.run(main)
