@@ -18,13 +18,14 @@ from pathlib import Path
 
 from common.etcd.client import EtcdClient
 from common.model.spec import ModelSpec, load_spec
+from common.text import TextCodec
 from dejavu import AsyncClient
 from dejavu.errors import ConfigurationError, DejavuError
 from deploy.children import DirectSpawner, Nursery, Spawner
 from deploy.etcd_keeper import keep_etcd
 from deploy.etcd_server import EtcdServer
 from deploy.layout import Place, ServiceCommand, plan_services
-from deploy.options import ROOT, ServeOptions, parse_options
+from deploy.options import ROOT, ServeOptions, bind_error, check_memory, parse_options
 from deploy.supervisor import ServiceGaveUp, Supervisor
 
 logger = logging.getLogger("serve")
@@ -42,7 +43,10 @@ def main(argv: Sequence[str]) -> int:
         spec = load_spec(_resolve_model(options.model), options.dtype)
         # a layout that cannot be is refused before anything is started
         plan_services(options, spec, Place("", "", "cpu", (0,) * options.routers, (0,)))
+        TextCodec.load(spec.model_dir)
         device = _resolve_device(options.device)
+        if device == "cpu":
+            check_memory(options)
         return asyncio.run(_serve(options, spec, device))
     except (DejavuError, ServiceGaveUp) as error:
         print(f"dejavu: error: {error}", file=sys.stderr)  # noqa: T201
@@ -125,7 +129,7 @@ def _router_ports(options: ServeOptions) -> tuple[int, ...]:
             probe.bind((options.host, options.port if index == 0 else 0))
         return tuple(int(probe.getsockname()[1]) for probe in reserved)
     except OSError as error:
-        raise ConfigurationError(f"{options.host}:{options.port}: {error.strerror}", field="port") from error
+        raise bind_error(options.host, options.port, error) from error
     finally:
         for probe in reserved:
             probe.close()
@@ -193,7 +197,8 @@ def _resolve_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - whatever the Hub's client raises means the same here
         raise ConfigurationError(
-            f"{name} is no directory, and the Hub did not give it: {type(error).__name__}", field="model"
+            f"{name} is no directory, and the Hub did not give it ({type(error).__name__}): no such model, or no net",
+            field="model",
         ) from error
 
 

@@ -32,7 +32,8 @@ from common.peers import Peers
 from common.process import own_incarnation
 from common.text import TextCodec
 from dejavu import wire
-from dejavu.errors import ConfigurationError, DejavuError, InvalidParameter
+from dejavu.errors import ConfigurationError, DejavuError
+from services.router.admission import malformed
 from services.router.clients import Clients
 from services.router.pipelines import missing_pipelines
 from services.router.placement import PipelineView
@@ -251,8 +252,7 @@ class RouterService:
         """A frame that is no valid message. A malformed submit still names its request: say so to that request."""
         self._journal.counters["bad_frames"] += 1
         request_id = _request_id_of(frames[0]) if frames else ""
-        error = InvalidParameter(f"malformed message: {reason}")
-        self._requests.refuse(client, request_id, error)
+        self._requests.refuse(client, request_id, malformed(reason))
 
     def _welcome(self, client: bytes) -> None:
         routers = {m.name: str(m.detail.get("client_endpoint")) for m in self._members.values() if m.role == "router"}

@@ -90,6 +90,15 @@ async def test_every_end_is_reported_with_the_incarnation_that_ended(spawner: Sp
     assert len({e.pid for e in seen}) == len({e.incarnation for e in seen}) == 3
 
 
+async def test_when_one_is_given_up_the_others_are_ended(spawner: Spawner) -> None:
+    ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
+    supervisor = Supervisor([command("wait", "token-0-stage-1"), command("1")], spawner, ends_into(ends))
+    with pytest.raises(ServiceGaveUp, match="token-0-stage-0 .*exit 1"):
+        await supervisor.run()
+    codes = {ended.name: ended.exit_code for ended in (await ends.get(), await ends.get())}
+    assert codes == {"token-0-stage-0": 1, "token-0-stage-1": -signal.SIGKILL}
+
+
 async def test_a_killed_child_is_reported_at_once_and_replaced(spawner: Spawner) -> None:
     ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
     supervisor = Supervisor([command("wait")], spawner, ends_into(ends))
