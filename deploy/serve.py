@@ -21,6 +21,7 @@ from common.model.spec import ModelSpec, load_spec
 from common.text import TextCodec
 from dejavu import AsyncClient
 from dejavu.errors import ConfigurationError, DejavuError
+from dejavu.keys import make_keys
 from deploy.children import DirectSpawner, Nursery, Spawner
 from deploy.etcd_keeper import keep_etcd
 from deploy.etcd_server import EtcdServer
@@ -58,6 +59,7 @@ async def _serve(options: ServeOptions, spec: ModelSpec, device: str) -> int:
     endpoints = [f"tcp://{options.host}:{port}" for port in ports]
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_endpoints_file(options.state_dir, endpoints))
+        os.environ["DEJAVU_STATE_DIR"] = str(options.state_dir.resolve())  # where services find their keys
         # first what takes longest
         spawner = stack.enter_context(_spawner(options, spec, device))
         etcd_url = await stack.enter_async_context(_etcd_url(options))
@@ -137,9 +139,10 @@ def _router_ports(options: ServeOptions) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]:
-    """Tells clients on this machine where the routers are."""
+    """Tells clients on this machine where the routers are, and gives them and the services their keys."""
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_keys(state_dir)
         file = state_dir / "endpoints"
         file.touch(mode=0o600)
         file.write_text("".join(f"{endpoint}\n" for endpoint in endpoints))

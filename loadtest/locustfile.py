@@ -21,6 +21,7 @@ from locust.exception import StopUser
 
 from dejavu import wire
 from dejavu.errors import DejavuError, RequestFailed, Unavailable, error_from_wire
+from dejavu.keys import protect_client
 from dejavu.params import SamplingParams
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -51,6 +52,7 @@ class ZmqConnection:
         self._socket.setsockopt(zmq.IDENTITY, secrets.token_hex(8).encode())
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.RCVTIMEO, int(wire.PING_INTERVAL_S * 1000))
+        protect_client(self._socket, endpoint)
         self._socket.connect(endpoint)
         self._send(wire.Hello(wire.PROTOCOL_VERSION))
         if not self._socket.poll(CONNECT_LIMIT_MS):

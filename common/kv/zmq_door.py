@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import zmq
 
+from common.keys import protect_server
 from common.kv.copies import check_destination, scatter
 from common.kv.geometry import Int64
 from common.kv.offer import GrantOffer, Hello, Refusal, Welcome, judge
@@ -30,8 +31,10 @@ class ZmqDoor:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, 2 * MAX_IN_FLIGHT)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
+        address = f"tcp://{host}:*"
+        protect_server(self.socket, address)
         try:
-            self.socket.bind(f"tcp://{host}:*")
+            self.socket.bind(address)
         except zmq.ZMQError:
             self.socket.close()
             raise

@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from common.keys import protect_service
 from common.kv.copies import check_destination, gather
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
 from common.kv.geometry import CopyPlan
@@ -63,6 +64,7 @@ class ZmqLink:
         _configure(self._socket, timeout_s)
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
         self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(events)
+        protect_service(self._socket, offer.zmq_endpoint)
         self._socket.connect(offer.zmq_endpoint)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 

@@ -16,6 +16,7 @@ from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
 from common.etcd.errors import EtcdUnavailable
+from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
 from common.membership import (
     Election,
@@ -113,6 +114,7 @@ class RouterService:
                 self._on_client_gone,
                 wire.MAX_MESSAGE_BYTES,
                 MAX_UNREAD_MESSAGES,
+                CLIENTS,
             )
         except OSError as error:
             raise ConfigurationError(f"cannot listen on {address}: {error.strerror}", field="port") from error
