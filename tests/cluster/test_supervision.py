@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -74,6 +75,35 @@ async def test_children_outlive_the_nursery_and_the_next_is_started_all_the_same
     for other in [child, *following]:
         other.send_signal(signal.SIGKILL)
         await other.exited
+
+
+PARENT = """
+import asyncio, sys
+from deploy.children import DirectSpawner, Nursery
+from tests.cluster.system import ROOT
+from tests.cluster.test_supervision import command
+async def main():
+    for spawner in (DirectSpawner(ROOT), Nursery(ROOT, ["json"])):
+        child = await spawner.spawn(command("wait"), {})
+        print((await child.output.readline()).split()[0].decode(), flush=True)
+    await asyncio.sleep(1000)
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_parent_takes_its_children_along() -> None:
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PARENT, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    children = [int(await parent.stdout.readline()) for _ in range(2)]
+    watched = [os.pidfd_open(pid) for pid in [*children, *descendants(parent.pid)]]
+    assert len(watched) == 5  # both children twice, and the nursery
+    parent.kill()
+    await parent.wait()
+    for descriptor in watched:  # readable once the process has ended
+        await asyncio.to_thread(select.select, [descriptor], [], [])
+        os.close(descriptor)
 
 
 def ends_into(queue: asyncio.Queue[ServiceExit]) -> Callable[[ServiceExit], None]:
