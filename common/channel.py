@@ -15,6 +15,8 @@ from typing import Any
 import aiozmq
 import zmq
 
+from common.keys import SERVICES, protect_server, protect_service
+
 logger = logging.getLogger(__name__)
 
 HIGH_WATER_MESSAGES = 4096
@@ -89,6 +91,7 @@ class Inbox:
         on_undeliverable: Callable[[bytes], None] = lambda peer: None,
         max_message_bytes: int = 256 << 20,
         max_queued_messages: int = HIGH_WATER_MESSAGES,
+        admits: str = SERVICES,
     ) -> Inbox:
         """Binds to `address` ("tcp://127.0.0.1:*" picks a port). `on_message(peer, frames)` gets each message,
         `on_undeliverable(peer)` each peer that is gone or has `max_queued_messages` unread. Raises `OSError` (port
@@ -102,6 +105,7 @@ class Inbox:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         socket.__dict__["on_undeliverable"] = on_undeliverable
+        protect_server(socket, address, admits)
         try:
             socket.bind(address)
             endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -133,6 +137,7 @@ class Outbox:
         """Connects as `identity`; `on_frames` gets the peer's replies."""
         socket = _new_socket(zmq.DEALER, 256 << 20)
         socket.setsockopt_string(zmq.IDENTITY, identity)
+        protect_service(socket, endpoint)
         socket.connect(endpoint)
         transport, _ = await aiozmq.create_zmq_connection(lambda: _Protocol(on_frames), zmq.DEALER, zmq_sock=socket)
         return cls(transport, endpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import uvloop
 
+from common.loop_monitor import run_measured
 from common.process import die_with_parent, set_affinity
 from dejavu.errors import DejavuError
 
@@ -46,6 +48,10 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, 
     # a compute thread that holds the interpreter lock gives it back sooner
     sys.setswitchinterval(0.001)
 
+    # what was imported stays: a collection that visits it all would stop the loop for tens of milliseconds
+    gc.collect()
+    gc.freeze()
+
     async def main() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -54,7 +60,8 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, 
         await serve(stop)
 
     try:
-        uvloop.run(main())
+        run = run_measured if os.environ.get("DEJAVU_MEASURE_CALLBACKS") else uvloop.run
+        run(main())
     except DejavuError as error:
         logger.error("%s", error)
         return FATAL_EXIT

@@ -37,7 +37,7 @@ class TextCodec:
         try:
             tokenizer = _read_tokenizer(folder)
         except Exception as error:  # noqa: BLE001 the library raises bare Exception for a file it cannot read
-            raise ConfigurationError(f"the tokenizer in {folder} cannot be read: {error}") from error
+            raise ConfigurationError(f"the tokenizer in {folder} cannot be read: {error}", field="model") from error
         return None if tokenizer is None else cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:

@@ -11,6 +11,8 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from dejavu import wire
+from dejavu.errors import ConfigurationError
+from dejavu.keys import protect_client
 
 LINGER_MS = 200
 """How long a closed socket may still send what it has: the last `Cancel`."""
@@ -43,7 +45,10 @@ class Connection:
     def open(self) -> None:
         """Starts to connect and says hello. Raises `RouterLost` for an endpoint that cannot be one."""
         try:
+            protect_client(self._socket, self.endpoint)
             self._socket.connect(self.endpoint)
+        except ConfigurationError as error:
+            raise RouterLost(str(error)) from error
         except zmq.ZMQError as error:
             raise RouterLost(f"cannot connect: {error.strerror}") from error
         self.send(wire.Hello(wire.PROTOCOL_VERSION))

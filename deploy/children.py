@@ -99,7 +99,7 @@ class Nursery:
 
     async def spawn(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child:
         """Forks a stage, starts anything else. Raises `OSError`."""
-        if not command.role.endswith("_stage"):
+        if not _module(command).endswith("_stage"):
             return await self._direct.spawn(command, environment)
         async with self._asking:
             try:
@@ -111,13 +111,17 @@ class Nursery:
         return await self._direct.spawn(command, environment)
 
     async def _ask(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child:
-        module = command.argv[command.argv.index("-m") + 1]
         arguments = list(command.argv[command.argv.index("-m") + 2 :])
-        birth = msgspec.json.encode(Birth(module, arguments, dict(environment)))
+        birth = msgspec.json.encode(Birth(_module(command), arguments, dict(environment)))
         with _output_pipe() as (read_end, write_end):
             socket.send_fds(self._control, [birth], [write_end])
             pid = int(await asyncio.get_running_loop().sock_recv(self._control, MAX_MESSAGE_BYTES))
         return Child(pid, await _reader(read_end), watch_exit(pid, lambda: _reap(pid)))
+
+
+def _module(command: ServiceCommand) -> str:
+    """Services that run layers are the modules that end in `_stage`, whatever their role."""
+    return command.argv[command.argv.index("-m") + 1]
 
 
 def watch_exit(pid: int, reap: Callable[[], int]) -> asyncio.Future[int]:

@@ -86,7 +86,10 @@ def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list
         kinds.insert(0, ("prompt", options.prompt_pipelines, options.prompt_stages, options.prompt_split))
     stages = []
     for kind, num_pipelines, num_stages, split in kinds:
-        ranges = split_layers(spec.num_layers, len(split) if split else num_stages, split)
+        try:
+            ranges = split_layers(spec.num_layers, len(split) if split else num_stages, split)
+        except ConfigurationError as error:
+            raise ConfigurationError(error.message, field=f"{kind}_{error.field}") from None
         _check_kv_memory(options, spec, max(last - first for first, last in ranges))
         for pipeline in (f"{kind}-{index}" for index in range(num_pipelines)):
             for index, (first, last) in enumerate(ranges):

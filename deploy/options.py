@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -103,10 +104,27 @@ def check_port_free(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigurationError(
-                f"{host}:{port} cannot be used ({error.strerror}); choose another --port, or 0 for a free one",
-                field="port",
-            ) from error
+            raise bind_error(host, port, error) from error
+
+
+def bind_error(host: str, port: int, error: OSError) -> ConfigurationError:
+    """What is wrong where an address cannot be bound: the port, or the host."""
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        hint = "choose another --port, or 0 for a free one"
+        return ConfigurationError(f"{host}:{port} cannot be used ({error.strerror}); {hint}", field="port")
+    return ConfigurationError(f"{host} is no address of this machine ({error.strerror})", field="host")
+
+
+def check_memory(options: ServeOptions) -> None:
+    """Raises `ConfigurationError` where the KV pools of all stages would not fit this machine's memory."""
+    wanted = options.num_stage_processes * (1 + options.standbys) * options.kv_memory_bytes
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > there:
+        raise ConfigurationError(
+            f"{options.num_stage_processes} stages with {options.kv_memory_bytes} bytes each need more than the "
+            f"{there} bytes of this machine",
+            field="kv_memory",
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fork stages from a process that has imported torch (never with cuda)",
     )
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=5555, help="where clients connect (0: any free port)")
+    add("--port", type=_port, default=5555, help="where clients connect (0: any free port)")
     add("--etcd", metavar="URL", help="use this etcd instead of a private one")
     add(
         "--state-dir",
@@ -209,6 +227,12 @@ def _number(text: str) -> int:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to 65535")
     return int(text)
 
 

@@ -18,14 +18,16 @@ from pathlib import Path
 
 from common.etcd.client import EtcdClient
 from common.model.spec import ModelSpec, load_spec
+from common.text import TextCodec
 from dejavu import AsyncClient
 from dejavu.errors import ConfigurationError, DejavuError
+from dejavu.keys import make_keys
 from deploy.children import DirectSpawner, Nursery, Spawner
 from deploy.etcd_keeper import keep_etcd
 from deploy.etcd_server import EtcdServer
 from deploy.layout import Place, ServiceCommand, plan_services
 from deploy.obituary import Obituaries
-from deploy.options import ROOT, ServeOptions, parse_options
+from deploy.options import ROOT, ServeOptions, bind_error, check_memory, parse_options
 from deploy.supervisor import ServiceGaveUp, Supervisor
 
 logger = logging.getLogger("serve")
@@ -43,7 +45,10 @@ def main(argv: Sequence[str]) -> int:
         spec = load_spec(_resolve_model(options.model), options.dtype)
         # a layout that cannot be is refused before anything is started
         plan_services(options, spec, Place("", "", "cpu", (0,) * options.routers, (0,)))
+        TextCodec.load(spec.model_dir)
         device = _resolve_device(options.device)
+        if device == "cpu":
+            check_memory(options)
         return asyncio.run(_serve(options, spec, device))
     except (DejavuError, ServiceGaveUp) as error:
         print(f"dejavu: error: {error}", file=sys.stderr)  # noqa: T201
@@ -55,6 +60,7 @@ async def _serve(options: ServeOptions, spec: ModelSpec, device: str) -> int:
     endpoints = [f"tcp://{options.host}:{port}" for port in ports]
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_endpoints_file(options.state_dir, endpoints))
+        os.environ["DEJAVU_STATE_DIR"] = str(options.state_dir.resolve())  # where services find their keys
         # first what takes longest
         spawner = stack.enter_context(_spawner(options, spec, device))
         etcd_url = await stack.enter_async_context(_etcd_url(options))
@@ -132,7 +138,7 @@ def _router_ports(options: ServeOptions) -> tuple[int, ...]:
             probe.bind((options.host, options.port if index == 0 else 0))
         return tuple(int(probe.getsockname()[1]) for probe in reserved)
     except OSError as error:
-        raise ConfigurationError(f"{options.host}:{options.port}: {error.strerror}", field="port") from error
+        raise bind_error(options.host, options.port, error) from error
     finally:
         for probe in reserved:
             probe.close()
@@ -140,9 +146,10 @@ def _router_ports(options: ServeOptions) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]:
-    """Tells clients on this machine where the routers are."""
+    """Tells clients on this machine where the routers are, and gives them and the services their keys."""
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_keys(state_dir)
         file = state_dir / "endpoints"
         file.touch(mode=0o600)
         file.write_text("".join(f"{endpoint}\n" for endpoint in endpoints))
@@ -200,7 +207,8 @@ def _resolve_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # noqa: BLE001 - whatever the Hub's client raises means the same here
         raise ConfigurationError(
-            f"{name} is no directory, and the Hub did not give it: {type(error).__name__}", field="model"
+            f"{name} is no directory, and the Hub did not give it ({type(error).__name__}): no such model, or no net",
+            field="model",
         ) from error
 
 

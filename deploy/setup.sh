@@ -25,29 +25,53 @@ find_python() {
   return 1
 }
 
-# Python without ensurepip (Debian's python3 without python3-venv): pip from elsewhere
+# Python without ensurepip (Debian's python3 without python3-venv): pip from elsewhere, the nearest source first
+has_pip() { .venv/bin/python -m pip --version >/dev/null 2>&1; }
+
+pip_from_system() { "$python" -m pip --python .venv/bin/python install --quiet pip; }
+
+pip_from_uv() { uv pip install --quiet --python .venv/bin/python pip; }
+
+pip_from_wheel() { PYTHONPATH=$1 .venv/bin/python -m pip install --quiet --no-index "$1"; }
+
+pip_from_wheel_folder() { pip_from_wheel "$(echo "${WHEELS:-/usr/share/python-wheels}"/pip-*.whl)"; }
+
+pip_from_debian() {
+  (cd "$downloads" && apt-get download python3-pip-whl && dpkg -x python3-pip-whl_*.deb .) &&
+    pip_from_wheel "$(echo "$downloads"/usr/share/python-wheels/pip-*.whl)"
+}
+
+pip_from_zipapp() {
+  local url=https://bootstrap.pypa.io/pip/pip.pyz
+  "$python" -c 'import sys, urllib.request as u; u.urlretrieve(*sys.argv[1:])' "$url" "$downloads/pip.pyz" &&
+    "$python" "$downloads/pip.pyz" --python .venv/bin/python install --quiet pip
+}
+
 add_pip() {
-  if python3 -m pip --version >/dev/null 2>&1; then
-    python3 -m pip --python .venv/bin/python install --quiet pip && return
-  fi
-  local folder wheel
-  folder=$(mktemp -d)
-  if (cd "$folder" && apt-get download python3-pip-whl >/dev/null 2>&1 && dpkg -x python3-pip-whl_*.deb .); then
-    wheel=$(echo "$folder"/usr/share/python-wheels/pip-*.whl)
-    PYTHONPATH=$wheel .venv/bin/python -m pip install --quiet pip && rm -r "$folder" && return
-  fi
-  rm -rf "$folder"
+  local source downloads
+  downloads=$(mktemp -d)
+  for source in pip_from_system pip_from_uv pip_from_wheel_folder pip_from_debian pip_from_zipapp; do
+    if "$source" >"$downloads/log" 2>&1 && has_pip; then
+      rm -r "$downloads"
+      say "This Python has no ensurepip; $source helped"
+      return
+    fi
+  done
+  rm -r "$downloads"
   say "No pip could be found for $python. Install python3-venv (apt install python3-venv) and try again."
   return 1
 }
 
 python=$(find_python)
 say "Setting up .venv with $("$python" --version) (once; takes a minute or two)"
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+if ! has_pip; then
   rm -rf .venv
   if ! "$python" -m venv .venv >/dev/null 2>&1; then
     rm -rf .venv
-    "$python" -m venv --without-pip .venv
+    if ! "$python" -m venv --without-pip .venv && ! uv venv --quiet --python "$python" .venv; then
+      say "$python cannot make a virtual environment. Install python3-venv (apt install python3-venv) and try again."
+      exit 1
+    fi
     add_pip
   fi
 fi

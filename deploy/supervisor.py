@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import sys
@@ -73,10 +72,9 @@ class Supervisor:
         """SIGTERM to all, SIGKILL to what is left after ten seconds."""
         self._is_stopping = True
         self._signal(signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STOP_LIMIT_S):
-                await asyncio.gather(*(child.exited for child in self._children.values()))
-                return
+        exits = [child.exited for child in self._children.values()]
+        if exits:
+            await asyncio.wait(exits, timeout=STOP_LIMIT_S)
         self.kill()
 
     def kill(self) -> None:
@@ -107,7 +105,7 @@ class Supervisor:
             child = self._children.get(command.name)
             if child is not None:
                 child.send_signal(signal.SIGKILL)
-                await child.exited
+                await asyncio.wait([child.exited])
 
     async def _run_once(self, command: ServiceCommand) -> int:
         incarnation = new_incarnation()
@@ -127,7 +125,7 @@ class Supervisor:
         while line := await _next_line(child.output):
             sys.stderr.write(f"{command.name:>16} | {line}\n")
         sys.stderr.flush()
-        return await child.exited
+        return await asyncio.shield(child.exited)
 
 
 async def _next_line(stream: asyncio.StreamReader) -> str:

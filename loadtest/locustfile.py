@@ -14,14 +14,18 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import gevent
 import zmq.green as zmq
-from locust import User, constant, task
+from locust import User, constant, events, task
+from locust.exception import StopUser
 
 from dejavu import wire
 from dejavu.errors import DejavuError, RequestFailed, Unavailable, error_from_wire
+from dejavu.keys import protect_client
 from dejavu.params import SamplingParams
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
+CONNECT_LIMIT_MS = 3_000
 SILENCE_LIMIT_MS = 30_000
 PROMPTS = (
     "It was a fine morning, and",
@@ -41,15 +45,19 @@ class Timings:
 
 
 class ZmqConnection:
-    """A client for gevent: one DEALER, one request at a time."""
+    """A client for gevent: one DEALER, one request at a time. Raises `Unavailable` where no router answers."""
 
     def __init__(self, endpoint: str) -> None:
         self._socket: Any = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, secrets.token_hex(8).encode())
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.RCVTIMEO, int(wire.PING_INTERVAL_S * 1000))
+        protect_client(self._socket, endpoint)
         self._socket.connect(endpoint)
         self._send(wire.Hello(wire.PROTOCOL_VERSION))
+        if not self._socket.poll(CONNECT_LIMIT_MS):
+            self.close()
+            raise Unavailable(f"nobody answers at {endpoint}")
 
     def generate(self, prompt: str, params: SamplingParams) -> Timings:
         """Runs one request to its end. Raises `DejavuError`."""
@@ -90,6 +98,13 @@ class ZmqConnection:
             return None
 
 
+@events.init.add_listener  # type: ignore[untyped-decorator]
+def set_clock(**_: Any) -> None:
+    """gevent counts from its loop's last look at the clock, which was before everything was imported: without this a
+    slow machine's --run-time is over too early."""
+    gevent.get_hub().loop.update_now()
+
+
 class StreamingUser(User):  # type: ignore[misc]
     """Asks for completions without a pause."""
 
@@ -97,7 +112,11 @@ class StreamingUser(User):  # type: ignore[misc]
 
     def on_start(self) -> None:
         endpoint = self.host or os.environ.get("DEJAVU_ENDPOINT", DEFAULT_ENDPOINT).split(",")[0]
-        self._connection = ZmqConnection(endpoint)
+        try:
+            self._connection = ZmqConnection(endpoint)
+        except Unavailable as error:
+            self._report("connect", CONNECT_LIMIT_MS / 1000, 0, error)
+            raise StopUser from error
 
     def on_stop(self) -> None:
         self._connection.close()

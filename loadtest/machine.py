@@ -32,6 +32,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": int(memory) * 1024,
         "python": platform.python_version(),
         "kernel": platform.release(),
+        "load_average_1_min": round(os.getloadavg()[0], 2),
         "versions": versions,
         "command": ["python", "-m", *sys.argv],
         "time": time.strftime("%FT%TZ", time.gmtime()),

@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from common.keys import protect_service
 from common.kv.errors import LinkError, LinkLost, LinkTimeout
 from common.kv.offer import PROTOCOL_VERSION, GrantOffer, Hello, Welcome, check_answer
 from common.kv.pool import Bytes, KvPool
@@ -44,6 +45,7 @@ class ZmqConnection:
         self._configure()
         events = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
         self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(events)
+        protect_service(self._socket, offer.zmq_endpoint)
         self._socket.connect(offer.zmq_endpoint)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 

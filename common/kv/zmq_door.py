@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from common.keys import protect_server
 from common.kv.copies import check_pieces
 from common.kv.geometry import Int64
 from common.kv.offer import GrantOffer, Hello, Leave, NixlMemory, Refusal, Welcome, judge
@@ -44,8 +45,10 @@ class ZmqDoor:
         # a writer has no more unanswered requests; whoever has is not waited for
         self.socket.setsockopt(zmq.SNDHWM, 2 * MAX_IN_FLIGHT)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
+        address = f"tcp://{host}:{port or '*'}"
+        protect_server(self.socket, address)
         try:
-            self.socket.bind(f"tcp://{host}:{port or '*'}")
+            self.socket.bind(address)
         except zmq.ZMQError:
             self.socket.close()
             raise

@@ -131,8 +131,10 @@ def _dtype(config: dict[str, Any], wanted: str) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         document = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{file}: {error}", field="model") from error
+    except OSError as error:
+        raise ConfigurationError(f"{file}: {error.strerror}", field="model") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{file} is no JSON: {error}", field="model") from error
     if not isinstance(document, dict):
         raise ConfigurationError(f"{file} holds no JSON object", field="model")
     return document
@@ -168,6 +170,8 @@ def _read_header(file: Path) -> bytes:
         end = max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
         if file.stat().st_size != 8 + length + end:
             raise ValueError(f"{file.stat().st_size} bytes where its header asks for {8 + length + end}")
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except OSError as error:
+        raise ConfigurationError(f"{file}: {error.strerror}", field="model") from error
+    except (ValueError, KeyError, TypeError, struct.error) as error:
         raise ConfigurationError(f"{file} is no complete safetensors file: {error}", field="model") from error
     return header

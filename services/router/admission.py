@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from common.model.spec import ModelSpec
-from dejavu.errors import InvalidParameter, Overloaded, PromptEmpty, PromptTooLong, TokenOutOfRange
+from dejavu.errors import (
+    InvalidParameter,
+    InvalidRequest,
+    Overloaded,
+    PromptEmpty,
+    PromptTooLong,
+    TokenOutOfRange,
+    UnknownField,
+)
 from dejavu.params import SamplingParams
 from dejavu.wire import MAX_PROMPT_BYTES, MAX_REQUEST_ID_CHARS, Submit
 
@@ -61,3 +70,12 @@ def _too_long(num_prompt: int, max_tokens: int, max_context: int) -> PromptTooLo
         f"prompt ({num_prompt} tokens) + max_tokens ({max_tokens}) exceed the context of {max_context} tokens",
         field="prompt" if num_prompt >= max_context else "max_tokens",
     )
+
+
+def malformed(reason: str) -> InvalidRequest:
+    """What a message that msgspec refused has done wrong, with the field that it names."""
+    unknown = re.search(r"unknown field `(\w+)`", reason)
+    if unknown is not None:
+        return UnknownField("there is no such parameter", field=unknown[1])
+    named = re.search(r"at `\$\[\d+\]\.(\w+)", reason)
+    return InvalidParameter(f"malformed message: {reason}", field=None if named is None else named[1])

@@ -15,6 +15,7 @@ import msgspec
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
+from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
 from common.membership import Election, MemberRecord, Membership, PipelineRecord
 from common.messages import Beat, PipelineReady, SequenceFailed, StatsQuery, StatsReply, Stop, TokensProduced
@@ -23,7 +24,8 @@ from common.peers import Peers, beat
 from common.process import own_incarnation
 from common.text import TextCodec
 from dejavu import wire
-from dejavu.errors import ConfigurationError, DejavuError, InvalidParameter
+from dejavu.errors import ConfigurationError, DejavuError
+from services.router.admission import malformed
 from services.router.clients import Clients
 from services.router.cluster import Cluster
 from services.router.requests import LONG_TEXT_CHARS, Requests, wire_error
@@ -101,6 +103,7 @@ class RouterService:
                 self._on_client_gone,
                 wire.MAX_MESSAGE_BYTES,
                 MAX_UNREAD_MESSAGES,
+                CLIENTS,
             )
         except OSError as error:
             raise ConfigurationError(f"cannot listen on {address}: {error.strerror}", field="port") from error
@@ -203,8 +206,7 @@ class RouterService:
         """A frame that is no valid message. A malformed submit still names its request: say so to that request."""
         self._journal.counters["bad_frames"] += 1
         request_id = _request_id_of(frames[0]) if frames else ""
-        error = InvalidParameter(f"malformed message: {reason}")
-        self._requests.refuse(client, request_id, error)
+        self._requests.refuse(client, request_id, malformed(reason))
 
     def _welcome(self, client: bytes) -> None:
         routers = {

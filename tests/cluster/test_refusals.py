@@ -60,14 +60,37 @@ def test_etcd_unreachable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--token-stages", "7"), ("--prompt-split", "1,1"), ("--kv-memory", "1K"), ("--device", "cuda")]
+    ("arguments", "field"),
+    [
+        (("--token-stages", "7"), "token_stages"),
+        (("--prompt-split", "1,1"), "prompt_split"),
+        (("--kv-memory", "1K"), "kv_memory"),
+        (("--kv-memory", "90000G"), "kv_memory"),
+        (("--device", "cuda"), "device"),
+        (("--host", "192.0.2.1"), "host"),
+        (("--etcd", "localhost:1"), "etcd"),
+        (("--state-dir", "/dev/null/x"), "state_dir"),
+    ],
 )
-def test_impossible_layouts(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    refusal("--port", "0", "--state-dir", str(tmp_path), *arguments)
+def test_impossible_wishes_are_named(arguments: tuple[str, ...], field: str, tmp_path: Path) -> None:
+    assert refusal("--port", "0", "--state-dir", str(tmp_path), *arguments).startswith(f"dejavu: error: {field}: ")
 
 
-def test_usage_errors_exit_with_2() -> None:
-    done = subprocess.run(
-        serve_command("--token-stages", "none"), cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
-    )
-    assert done.returncode == 2 and "token-stages" in done.stderr
+@pytest.mark.parametrize(("file", "content"), [("tokenizer.json", "x"), ("config.json", "{"), ("config.json", "[]")])
+def test_broken_files_are_named(file: str, content: str, tmp_path: Path) -> None:
+    model = copy_of_tiny(tmp_path)
+    (model / file).write_text(content)
+    message = refusal("--port", "0", "--model", str(model))
+    assert message.startswith("dejavu: error: model: ") and (file in message or "tokenizer" in message)
+
+
+def test_missing_weights(tmp_path: Path) -> None:
+    model = copy_of_tiny(tmp_path)
+    (model / "model.safetensors").unlink()
+    assert f"{model / 'model.safetensors'}: No such file" in refusal("--port", "0", "--model", str(model))
+
+
+@pytest.mark.parametrize("arguments", [("--token-stages", "none"), ("--port", "65536"), ("--kv-memory", "much")])
+def test_usage_errors_exit_with_2(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(serve_command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2 and arguments[0] in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import zmq
 from transformers import AutoTokenizer
 
-from dejavu import AsyncClient, Client, SamplingParams
+from dejavu import AsyncClient, Client, SamplingParams, wire
 from dejavu.errors import InvalidParameter, PromptEmpty, PromptTooLong, TokenOutOfRange
 from loadtest.leaks import hunt
 from tests.cluster.reference import assert_greedy
@@ -83,6 +86,33 @@ async def test_refusals(system: System) -> None:
             await client.generate([5] * 10, SamplingParams(max_tokens=4096))
         with pytest.raises(InvalidParameter, match="stop_token_ids"):
             await client.generate([5], SamplingParams(stop_token_ids=[1 << 20]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "code", "field"),
+    [
+        ("x", {"temperature": math.nan}, "invalid_parameter", "temperature"),
+        ("x", {"temperature": "hot"}, "invalid_parameter", "temperature"),
+        ("x", {"warmth": 1}, "unknown_field", "warmth"),
+        ("", {}, "prompt_empty", "prompt"),
+        ([], {}, "prompt_empty", "prompt"),
+        ([4096], {}, "token_out_of_range", "prompt"),
+        ([5] * 4000, {"max_tokens": 97}, "context_exceeded", "max_tokens"),
+    ],
+)
+def test_the_router_judges_for_itself(
+    system: System, prompt: object, params: dict[str, object], code: str, field: str
+) -> None:
+    """As sent by a client that checks nothing."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(system.endpoint)
+        socket.send(wire.encode(wire.Hello(wire.PROTOCOL_VERSION)))
+        assert isinstance(wire.decode_router_message(socket.recv()), wire.Welcome)
+        socket.send(msgspec.msgpack.encode(["submit", "some-id", prompt, params]))
+        ended = wire.decode_router_message(socket.recv())
+    assert isinstance(ended, wire.Ended) and ended.error is not None
+    assert (ended.request_id, ended.error.code, ended.error.field) == ("some-id", code, field)
 
 
 async def test_seeds_hold_alone_and_in_a_batch(system: System) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -76,6 +77,35 @@ async def test_children_outlive_the_nursery_and_the_next_is_started_all_the_same
         await other.exited
 
 
+PARENT = """
+import asyncio, sys
+from deploy.children import DirectSpawner, Nursery
+from tests.cluster.system import ROOT
+from tests.cluster.test_supervision import command
+async def main():
+    for spawner in (DirectSpawner(ROOT), Nursery(ROOT, ["json"])):
+        child = await spawner.spawn(command("wait"), {})
+        print((await child.output.readline()).split()[0].decode(), flush=True)
+    await asyncio.sleep(1000)
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_parent_takes_its_children_along() -> None:
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PARENT, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    children = [int(await parent.stdout.readline()) for _ in range(2)]
+    watched = [os.pidfd_open(pid) for pid in [*children, *descendants(parent.pid)]]
+    assert len(watched) == 5  # both children twice, and the nursery
+    parent.kill()
+    await parent.wait()
+    for descriptor in watched:  # readable once the process has ended
+        await asyncio.to_thread(select.select, [descriptor], [], [])
+        os.close(descriptor)
+
+
 def ends_into(queue: asyncio.Queue[ServiceExit]) -> Callable[[ServiceExit], None]:
     return queue.put_nowait
 
@@ -88,6 +118,15 @@ async def test_every_end_is_reported_with_the_incarnation_that_ended(spawner: Sp
     seen = [ends.get_nowait() for _ in range(3)]
     assert [(e.name, e.role, e.exit_code) for e in seen] == [("token-0-stage-0", "token_stage", 7)] * 3
     assert len({e.pid for e in seen}) == len({e.incarnation for e in seen}) == 3
+
+
+async def test_when_one_is_given_up_the_others_are_ended(spawner: Spawner) -> None:
+    ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
+    supervisor = Supervisor([command("wait", "token-0-stage-1"), command("1")], spawner, ends_into(ends))
+    with pytest.raises(ServiceGaveUp, match="token-0-stage-0 .*exit 1"):
+        await supervisor.run()
+    codes = {ended.name: ended.exit_code for ended in (await ends.get(), await ends.get())}
+    assert codes == {"token-0-stage-0": 1, "token-0-stage-1": -signal.SIGKILL}
 
 
 async def test_a_killed_child_is_reported_at_once_and_replaced(spawner: Spawner) -> None:
