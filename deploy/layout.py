@@ -53,8 +53,9 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
         own += ["--chunk-size", str(options.chunk_size)]
         if cores:
             own += ["--cores", ",".join(map(str, cores))]
-        names = [name, *(f"{name}-standby-{index}" for index in range(options.standbys))]
-        services += [_command(each, role, [*shared, *own, *arguments]) for each in names]
+        services.append(_command(name, role, [*shared, *own, *arguments]))
+        for index in range(options.standbys):
+            services.append(_command(f"{name}-standby-{index}", role, [*shared, *own, *arguments, "--standby"]))
     return services
 
 

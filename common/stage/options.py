@@ -32,6 +32,7 @@ class StageOptions:
     cores: str
     link: str
     is_colocated: bool
+    is_standby: bool
     num_replicas: int
     recovery: str
     durability: str
@@ -60,6 +61,7 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
     parser.add_argument("--threads", type=int, default=1, help="compute threads")
     parser.add_argument("--cores", default="", metavar="LIST", help="run on these cores only, e.g. 0,1")
     parser.add_argument("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels")
+    parser.add_argument("--standby", action="store_true", help="wait until somebody's place is free")
     if role == "token_stage":
         parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
         parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
@@ -87,6 +89,7 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
         cores=arguments.cores,
         link=arguments.link,
         is_colocated=getattr(arguments, "colocated", False),
+        is_standby=arguments.standby,
         num_replicas=getattr(arguments, "replicas", 0),
         recovery=getattr(arguments, "recovery", "auto"),
         durability=getattr(arguments, "durability", "async"),

@@ -57,6 +57,6 @@ def stage_record(options: StageOptions, incarnation: str, endpoint: str, details
         stage_index=options.stage_index,
         num_stages=options.num_stages,
         layers=options.layers,
-        state="active",
+        state="standby" if options.is_standby else "active",
         detail={"colocated": int(options.is_colocated), **details},
     )

@@ -20,7 +20,9 @@ def missing_pipelines(
     The epoch is filled in by the store."""
     candidates: dict[str, dict[int, list[MemberRecord]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
-        if member.pipeline is not None and member.stage_index is not None:
+        # a new pipeline waits for those that are meant for it
+        is_early = member.state == "standby" and member.pipeline not in published
+        if member.pipeline is not None and member.stage_index is not None and not is_early:
             candidates[member.pipeline][member.stage_index].append(member)
     records = []
     for pipeline, found in sorted(candidates.items()):

@@ -99,8 +99,8 @@ def _service(member: MemberRecord, leader: str, is_spare: bool, stats: Mapping[s
     state = member.state
     if member.role == "router":
         state = "leader" if member.name == leader else "standby"
-    elif is_spare:
-        state = "standby"
+    elif member.stage_index is not None:
+        state = "standby" if is_spare else "active"
     described: dict[str, Any] = {
         "name": member.name,
         "role": "standby" if is_spare else member.role,

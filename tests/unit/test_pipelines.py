@@ -8,8 +8,9 @@ from services.router.pipelines import is_spare, missing_pipelines, stand_in
 
 def stage(name: str, index: int, incarnation: str = "1") -> MemberRecord:
     layers = (index * 2, index * 2 + 2)
+    state = "standby" if "standby" in name else "active"
     return MemberRecord(
-        name, "token_stage", name + incarnation, 1, "h", "tcp://127.0.0.1:1", "token-0", index, 2, layers, "active"
+        name, "token_stage", name + incarnation, 1, "h", "tcp://127.0.0.1:1", "token-0", index, 2, layers, state
     )
 
 
@@ -24,6 +25,7 @@ def names(records: list[PipelineRecord]) -> list[list[str]]:
 def test_incomplete_pipelines_are_not_published() -> None:
     assert missing_pipelines([FIRST], {}) == []
     assert missing_pipelines([SECOND], {}) == []
+    assert missing_pipelines([FIRST, SPARE], {}) == []
     assert names(missing_pipelines([SECOND, FIRST], {})) == [["a", "b"]]
 
 
