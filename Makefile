@@ -2,7 +2,7 @@
 python := .venv/bin/python
 sources := dejavu common services deploy loadtest models tests
 
-.PHONY: demo serve test test-layouts leaks kv-kills check format gpu-check setup clean
+.PHONY: demo serve test test-layouts leaks kv-kills chaos check format gpu-check setup clean
 
 demo: setup ## start the system, stream a completion, show where it ran
 	@$(python) -m deploy.demo
@@ -35,6 +35,9 @@ gpu-check: setup ## everything that needs a GPU
 
 kv-kills: setup ## kill either side of a KV transfer 1,000 times (options: make kv-kills ARGS="--runs 50")
 	@OMP_NUM_THREADS=1 $(python) -m loadtest.kv_kills $(ARGS)
+
+chaos: setup ## real faults under real streams (options: make chaos ARGS="--fault token-kill --runs 30")
+	@$(python) -m loadtest.chaos --json chaos.json $(ARGS)
 
 setup:
 	@deploy/setup.sh

@@ -209,8 +209,9 @@ class StageService(abc.ABC):
         async for event in membership.watch():
             match event:
                 case MemberJoined(record) | MemberChanged(record):
-                    self.members[record.name] = record
+                    # connected first: whoever is among the members can be sent something
                     await self.peers.connect(record.name, record.endpoint)
+                    self.members[record.name] = record
                     if self._waits_for_us(record):
                         self._report_ready(record.name)
                     if isinstance(event, MemberJoined):

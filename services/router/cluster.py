@@ -91,8 +91,8 @@ class Cluster:
         async for event in self._membership.watch():
             match event:
                 case MemberJoined(record) | MemberChanged(record):
-                    self.members[record.name] = record
                     await self._peers.connect(record.name, record.endpoint)
+                    self.members[record.name] = record
                 case MemberLost(record):
                     self._lost(record)
             self._changed.set()
@@ -176,8 +176,8 @@ class Cluster:
             self._changed.set()
             await self._until(lambda: is_spare(record, self.records) and self._is_ready(str(record.pipeline)))
         self._journal.note("drained", name)
-        self._peers.send(name, Stop())
-        if name != self._name:
+        if name != self._name:  # else the caller ends itself, once it has answered
+            self._peers.send(name, Stop())
             await self._until(lambda: self.members.get(name) is not record)
 
     async def _until(self, is_done: Callable[[], bool]) -> None:

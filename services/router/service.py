@@ -34,6 +34,8 @@ from services.router.status import Journal, StatsRound, describe
 logger = logging.getLogger(__name__)
 
 STATS_WAIT_S = 0.5
+FAREWELL_S = 0.2
+"""Time for the last answer to leave."""
 MAX_UNREAD_MESSAGES = 65536
 LEASE_TTL_S = 3.0
 
@@ -292,6 +294,8 @@ class RouterService:
         except DejavuError as reason:
             error = wire_error(reason)
         self.to_client(client, wire.Drained(drain.query_id, error))
+        if drain.name == self._options.name and error is None:
+            asyncio.get_running_loop().call_later(FAREWELL_S, self._stop.set)
 
     def _leader_endpoint(self) -> str:
         leader = self._cluster.members.get(self._cluster.leader)

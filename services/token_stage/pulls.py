@@ -76,6 +76,10 @@ class Pulls:
         except (LinkError, ValueError) as error:
             logger.warning("pulling %s from %s: %s", pull.sequence_id, pull.store, error)
             intact = False
+        except Exception:
+            # the driver waits for an answer, whatever it is
+            logger.exception("pulling %s from %s", pull.sequence_id, pull.store)
+            intact = False
         self._on_done(pull, intact)
 
     async def _copy(self, pull: Pull) -> bool:

@@ -1,0 +1,193 @@
+"""`python -m loadtest.chaos --json FILE`: real faults under real streams; every history is checked.
+
+For each fault a system is started, its streams are run once without a fault, and then again and again with the fault at
+a random moment of prefill, hand-off or decode. The file keeps every run; another call adds to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dejavu import AsyncClient, SamplingParams
+from dejavu.errors import DejavuError
+from loadtest.faults import FAULTS, Fault
+from loadtest.history import History, Stream, check, recomputed_tokens
+from loadtest.machine import describe_machine
+from loadtest.system import running_system
+
+NUM_STREAMS = 16
+NUM_TOKENS = 300
+RUN_LIMIT_S = 120.0
+QUIET_LIMIT_S = 30.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 where no anomaly was found, else 1."""
+    options = _parse(argv)
+    file = Path(options.json)
+    document = json.loads(file.read_text()) if file.exists() else {"machine": describe_machine(), "faults": {}}
+    for name in options.fault or FAULTS:
+        asyncio.run(_run_fault(name, options, document, file))
+    num_anomalies = sum(len(run["anomalies"]) for fault in document["faults"].values() for run in fault["runs"])
+    _say(f"{num_anomalies} anomalies; everything is in {file}")
+    return 1 if num_anomalies else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "loadtest.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="faults:\n" + "\n".join(f"  {name:20} {fault.what}" for name, fault in FAULTS.items()),
+    )
+    parser.add_argument("--json", required=True, metavar="FILE", help="where the runs are kept")
+    parser.add_argument("--fault", action="append", choices=list(FAULTS), help="only this one; may be repeated")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs of each fault (5)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and moments (0)")
+    parser.add_argument("--model", metavar="DIR", help="checkpoint (default: the shipped one)")
+    return parser.parse_args(argv)
+
+
+async def _run_fault(name: str, options: argparse.Namespace, document: dict[str, Any], file: Path) -> None:
+    fault = FAULTS[name]
+    runs = document["faults"].setdefault(name, {"what": fault.what, "arguments": fault.arguments, "runs": []})["runs"]
+    model = ["--model", options.model] if options.model else []
+    arguments = [*fault.arguments, *model, "--dtype", "float32"]
+    async with running_system(arguments) as endpoint, AsyncClient(endpoint) as client:
+        num_services = len((await client.status())["services"])
+        work = _workload(options.seed)
+        expected = await _undisturbed(client, work)
+        longest_s = max(stream.tokens[-1][0] for stream in expected) - min(s.tokens[0][0] for s in expected)
+        for _ in range(options.runs):
+            draws = random.Random(f"{options.seed}/{name}/{len(runs)}")
+            runs.append(await _run_once(client, fault, work, expected, draws, longest_s))
+            await _settled(client, num_services)
+            document["faults"][name]["summary"] = _summary(runs)
+            file.write_text(json.dumps(document, indent=1) + "\n")
+            _say(f"{name} {len(runs)}: {_line(runs[-1])}")
+
+
+def _workload(seed: int) -> list[tuple[list[int], SamplingParams]]:
+    """Greedy and seeded streams with prompts of 8 to 400 tokens."""
+    draws = random.Random(seed)
+    work = []
+    for index in range(NUM_STREAMS):
+        prompt = [draws.randrange(3, 1000) for _ in range(draws.choice((8, 40, 90, 180, 400)))]
+        temperature = 0.0 if index % 2 == 0 else 0.8
+        work.append(
+            (prompt, SamplingParams(temperature=temperature, seed=index, max_tokens=NUM_TOKENS, ignore_eos=True))
+        )
+    return work
+
+
+async def _undisturbed(client: AsyncClient, work: Sequence[tuple[list[int], SamplingParams]]) -> list[Stream]:
+    streams = [Stream(str(index), []) for index in range(len(work))]
+    await asyncio.gather(*(_follow(client, s, *each) for s, each in zip(streams, work, strict=True)))
+    for stream in streams:
+        if stream.ended != "finished":
+            raise RuntimeError(f"stream {stream.name} without a fault: {stream.ended}")
+    return streams
+
+
+async def _follow(client: AsyncClient, stream: Stream, prompt: list[int], params: SamplingParams) -> None:
+    try:
+        async for token in client.stream(prompt, params):
+            stream.tokens.append((time.monotonic(), token.index, token.id))
+        stream.ended = "finished"
+    except DejavuError as error:
+        stream.ended = f"{type(error).__name__}: {error}"
+
+
+async def _run_once(
+    client: AsyncClient,
+    fault: Fault,
+    work: Sequence[tuple[list[int], SamplingParams]],
+    expected: Sequence[Stream],
+    draws: random.Random,
+    longest_s: float,
+) -> dict[str, Any]:
+    before = await client.status()
+    streams = [Stream(s.name, [token_id for _, _, token_id in s.tokens]) for s in expected]
+    tasks = [asyncio.create_task(_follow(client, stream, *each)) for stream, each in zip(streams, work, strict=True)]
+    await asyncio.sleep(longest_s * draws.uniform(0.0, 0.7))
+    fault_at_s = time.monotonic()
+    struck = await fault.strike(before, draws)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RUN_LIMIT_S):
+            await asyncio.gather(*tasks)
+    after = await _quiet(client)
+    history = History(streams, before, after, struck, fault_at_s, fault.max_recomputed_tokens)
+    anomalies = check(history)
+    detected = [e["at_monotonic_s"] for e in after["events"] if e["kind"] == "detected" and e["service"] in struck]
+    return {
+        "struck": struck,
+        "detected_s": min((at_s - fault_at_s for at_s in detected if at_s >= fault_at_s), default=None),
+        "next_token_s": max(stream.longest_gap_s(fault_at_s) for stream in streams),
+        "recomputed_tokens": recomputed_tokens(before, after),
+        "anomalies": [[anomaly.name, anomaly.where, anomaly.detail] for anomaly in anomalies],
+    }
+
+
+async def _quiet(client: AsyncClient) -> dict[str, Any]:
+    """The status once nothing is live and all blocks are back, or after the limit."""
+    deadline_s = time.monotonic() + QUIET_LIMIT_S
+    while True:
+        status = await client.status()
+        blocks = [service["kv_blocks"] for service in status["services"] if "kv_blocks" in service]
+        is_quiet = not status["live"]["sequences"] and all(b["free"] == b["total"] for b in blocks)
+        if is_quiet or time.monotonic() > deadline_s:
+            return status
+        await asyncio.sleep(0.1)
+
+
+async def _settled(client: AsyncClient, num_services: int) -> None:
+    """Returns when all services are back: every run begins with a healthy system."""
+    async with asyncio.timeout(RUN_LIMIT_S):
+        while len((await client.status())["services"]) < num_services:  # noqa: ASYNC110 - nothing tells us
+            await asyncio.sleep(0.1)
+
+
+def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Percentiles by nearest rank; with few runs p99 is the worst."""
+    detected = sorted(run["detected_s"] for run in runs if run["detected_s"] is not None)
+    gaps = sorted(run["next_token_s"] for run in runs)
+    return {
+        "runs": len(runs),
+        "anomalies": sum(len(run["anomalies"]) for run in runs),
+        "detected_p50_s": _rank(detected, 0.5),
+        "detected_p99_s": _rank(detected, 0.99),
+        "next_token_p50_s": _rank(gaps, 0.5),
+        "next_token_p99_s": _rank(gaps, 0.99),
+        "recomputed_per_stream_max": max(run["recomputed_tokens"] for run in runs) / NUM_STREAMS,
+    }
+
+
+def _rank(values: Sequence[float], share: float) -> float | None:
+    return round(values[math.ceil(share * len(values)) - 1], 3) if values else None
+
+
+def _line(run: dict[str, Any]) -> str:
+    detected = "-" if run["detected_s"] is None else f"{run['detected_s']:.3f} s"
+    names = ", ".join(sorted({name for name, _, _ in run["anomalies"]})) or "no anomaly"
+    return (
+        f"{'+'.join(run['struck']) or 'etcd'} detected {detected}, next token {run['next_token_s']:.3f} s, "
+        f"{run['recomputed_tokens']} tokens recomputed, {names}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())
