@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
-from loadtest.machine import describe_machine
+from loadtest.machine import cpu_clock_jumps_ms, describe_machine
 from loadtest.system import running_system
 
 REQUESTS_PER_CLIENT = 50
@@ -28,6 +28,7 @@ NUM_CLIENTS_AT_ONCE = 3
 MAX_PROMPT_TOKENS = 200
 MAX_TOKENS = 60
 SETTLE_LIMIT_S = 60.0
+CLOCK_TEST_S = 20.0
 LEAVES = ("in order", "closing", "killed")
 
 
@@ -48,6 +49,7 @@ def main() -> int:
         return 1
     print(json.dumps(figures, indent=1))
     if arguments.json:
+        figures["cpu_clock_jumps_ms"] = cpu_clock_jumps_ms(CLOCK_TEST_S)
         Path(arguments.json).write_text(json.dumps({"machine": describe_machine(), **figures}, indent=1))
     return 0
 

@@ -34,9 +34,27 @@ def describe_machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "load_average_1_min": round(os.getloadavg()[0], 2),
         "versions": versions,
-        "command": ["python", "-m", *sys.argv],
+        "command": ["python", "-m", _module_name(), *sys.argv[1:]],
         "time": time.strftime("%FT%TZ", time.gmtime()),
     }
+
+
+def cpu_clock_jumps_ms(duration_s: float) -> list[float]:
+    """By how much this thread's CPU clock jumped while it did nothing but read it (jumps over 5 ms): on a virtual
+    machine the clock goes on while the host has taken the core away. CPU times can be too large by as much."""
+    jumps: list[float] = []
+    end_s, last_s = time.monotonic() + duration_s, time.thread_time()
+    while time.monotonic() < end_s:
+        now_s = time.thread_time()
+        if now_s - last_s > 0.005:
+            jumps.append(round(1e3 * (now_s - last_s), 1))
+        last_s = now_s
+    return jumps
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return Path(sys.argv[0]).name if spec is None else str(spec.name)
 
 
 def _lines(path: str) -> list[str]:
