@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -118,6 +119,18 @@ class HandoffWriter:
         else:
             future.set_result(progress.error)
         return future
+
+    async def reset(self) -> None:
+        """Drops what waits, and returns when nothing is being written any more. The ways are opened again; a failure to
+        do so shows when they are needed."""
+        ways = {destination: [lane.offer for lane in lanes] for destination, lanes in self._lanes.items()}
+        for destination in ways:
+            await self.connect(destination, [])
+        with self._lock:
+            self._progress = {key: progress for key, progress in self._progress.items() if progress.num_jobs}
+        for destination, offers in ways.items():
+            with contextlib.suppress(LinkError):
+                await self.connect(destination, offers)
 
     async def aclose(self) -> None:
         """Closes all ways; what waited counts as failed, so every `drain` ends. Idempotent."""

@@ -119,7 +119,7 @@ class StageService(abc.ABC):
         """An incarnation of a member is gone."""
 
     async def quiesce(self) -> None:  # noqa: B027
-        """Returns when nothing that this process has begun outside of its steps writes to the pool any more."""
+        """Returns when nothing that this process has begun outside of its steps reads or writes any pool any more."""
 
     async def open_pool(self) -> dict[str, str]:
         """Called once the pool exists; returns details to register under."""
@@ -252,6 +252,7 @@ class StageService(abc.ABC):
         own = record.stages[self.options.stage_index]
         if own.incarnation != self.incarnation:
             self._stand_by(record)
+            await self.quiesce()
             return
         for stage in record.stages:
             await self.peers.connect(stage.name, stage.endpoint)
@@ -259,9 +260,13 @@ class StageService(abc.ABC):
         self.record = record
         self.worker = self.new_worker()
         logger.info("epoch %d of %s begins", record.epoch, record.pipeline)
-        # ready means that nothing of an older epoch writes to the pool any more
+        # ready means that nothing of an older epoch reads or writes any pool any more: first no step is running ...
+        idle = self.loop.create_future()
+        self.compute.submit(lambda: None, idle.set_result)
+        await idle
+        # ... then nothing that steps have begun
         await self.quiesce()
-        self.compute.submit(lambda: None, lambda _: self._report_stage_ready(record))
+        self._report_stage_ready(record)
 
     def _report_stage_ready(self, record: PipelineRecord) -> None:
         if self.epoch != record.epoch:

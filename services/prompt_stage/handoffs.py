@@ -42,6 +42,10 @@ class Handoffs:
     async def start(self, pool: KvPool) -> None:
         self._writer = await HandoffWriter.start(pool, self._on_arrival)
 
+    async def reset(self) -> None:
+        """What an older epoch of our own pipeline had not handed off is dropped; nothing of it is written any more."""
+        await self._writer.reset()
+
     async def aclose(self) -> None:
         await self._writer.aclose()
 

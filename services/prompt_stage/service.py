@@ -46,6 +46,10 @@ class PromptStage(StageService):
         await self._handoffs.start(self.pool)
         return {}
 
+    async def quiesce(self) -> None:
+        # once we are ready, token drivers take back the blocks that our older epochs were granted
+        await self._handoffs.reset()
+
     async def close_pool(self) -> None:
         await self._handoffs.aclose()
 

@@ -175,6 +175,24 @@ async def test_a_replaced_stage_gets_a_new_link_and_the_others_keep_theirs(kind:
         await again.aclose()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_after_a_reset_nothing_old_is_written_and_new_work_goes_on(kind: str) -> None:
+    async with scene(kind) as s:
+        await s.writer.connect("token-0", s.offers)
+        for layer in range(6):
+            s.writer.submit(span(), layer)
+        await s.writer.reset()
+        written = [pool.memory.copy() for pool in s.pools]
+        s.source.memory[:] ^= 0xFF
+        assert s.writer.links("token-0") == [kind] * 3
+        assert all(np.array_equal(pool.memory, before) for pool, before in zip(s.pools, written, strict=True))
+        for layer in range(6):
+            s.writer.submit(span(sequence_id="r/9"), layer)
+        assert await drained(s.writer, "r/9") is None
+        newer = [arrival for arrival in s.arrivals if arrival.sequence_id == "r/9"]
+        assert newer and all(verify_arrival(s.pools[arrival.stage_index], arrival) for arrival in newer)
+
+
 async def test_closing_ends_everything_that_waits() -> None:
     async with scene("shm") as s:
         s.writer.submit(span(), 0)
