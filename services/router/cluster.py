@@ -67,6 +67,8 @@ class Cluster:
         """incarnations that are to be replaced"""
         self._broken: set[str] = set()
         """pipelines that have lost a stage since they were published"""
+        self._evicted: dict[str, str] = {}
+        """the latest incarnation of each name that was taken for dead"""
         self.watchdog = Watchdog(
             lambda member: _is_here(member) and is_stopped(member.pid),
             lambda member: run_delay_s(member.pid) if _is_here(member) else 0.0,
@@ -92,6 +94,9 @@ class Cluster:
             match event:
                 case MemberJoined(record) | MemberChanged(record):
                     await self._peers.connect(record.name, record.endpoint)
+                    if self._evicted.get(record.name) == record.incarnation:
+                        del self._evicted[record.name]
+                        self._journal.counters["false_failovers"] += 1
                     self.members[record.name] = record
                 case MemberLost(record):
                     self._lost(record)
@@ -153,6 +158,7 @@ class Cluster:
         record = suspicion.record
         logger.warning("%s (pid %d): %s", record.name, record.pid, suspicion.reason)
         self.watchdog.lost(record.name)
+        self._evicted[record.name] = record.incarnation
         self._journal.note("suspected", record.name, reason=suspicion.reason, pid=record.pid)
         if self._may_kill and _is_here(record):
             kill_process(record.pid)

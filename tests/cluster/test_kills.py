@@ -94,7 +94,8 @@ async def test_kv_comes_back_from_the_store(victim: str, number: int, layout: tu
     assert counters["recomputed_tokens"] <= 32 * len(work)
     if victim != "leader":
         detected = [e for e in status["events"] if e["kind"] == "detected" and e["service"] == victim]
-        assert 0 < detected[0]["at_monotonic_s"] - killed_at_s < 5
+        # a lease that lapses by itself takes longer
+        assert 0 < detected[0]["at_monotonic_s"] - killed_at_s < 2
 
 
 async def test_a_dead_store_disturbs_nobody() -> None:
