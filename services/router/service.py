@@ -70,7 +70,7 @@ class RouterService:
         self._queries: dict[int, StatsRound] = {}
         self._num_queries = 0
         self._is_live = False
-        """registered; before that there is nothing to say to anybody"""
+        """about to register; before that there is nothing to say to anybody"""
         self._cluster: Cluster
         self._stop: asyncio.Event
         self._inbox: Inbox
@@ -129,14 +129,15 @@ class RouterService:
                 EtcdClient(options.etcd) as etcd,
                 Membership(etcd, options.cluster, LEASE_TTL_S) as membership,
             ):
-                await membership.register(record)
-                await self._live(etcd, membership, stop)
+                await self._live(etcd, membership, record, stop)
         finally:
             self._public.close()
             self._inbox.close()
             self._peers.close()
 
-    async def _live(self, etcd: EtcdClient, membership: Membership, stop: asyncio.Event) -> None:
+    async def _live(
+        self, etcd: EtcdClient, membership: Membership, record: MemberRecord, stop: asyncio.Event
+    ) -> None:
         options = self._options
         self._stop = stop
         self._cluster = Cluster(
@@ -150,7 +151,9 @@ class RouterService:
             on_lost=self._requests.pipeline_lost,
             is_ready=lambda pipeline: self._requests.pipelines[pipeline].is_ready,
         )
+        # from its registration on others tell it things once and never again
         self._is_live = True
+        await membership.register(record)
         beating = beat(self._peers, self._cluster.other_routers, options.name, self._incarnation, lambda: 0.0)
         work = (self._cluster.run(), self._watch_clients(), self._monitor.watch(), beating)
         tasks = [self._tasks.create_task(each) for each in work]
