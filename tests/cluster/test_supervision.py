@@ -125,7 +125,8 @@ async def test_when_one_is_given_up_the_others_are_ended(spawner: Spawner) -> No
     supervisor = Supervisor([command("wait", "token-0-stage-1"), command("1")], spawner, ends_into(ends))
     with pytest.raises(ServiceGaveUp, match="token-0-stage-0 .*exit 1"):
         await supervisor.run()
-    codes = {ended.name: ended.exit_code for ended in (await ends.get(), await ends.get())}
+    seen = [ends.get_nowait() for _ in range(ends.qsize())]
+    codes = {ended.name: ended.exit_code for ended in seen}
     assert codes == {"token-0-stage-0": 1, "token-0-stage-1": -signal.SIGKILL}
 
 
