@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     control = socket.socket(fileno=int(argv[0]))
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _show_command_line([sys.executable, "-m", "deploy.nursery"])
     for module in argv[1].split(","):
         with contextlib.suppress(ImportError):  # the stage that needs it says so
             importlib.import_module(module)

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.process import INCARNATION_VARIABLE, new_incarnation
@@ -52,7 +52,7 @@ class Supervisor:
         self._spawner = spawner
         self._on_exit = on_exit
         self._children: dict[str, Child] = {}
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
 
     async def run(self) -> None:
         """Runs until `stop()` was called and every process has ended. Raises `ServiceGaveUp`."""
@@ -70,7 +70,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """SIGTERM to all, SIGKILL to what is left after ten seconds."""
-        self._is_stopping = True
+        self._stopping.set()
         self._signal(signal.SIGTERM)
         exits = [child.exited for child in self._children.values()]
         if exits:
@@ -79,7 +79,7 @@ class Supervisor:
 
     def kill(self) -> None:
         """SIGKILL to all, at once."""
-        self._is_stopping = True
+        self._stopping.set()
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
@@ -89,10 +89,10 @@ class Supervisor:
     async def _keep(self, command: ServiceCommand) -> None:
         num_short_lives = 0
         try:
-            while not self._is_stopping:
+            while not self._stopping.is_set():
                 started_s = time.monotonic()
                 code = await self._run_once(command)
-                if self._is_stopping:
+                if self._stopping.is_set():
                     return
                 lived_s = time.monotonic() - started_s
                 logger.warning("%s ended with %s after %.1f s", command.name, code, lived_s)
@@ -114,9 +114,10 @@ class Supervisor:
             "PYTHONUNBUFFERED": "1",
             INCARNATION_VARIABLE: incarnation,
         }
-        child = self._children[command.name] = await self._spawner.spawn(command, environment)
-        if self._is_stopping:  # it was told while this one was being started
-            child.send_signal(signal.SIGTERM)
+        child = await self._spawn(command, environment)
+        if child is None:
+            return 0
+        self._children[command.name] = child
         child.exited.add_done_callback(
             lambda exited: self._on_exit(
                 ServiceExit(command.name, command.role, child.pid, incarnation, exited.result(), time.monotonic())
@@ -126,6 +127,17 @@ class Supervisor:
             sys.stderr.write(f"{command.name:>16} | {line}\n")
         sys.stderr.flush()
         return await asyncio.shield(child.exited)
+
+    async def _spawn(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child | None:
+        """None where all is to stop: what is not there yet is not waited for."""
+        spawning = asyncio.ensure_future(self._spawner.spawn(command, environment))
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait([spawning, stopping], return_when=asyncio.FIRST_COMPLETED)
+            return spawning.result() if spawning.done() else None
+        finally:
+            spawning.cancel()
+            stopping.cancel()
 
 
 async def _next_line(stream: asyncio.StreamReader) -> str:

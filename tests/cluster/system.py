@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.process import die_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
 START_LIMIT_S = 120
@@ -49,7 +51,7 @@ def running(*arguments: str, model: str | Path = TINY) -> Iterator[System]:
         with log.open("w") as errors:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
-                env=os.environ | {"TMPDIR": str(temporary)},
+                env=os.environ | {"TMPDIR": str(temporary)}, preexec_fn=die_with_parent,
             )  # fmt: skip
         assert process.stdout is not None
         watchdog = threading.Timer(START_LIMIT_S, process.kill)

@@ -125,8 +125,20 @@ async def test_when_one_is_given_up_the_others_are_ended(spawner: Spawner) -> No
     supervisor = Supervisor([command("wait", "token-0-stage-1"), command("1")], spawner, ends_into(ends))
     with pytest.raises(ServiceGaveUp, match="token-0-stage-0 .*exit 1"):
         await supervisor.run()
-    codes = {ended.name: ended.exit_code for ended in (await ends.get(), await ends.get())}
+    seen = [ends.get_nowait() for _ in range(ends.qsize())]
+    codes = {ended.name: ended.exit_code for ended in seen}
     assert codes == {"token-0-stage-0": 1, "token-0-stage-1": -signal.SIGKILL}
+
+
+async def test_what_is_not_there_yet_is_not_waited_for() -> None:
+    nursery = Nursery(ROOT, ["torch"])
+    supervisor = Supervisor([command("wait")], nursery)
+    running = asyncio.ensure_future(supervisor.run())
+    await asyncio.sleep(0)  # it has begun to ask the nursery, which imports torch first
+    await supervisor.stop()
+    await running
+    assert supervisor.pid_of("token-0-stage-0") is None
+    nursery.close()
 
 
 async def test_a_killed_child_is_reported_at_once_and_replaced(spawner: Spawner) -> None:
