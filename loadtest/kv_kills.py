@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass, field
@@ -85,6 +86,7 @@ class Side:
         os.close(from_child)
         self._out = os.fdopen(from_parent, "w", buffering=1)
         self._in = to_parent
+        self._code: int | None = None
         self._received = b""
 
     def send(self, line: str) -> None:
@@ -106,21 +108,30 @@ class Side:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
+    def wait(self) -> int:
+        """Its exit code once it has ended by itself; a signal's number counts negative."""
+        if self._code is None:
+            _, status = os.waitpid(self.pid, 0)
+            self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
     def close(self) -> None:
         """It is gone afterwards."""
-        self.kill()
-        os.waitpid(self.pid, 0)
+        if self._code is None:
+            self.kill()
+            self.wait()
         self._out.close()
         os.close(self._in)
 
 
 def _become(body: Callable[[TextIO, TextIO], Coroutine[Any, Any, None]], inlet: TextIO, outlet: TextIO) -> None:
-    code = 1
     try:
         asyncio.run(body(inlet, outlet))
         code = 0
-    finally:
-        os._exit(code)
+    except BaseException:  # noqa: BLE001 - nothing may escape into what the parent was doing
+        traceback.print_exc()
+        code = 1
+    os._exit(code)
 
 
 # ------------------------------------------------------------------ the two sides
@@ -223,7 +234,7 @@ def run_once(link: str, victim: str, seed: int) -> Outcome:
         if victim == "writer":
             _judge_owner(owner, lines, outcome)
         elif end is None:
-            outcome.wrong.append("the writer ended without a typed error")
+            outcome.wrong.append(f"the writer ended without a typed error, with code {writer.wait()}")
         else:
             outcome.error = end["error"]
             if end["leaked"]:
