@@ -62,7 +62,7 @@ def main() -> int:
     if not arguments.json:
         parser.error("--json FILE is missing")
     results: dict[str, Any] = {"machine": describe_machine(), "options": vars(arguments)}
-    with _owner() as offer:
+    with bench_owner() as offer:
         results |= asyncio.run(_measure(offer, arguments.rounds))
     _show(results)
     Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
@@ -77,7 +77,7 @@ async def _serve() -> None:
 
 
 @contextmanager
-def _owner() -> Iterator[GrantOffer]:
+def bench_owner() -> Iterator[GrantOffer]:
     command = [sys.executable, "-m", "loadtest.kv_bench", "--serve"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdin is not None

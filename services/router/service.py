@@ -135,9 +135,7 @@ class RouterService:
             self._inbox.close()
             self._peers.close()
 
-    async def _live(
-        self, etcd: EtcdClient, membership: Membership, record: MemberRecord, stop: asyncio.Event
-    ) -> None:
+    async def _live(self, etcd: EtcdClient, membership: Membership, record: MemberRecord, stop: asyncio.Event) -> None:
         options = self._options
         self._stop = stop
         self._cluster = Cluster(

@@ -26,7 +26,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_library_stands_alone() -> None:
-    allowed = {"torch", "numpy", "msgspec", "zmq", "dejavu.errors", "common.kv"}
+    allowed = {"torch", "numpy", "msgspec", "zmq", "dejavu.errors", "common.kv", "common.keys"}
     for path in LIBRARY.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -1,0 +1,200 @@
+"""The primitives against a reference cache: any cut of the model on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from common.kv.copies import copy_pieces
+from common.kv.geometry import CopyPlan, Range, plan_copies
+from common.kv.layout import PoolLayout
+from common.kv.link import open_link
+from common.kv.pool import Bytes, KvPool
+from common.kv.primitives import KvDamaged, Peer, Piece, Region, SequenceSpan, gather, scatter, stream_in, stream_out
+from common.kv.server import PoolServer
+from tests.unit.kv.reference import NUM_HEADS, NUM_LAYERS, ReferenceCache, layout, random_pair, table
+
+ALL_LAYERS, ALL_HEADS = (0, NUM_LAYERS), (0, NUM_HEADS)
+
+
+class LocalLink:
+    """A link into a pool of the same process."""
+
+    name = "local"
+
+    def __init__(self, memory: Bytes) -> None:
+        self._memory = memory
+        self.num_running = self.max_running = 0
+        self.started = asyncio.Event()
+
+    async def write(self, source: KvPool, plan: CopyPlan) -> None:
+        self.num_running += 1
+        self.started.set()
+        self.max_running = max(self.max_running, self.num_running)
+        await asyncio.to_thread(copy_pieces, plan, source.memory, self._memory)
+        self.num_running -= 1
+
+    async def aclose(self) -> None:
+        pass
+
+
+def pool_of(pool_layout: PoolLayout, memory: Bytes, name: str = "pool") -> KvPool:
+    return KvPool(pool_layout, torch.from_numpy(memory), None, name)
+
+
+async def each(pieces: Sequence[Piece]) -> AsyncIterator[Piece]:
+    for piece in pieces:
+        yield piece
+
+
+def cuts(generator: random.Random, end: int) -> list[Range]:
+    """Uneven stages, or shards, of [0, end)."""
+    inner = sorted(generator.sample(range(1, end), generator.randint(0, 3)))
+    return list(zip([0, *inner], [*inner, end], strict=True))
+
+
+async def test_thousands_of_gathers_and_scatters_equal_the_reference() -> None:
+    for seed in range(2000):
+        pair = random_pair(random.Random(seed))
+        cache = ReferenceCache(pair.source, pair.num_tokens, seed)
+        region = Region(pair.token_range, pair.layer_range, pair.head_range)
+        source = pool_of(pair.source, cache.written_to(pair.source, pair.source_blocks))
+        destination = pool_of(pair.destination, np.full(pair.destination.total_bytes, 0xAA, dtype=np.uint8))
+        await scatter(await gather(source, pair.source_blocks, region), region, destination, pair.destination_blocks)
+        expected = cache.written_to(
+            pair.destination, pair.destination_blocks, pair.token_range, pair.layer_range, pair.head_range, 0xAA
+        )
+        assert np.array_equal(destination.memory, expected), f"seed {seed}"
+
+
+@pytest.mark.parametrize("part", range(4))
+async def test_batches_stream_between_models_cut_in_any_way(part: int) -> None:
+    for seed in range(part * 125, part * 125 + 125):
+        await _stream_between_random_models(seed)
+
+
+async def _stream_between_random_models(seed: int) -> None:
+    generator = random.Random(seed)
+    lengths = [generator.randint(1, 40) for _ in range(generator.randint(1, 3))]
+    caches = [ReferenceCache(layout(), length, seed + index) for index, length in enumerate(lengths)]
+    sources = _model(generator, lengths)
+    peers = _model(generator, lengths)
+    memories = [np.zeros(one.total_bytes, dtype=np.uint8) for one, _ in peers]
+    links = [Peer(LocalLink(memory), one) for memory, (one, _) in zip(memories, peers, strict=True)]
+    pieces: list[Piece] = []
+    for one, tables in sources:
+        memory = sum(
+            (cache.written_to(one, blocks) for cache, blocks in zip(caches, tables, strict=True)),
+            np.zeros(one.total_bytes, dtype=np.uint8),
+        )
+        spans = [
+            SequenceSpan(str(at), (0, length), one.layers, tables[at], [blocks[at] for _, blocks in peers], b"hash")
+            for at, length in enumerate(lengths)
+        ]
+        pieces += await stream_out(pool_of(one, memory), spans, links)
+    for index, (one, tables) in enumerate(peers):
+        to, own = pool_of(one, memories[index]), [piece for piece in pieces if piece.peer_index == index]
+        for at, length in enumerate(lengths):
+            await stream_in(to, tables[at], str(at), Region((0, length), one.layers, one.heads), each(own))
+        expected = [cache.written_to(one, blocks) for cache, blocks in zip(caches, tables, strict=True)]
+        assert np.array_equal(memories[index], sum(expected[1:], expected[0])), f"seed {seed}"
+
+
+def _model(generator: random.Random, lengths: Sequence[int]) -> list[tuple[PoolLayout, list[list[int]]]]:
+    """Pools of a whole model, stages x head shards, each with a block table per sequence."""
+    model = []
+    shards = cuts(generator, NUM_HEADS)
+    for stage in cuts(generator, NUM_LAYERS):
+        for shard in shards:
+            block_size = generator.choice([1, 2, 4, 16])
+            counts = [-(-length // block_size) for length in lengths]
+            blocks = table(generator, sum(counts) + 3, sum(counts))
+            tables = [[blocks.pop() for _ in range(count)] for count in counts]
+            one = layout(
+                first_layer=stage[0], last_layer=stage[1], first_head=shard[0], num_kv_heads=shard[1] - shard[0],
+                block_size=block_size, num_blocks=sum(counts) + 3,
+            )  # fmt: skip
+            model.append((one, tables))
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("tokens", [(0, 1500), (1200, 1500)])
+async def test_long_spans_and_other_element_types(dtype: str, tokens: Range) -> None:
+    ours = layout(num_blocks=400)
+    theirs = layout(num_blocks=100, block_size=16, dtype=dtype)
+    source, destination = KvPool.create(ours, name="ours"), KvPool.create(theirs, name="theirs")
+    source.arena.view(torch.float32).normal_(generator=torch.Generator().manual_seed(1))
+    span = SequenceSpan("long", tokens, (0, 4), range(399, -1, -1), [range(100)], b"hash")
+    link = LocalLink(destination.memory)
+    pieces = await stream_out(source, [span], [Peer(link, theirs)])
+    region = Region(tokens, (0, 4), ours.heads)
+    await stream_in(destination, range(100), "long", region, each(pieces))
+    got = (await gather(destination, range(100), region)).arena.view(getattr(torch, dtype))
+    sent = (await gather(source, range(399, -1, -1), region)).arena.view(torch.float32)
+    assert torch.equal(got, sent.to(getattr(torch, dtype))) and got.abs().sum() > 0
+
+
+async def test_damage_and_absence_are_errors() -> None:
+    ours = layout()
+    source, destination = KvPool.create(ours), KvPool.create(ours)
+    source.memory[:] = 7
+    span = SequenceSpan("one", (0, 9), (0, 4), [0, 1, 2], [[4, 5, 6]], b"hash")
+    pieces = await stream_out(source, [span], [Peer(LocalLink(destination.memory), ours)])
+    region = Region((0, 9), (0, 4), ours.heads)
+    with pytest.raises(KvDamaged, match="never came"):
+        await stream_in(destination, [4, 5, 6], "other", region, each(pieces))
+    claimed = msgspec.structs.replace(pieces[0].binding, token_hash=b"other")
+    with pytest.raises(KvDamaged, match="not what was sent"):
+        wrong = msgspec.structs.replace(pieces[0], binding=claimed)
+        await stream_in(destination, [4, 5, 6], "one", region, each([wrong]))
+    destination.layer(2)[1][5, 1, 0, 3] += 1
+    with pytest.raises(KvDamaged, match="not what was sent"):
+        await stream_in(destination, [4, 5, 6], "one", region, each(pieces))
+
+
+async def test_few_pieces_are_in_flight_and_cancelling_leaves_none() -> None:
+    ours = layout()
+    source, destination = KvPool.create(ours), KvPool.create(ours)
+    link = LocalLink(destination.memory)
+    spans = [SequenceSpan(str(at), (0, 4), (0, 4), [at % 8], [[at % 8]], b"") for at in range(200)]
+    await stream_out(source, spans, [Peer(link, ours)])
+    link.started.clear()
+    assert 1 < link.max_running <= 4
+    sending = asyncio.create_task(stream_out(source, spans, [Peer(link, ours)]))
+    await link.started.wait()
+    assert link.num_running
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert link.num_running == 0
+
+
+async def test_over_a_real_link() -> None:
+    ours, theirs = layout(), layout(block_size=2, num_blocks=16)
+    source, destination = KvPool.create(ours, name="ours"), KvPool.create(theirs, name="theirs")
+    source.memory[:] = np.random.default_rng(0).integers(0, 256, ours.total_bytes, dtype=np.uint8)
+    server = await PoolServer.start(destination, "127.0.0.1", "first")
+    link = await open_link(server.offer, source)
+    span = SequenceSpan("one", (0, 32), (0, 4), range(8), [range(16)], b"hash")
+    pieces = await stream_out(source, [span], [Peer(link, theirs)])
+    await stream_in(destination, range(16), "one", Region((0, 32), (0, 4), ours.heads), each(pieces))
+    straight = np.zeros(theirs.total_bytes, dtype=np.uint8)
+    copy_pieces(plan_copies(ours, range(8), theirs, range(16), (0, 32), (0, 4)), source.memory, straight)
+    assert np.array_equal(destination.memory, straight)
+    await link.aclose()
+    await server.aclose()
+
+
+def test_a_model_with_a_hole_is_refused() -> None:
+    ours = layout()
+    half = Peer(LocalLink(np.zeros(1, dtype=np.uint8)), layout(last_layer=2))
+    span = SequenceSpan("one", (0, 4), (0, 4), [0], [[0]], b"")
+    with pytest.raises(ValueError, match="do not own"):
+        asyncio.run(stream_out(KvPool.create(ours), [span], [half]))
