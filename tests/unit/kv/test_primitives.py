@@ -40,6 +40,9 @@ class LocalLink:
         await asyncio.to_thread(copy_pieces, plan, source.memory, self._memory)
         self.num_running -= 1
 
+    async def read(self, destination: KvPool, plan: CopyPlan) -> None:
+        await asyncio.to_thread(copy_pieces, plan, self._memory, destination.memory)
+
     async def aclose(self) -> None:
         pass
 
