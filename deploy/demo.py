@@ -25,7 +25,7 @@ def main() -> int:
 
 
 async def _demo(extra: Sequence[str]) -> int:
-    _say("Starting etcd, a router, two prompt stages and two token stages (one process each) ...")
+    _say("Starting etcd, a router, a cache store, two prompt stages and two token stages (one process each) ...")
     started_s = time.monotonic()
     async with _system(extra) as endpoint:
         _say(f"Ready at {endpoint} after {time.monotonic() - started_s:.1f} s. The prompt, and what the model adds:\n")
@@ -71,16 +71,17 @@ async def _stream(client: AsyncClient) -> None:
 
 
 def _show_services(status: dict[str, Any]) -> None:
-    _say("\nWhere it ran, and what KV cache moved from prompt stages to token stages:\n")
+    _say("\nWhere it ran, and what KV cache moved from prompt stages to token stages and to the store:\n")
     _say(f"    {'service':<18} {'pid':>8}  {'layers':<8} {'link':<8} KV cache")
     for service in status["services"]:
         layers = "{}-{}".format(*service["layers"]) if service["layers"] else ""
         handoff = service.get("handoff", {})
-        moved = ", ".join(
-            f"{what} {handoff[key] / 1024:.1f} KiB"
-            for key, what in (("sent_bytes", "sent"), ("received_bytes", "received and verified"))
-            if handoff.get(key)
-        )
+        amounts = {
+            "sent": handoff.get("sent_bytes"),
+            "received and verified": handoff.get("received_bytes"),
+            "copied": service.get("replicas", {}).get("received_bytes"),
+        }
+        moved = ", ".join(f"{what} {amount / 1024:.1f} KiB" for what, amount in amounts.items() if amount)
         _say(f"    {service['name']:<18} {service['pid']:>8}  {layers:<8} {service.get('link') or '':<8} {moved}")
 
 
