@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -121,16 +120,15 @@ class HandoffWriter:
         return future
 
     async def reset(self) -> None:
-        """Drops what waits, and returns when nothing is being written any more. The ways are opened again; a failure to
-        do so shows when they are needed."""
+        """Drops what waits, and returns when nothing is being written any more. The ways are opened again when they are
+        needed."""
         ways = {destination: [lane.offer for lane in lanes] for destination, lanes in self._lanes.items()}
         for destination in ways:
             await self.connect(destination, [])
         with self._lock:
             self._progress = {key: progress for key, progress in self._progress.items() if progress.num_jobs}
         for destination, offers in ways.items():
-            with contextlib.suppress(LinkError):
-                await self.connect(destination, offers)
+            await self._on_copier(self._attach(destination, offers))
 
     async def aclose(self) -> None:
         """Closes all ways; what waited counts as failed, so every `drain` ends. Idempotent."""
@@ -149,6 +147,15 @@ class HandoffWriter:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
     async def _connect(self, destination: str, offers: list[GrantOffer]) -> None:
+        results = await asyncio.gather(
+            *(lane.open() for lane in await self._attach(destination, offers)), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _attach(self, destination: str, offers: list[GrantOffer]) -> list[Lane]:
+        """A lane to each offer, with its link if there was one; other lanes to this destination are closed."""
         before = {lane.offer: lane for lane in self._lanes.get(destination, [])}
         lanes = [
             before.pop(offer) if offer in before else self._new_lane(index, offer) for index, offer in enumerate(offers)
@@ -158,10 +165,7 @@ class HandoffWriter:
             del self._lanes[destination]
         self._end_early(destination)
         await asyncio.gather(*(lane.aclose() for lane in before.values()))
-        results = await asyncio.gather(*(lane.open() for lane in lanes), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        return lanes
 
     async def _close(self) -> None:
         known = {*self._lanes, *self._early}
