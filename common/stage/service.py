@@ -288,11 +288,12 @@ class StageService(abc.ABC):
         self.end_driver()
 
     def _stage_ready(self, ready: StageReady) -> None:
-        self._stages_ready.setdefault(ready.epoch, {})[ready.stage_index] = ready.num_blocks
-        blocks = self._stages_ready.get(self.epoch, {})
-        if self.epoch == 0 or len(blocks) < self.options.num_stages:
+        blocks = self._stages_ready.setdefault(ready.epoch, {})
+        blocks[ready.stage_index] = ready.num_blocks
+        # a follower may see the new epoch before we do: its report waits for us
+        if ready.epoch != self.epoch or len(blocks) < self.options.num_stages:
             return
-        self._stages_ready = {self.epoch: blocks}
+        self._stages_ready = {epoch: of for epoch, of in self._stages_ready.items() if epoch >= self.epoch}
         self.new_driver(self.epoch, min(blocks.values()))
         for member in self.members.values():
             if self._waits_for_us(member):
