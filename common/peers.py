@@ -31,7 +31,8 @@ class Peers:
             if known is not None and known[0] == endpoint:
                 return
             outbox = await Outbox.connect(endpoint, self._identity, on_frames)
-            self.drop(name)
+            if known is not None:
+                self.drop(name, known[0])
             self._outboxes[name] = (endpoint, outbox)
 
     def send(self, name: str, message: Message, payload: bytes | memoryview | None = None) -> bool:
@@ -49,15 +50,16 @@ class Peers:
     def __contains__(self, name: str) -> bool:
         return name in self._outboxes
 
-    def drop(self, name: str) -> None:
-        """Closes the connection to a member, if there is one."""
-        known = self._outboxes.pop(name, None)
-        if known is not None:
-            known[1].close()
+    def drop(self, name: str, endpoint: str) -> None:
+        """Closes the connection to a member that was at `endpoint`. One to its successor stays: who is told of a
+        pipeline before he is told of its members has connected already."""
+        if self._outboxes.get(name, ("",))[0] == endpoint:
+            self._outboxes.pop(name)[1].close()
 
     def close(self) -> None:
-        for name in list(self._outboxes):
-            self.drop(name)
+        for _, outbox in self._outboxes.values():
+            outbox.close()
+        self._outboxes.clear()
 
 
 async def beat(

@@ -218,7 +218,7 @@ class StageService(abc.ABC):
                         await self.member_joined(record)
                 case MemberLost(record):
                     self.members.pop(record.name, None)
-                    self.peers.drop(record.name)
+                    self.peers.drop(record.name, record.endpoint)
                     await self.member_lost(record)
                 case SnapshotEnd():
                     self._members_known.set()
@@ -243,6 +243,9 @@ class StageService(abc.ABC):
         # a driver must know which stores there were before its epoch
         await self._members_known.wait()
         async for record in membership.watch_pipelines():
+            # its members may become known to us only later
+            for stage in record.stages:
+                await self.peers.connect(stage.name, stage.endpoint)
             self.records[record.pipeline] = record
             if record.pipeline == self.options.pipeline and record.epoch > self.epoch:
                 await self._activate(record)
@@ -254,8 +257,6 @@ class StageService(abc.ABC):
             self._stand_by(record)
             await self.quiesce()
             return
-        for stage in record.stages:
-            await self.peers.connect(stage.name, stage.endpoint)
         self.epoch = record.epoch
         self.record = record
         self.worker = self.new_worker()

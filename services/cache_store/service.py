@@ -139,7 +139,7 @@ class CacheStore:
                         self._routers.add(record.name)
                 case MemberLost(record):
                     self._routers.discard(record.name)
-                    self._peers.drop(record.name)
+                    self._peers.drop(record.name, record.endpoint)
 
     async def _watch_pipelines(self) -> None:
         async for record in self._membership.watch_pipelines():
@@ -220,6 +220,8 @@ class CacheStore:
         if record is None:
             self._queue.put_nowait((sender, claim))  # our watch is behind
             return
+        # the driver may become known to us as a member only later
+        await self._peers.connect(record.stages[0].name, record.stages[0].endpoint)
         keys = self._shelf.claim(claim.pipeline, claim.epoch, time.monotonic() + UNCLAIMED_S)
         if keys is None or record.epoch > claim.epoch:
             return

@@ -55,7 +55,6 @@ class PromptStage(StageService):
 
     async def pipeline_published(self, record: PipelineRecord) -> None:
         if record.role == "token_stage":
-            await self.peers.connect(record.stages[0].name, record.stages[0].endpoint)
             await self._handoffs.connect(record)
             self._answer_claims()
 

@@ -105,7 +105,7 @@ class Cluster:
     def _lost(self, record: MemberRecord) -> None:
         self.members.pop(record.name, None)
         self.watchdog.lost(record.name)
-        self._peers.drop(record.name)
+        self._peers.drop(record.name, record.endpoint)
         self._draining.discard(record.incarnation)
         self._journal.note("detected", record.name, role=record.role, pid=record.pid)
         if record.pipeline is not None and not is_spare(record, self.records):
@@ -114,6 +114,8 @@ class Cluster:
 
     async def _watch_pipelines(self) -> None:
         async for record in self._membership.watch_pipelines():
+            # its members may become known to us only later
+            await self._peers.connect(record.stages[0].name, record.stages[0].endpoint)
             self.records[record.pipeline] = record
             self._broken.discard(record.pipeline)
             self._journal.note("decided", record.pipeline, epoch=record.epoch)
