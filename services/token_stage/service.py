@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,6 +62,8 @@ class TokenStage(StageService):
         self._live: dict[str, _LiveSequence] = {}
         self._prompt_epochs: dict[str, int] = {}
         """the epoch at which each prompt pipeline last said that it is ready"""
+        self._totals = Counter[str]()
+        """what the drivers of older epochs counted"""
         self._received_bytes = 0
         self._corrupt_arrivals = 0
         self._server: PoolServer | None = None
@@ -117,7 +119,7 @@ class TokenStage(StageService):
     # ------------------------------------------------------------ the driver's part
 
     def new_driver(self, epoch: int, num_blocks: int) -> None:
-        self._live.clear()
+        self.end_driver()
         options = self.options
         replication = Replication(options.pipeline, epoch, options.block_size, options.num_replicas, options.recovery)
         for member in self.members.values():
@@ -140,6 +142,7 @@ class TokenStage(StageService):
         self.pump()
 
     def end_driver(self) -> None:
+        self._totals = self._counts()
         self._scheduler = None
         self._live.clear()
 
@@ -317,6 +320,13 @@ class TokenStage(StageService):
 
     # ------------------------------------------------------------ status
 
+    def _counts(self) -> Counter[str]:
+        counts = Counter(self._totals)
+        if self._scheduler is not None:
+            counts["recoveries"] += self._scheduler.num_recoveries
+            counts["recomputed_tokens"] += self._scheduler.num_recomputed
+        return counts
+
     def role_stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = {
             "kv_blocks": self.kv_blocks() if self._scheduler is None else self._scheduler.kv_blocks(),
@@ -329,8 +339,7 @@ class TokenStage(StageService):
                 "pulled_bytes": self._pulls.received_bytes,
             }
             stats["counters"] = {
-                "recoveries": self._scheduler.num_recoveries,
-                "recomputed_tokens": self._scheduler.num_recomputed,
+                **self._counts(),
                 "replica_lag_tokens": self._scheduler.replication.lag_tokens(),
             }
             stats["sequences"] = {
