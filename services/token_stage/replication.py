@@ -19,6 +19,7 @@ from services.token_stage.sequence import Sequence
 
 MAX_BATCH_TOKENS = 8192
 RETRY_BATCHES = 64
+MIN_NEWS_TOKENS = 2
 ORPHAN_S = 60.0
 """How long the replica of a sequence whose router died waits for the next router to ask for it."""
 
@@ -203,7 +204,7 @@ class Replication:
         return store, Locate(self._pipeline, self._epoch, sequence.sequence_id, sequence.attempt, ids)
 
     def _next_batch(self, store: _Store) -> Replicate | None:
-        if store.reading is not None or not store.behind:
+        if store.reading is not None or not any(self._is_due(store, *each) for each in store.behind.items()):
             return None
         items: list[ReplicaItem] = []
         reading: dict[str, tuple[Sequence, int, int]] = {}
@@ -230,6 +231,10 @@ class Replication:
             return None
         store.reading = reading
         return Replicate(self._pipeline, self._epoch, self._num_batches, items)
+
+    def _is_due(self, store: _Store, key: str, sequence: Sequence) -> bool:
+        """Two tokens at once cost little more than one; who holds tokens back for the store does not wait."""
+        return bool(sequence.undelivered) or sequence.num_computed - store.acknowledged.get(key, 0) >= MIN_NEWS_TOKENS
 
     def _item(self, key: str, sequence: Sequence, start: int, count: int) -> ReplicaItem:
         first, end = start // self._block_size, -(-(start + count) // self._block_size)
