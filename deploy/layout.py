@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.kv.layout import PoolLayout, num_blocks_for
+from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec, split_layers
 from dejavu.errors import ConfigurationError
 from deploy.options import ServeOptions
@@ -67,19 +67,6 @@ def _store_bytes(options: ServeOptions) -> int:
     return -(-all_bytes * copies // options.cache_stores)
 
 
-def _check_kv_memory(options: ServeOptions, spec: ModelSpec, num_layers: int) -> None:
-    """Raises `ConfigurationError` where a stage's pool would hold no block."""
-    layout = PoolLayout(
-        0, num_layers, 1, options.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.fingerprint
-    )
-    if num_blocks_for(layout, options.kv_memory_bytes) < 1:
-        raise ConfigurationError(
-            f"{options.kv_memory_bytes} bytes hold no block: {options.block_size} tokens of {num_layers} layers "
-            f"need {layout.bytes_per_block} bytes",
-            field="kv_memory",
-        )
-
-
 def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list[str]]]:
     """(name, role, arguments) of every stage."""
     kinds = [("token", options.token_pipelines, options.token_stages, options.token_split)]
@@ -91,7 +78,9 @@ def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list
             ranges = split_layers(spec.num_layers, len(split) if split else num_stages, split)
         except ConfigurationError as error:
             raise ConfigurationError(error.message, field=f"{kind}_{error.field}") from None
-        _check_kv_memory(options, spec, max(last - first for first, last in ranges))
+        # refused before anything is started
+        largest = max(last - first for first, last in ranges)
+        fitting_layout(spec, (0, largest), options.block_size, options.kv_memory_bytes)
         for pipeline in (f"{kind}-{index}" for index in range(num_pipelines)):
             for index, (first, last) in enumerate(ranges):
                 arguments = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from concurrent.futures import Executor
 from typing import Protocol
@@ -14,7 +15,9 @@ from common.kv.pool import KvPool
 from common.kv.shm import ShmLink
 from common.kv.zmq_link import ZmqLink
 
-__all__ = ["GrantOffer", "Link", "LinkError", "LinkLost", "LinkRefused", "LinkTimeout", "open_link"]
+__all__ = ["GrantOffer", "Link", "LinkError", "LinkLost", "LinkRefused", "LinkTimeout", "close_reading", "open_link"]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 5.0
 
@@ -64,6 +67,14 @@ async def open_link(
         except ConnectionRefusedError:
             continue  # gone, or in another network namespace; the next one finds out
     return await ZmqLink.open(offer, pool, timeout_s)
+
+
+async def close_reading(link: Link, name: str) -> None:
+    """Closes a link that has only been read through: a failure to confirm the end can harm nobody."""
+    try:
+        await link.aclose()
+    except LinkError as error:
+        logger.warning("link to %s: %s", name, error)
 
 
 def capabilities() -> Capabilities:

@@ -32,6 +32,7 @@ from common.membership import (
     SnapshotEnd,
 )
 from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone, Stop
+from common.model.kv_layout import fitting_layout
 from common.model.loader import load_stage
 from common.model.runner import StageRunner
 from common.model.spec import ModelSpec
@@ -39,13 +40,11 @@ from common.peers import Peers, beat
 from common.process import own_incarnation
 from common.stage.compute import ComputeThread
 from common.stage.options import StageOptions
-from common.stage.setup import pool_layout, stage_record
+from common.stage.setup import stage_record
 from common.stage.step_clock import StepClock
 from common.stage.worker import CloseHook, LayerHook, StageWorker, StepOutput
 
 logger = logging.getLogger(__name__)
-
-LEASE_TTL_S = 3.0
 
 
 class Sender(NamedTuple):
@@ -148,7 +147,7 @@ class StageService(abc.ABC):
         try:
             async with (
                 EtcdClient(self.options.etcd) as etcd,
-                Membership(etcd, self.options.cluster, LEASE_TTL_S) as membership,
+                Membership(etcd, self.options.cluster) as membership,
             ):
                 await membership.register(stage_record(self.options, self.incarnation, self.inbox.endpoint, details))
                 async with asyncio.TaskGroup() as self.tasks:
@@ -166,7 +165,7 @@ class StageService(abc.ABC):
         torch.set_num_threads(options.num_threads)
         started_s = time.monotonic()
         model = load_stage(self.spec, options.layers, options.device)
-        layout = pool_layout(options, self.spec)
+        layout = fitting_layout(self.spec, options.layers, options.block_size, options.kv_memory_bytes)
         self.pool = KvPool.create(layout, options.device, options.name)
         logger.info(
             "layers %d:%d of %s loaded in %.1f s; %d KV blocks of %d tokens",

@@ -1,13 +1,10 @@
-"""What a stage is before it works: its part of the model, its pool's shape, its record for the others."""
+"""What a stage is before it works: its part of the model, its record for the others."""
 
 from __future__ import annotations
 
 import os
 import socket
 
-import msgspec
-
-from common.kv.layout import PoolLayout, num_blocks_for
 from common.membership import MemberRecord
 from common.model.spec import ModelSpec, load_spec
 from common.stage.options import StageOptions
@@ -21,27 +18,6 @@ def load_stage_spec(options: StageOptions) -> ModelSpec:
     if not 0 <= first < last <= spec.num_layers:
         raise ConfigurationError(f"layers {first}:{last} are not within 0:{spec.num_layers}", field="layers")
     return spec
-
-
-def pool_layout(options: StageOptions, spec: ModelSpec) -> PoolLayout:
-    """The pool that fits into the stage's KV memory. Raises `ConfigurationError`."""
-    layout = PoolLayout(
-        first_layer=options.layers[0],
-        last_layer=options.layers[1],
-        num_blocks=1,
-        block_size=options.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=spec.dtype,
-        fingerprint=spec.fingerprint,
-    )
-    num_blocks = num_blocks_for(layout, options.kv_memory_bytes)
-    if num_blocks < 1:
-        raise ConfigurationError(
-            f"--kv-memory {options.kv_memory_bytes} holds no block of {options.block_size} tokens",
-            field="kv_memory",
-        )
-    return msgspec.structs.replace(layout, num_blocks=num_blocks)
 
 
 def stage_record(options: StageOptions, incarnation: str, endpoint: str, details: dict[str, str]) -> MemberRecord:

@@ -12,7 +12,7 @@ import numpy as np
 from common.kv.checksum import SpanBinding, checksum_of, hash_tokens, slot_digests
 from common.kv.errors import LinkError
 from common.kv.geometry import Int64, plan_slots, span_slots
-from common.kv.link import Link, open_link
+from common.kv.link import Link, close_reading, open_link
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
 from common.membership import PipelineRecord
@@ -174,7 +174,4 @@ def _cut(move: _Move, max_tokens: int) -> Iterator[_Move]:
 
 async def _close(sources: Sequence[_Source]) -> None:
     for source in sources:
-        try:
-            await source.link.aclose()
-        except LinkError as error:
-            logger.warning("link to %s: %s", source.offer.name, error)
+        await close_reading(source.link, source.offer.name)

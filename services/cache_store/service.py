@@ -14,23 +14,21 @@ import msgspec
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
-from common.kv.layout import PoolLayout, num_blocks_for
 from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.loop_monitor import LoopMonitor
 from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Membership, PipelineRecord
 from common.messages import StatsQuery, StatsReply, Stop, StoreInboxMessage
+from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
 from common.process import own_incarnation
 from common.replica_messages import Claim, Claimed, Forget, Locate, Located, Replicate, Replicated, replica_key
-from dejavu.errors import ConfigurationError
 from services.cache_store.keeper import Keeper
 from services.cache_store.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 
-LEASE_TTL_S = 3.0
 RECORD_WAIT_S = 0.5
 SWEEP_S = 5.0
 UNCLAIMED_S = 60.0
@@ -59,8 +57,8 @@ class CacheStore:
         self._options = options
         self._incarnation = own_incarnation()
         self._peers = Peers(f"{options.name}.{self._incarnation}")
-        self._pool = KvPool.create(_layout(options, spec), name=options.name)
-        layout = self._pool.layout
+        layout = fitting_layout(spec, (0, spec.num_layers), options.block_size, options.kv_memory_bytes)
+        self._pool = KvPool.create(layout, name=options.name)
         self._shelf = Shelf(layout.num_blocks, layout.block_size, 2 * layout.num_layers)
         self._keeper = Keeper(self._pool, self._shelf)
         self._queue: asyncio.Queue[tuple[str, StoreInboxMessage]] = asyncio.Queue(MAX_WAITING_MESSAGES)
@@ -84,7 +82,7 @@ class CacheStore:
         try:
             async with (
                 EtcdClient(options.etcd) as etcd,
-                Membership(etcd, options.cluster, LEASE_TTL_S) as store._membership,
+                Membership(etcd, options.cluster) as store._membership,
             ):
                 store._lease_id = store._membership.lease.id
                 await store._membership.register(store._member(server.offer.encode()))
@@ -256,15 +254,3 @@ class CacheStore:
             },
         }
         self._peers.send(query.reply_to, StatsReply(query.query_id, self._options.name, msgspec.msgpack.encode(stats)))
-
-
-def _layout(options: StoreOptions, spec: ModelSpec) -> PoolLayout:
-    layout = PoolLayout(
-        0, spec.num_layers, 1, options.block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.fingerprint
-    )
-    num_blocks = num_blocks_for(layout, options.kv_memory_bytes)
-    if num_blocks < 1:
-        raise ConfigurationError(
-            f"--kv-memory {options.kv_memory_bytes} holds no block of {options.block_size} tokens", field="kv_memory"
-        )
-    return msgspec.structs.replace(layout, num_blocks=num_blocks)

@@ -37,7 +37,6 @@ STATS_WAIT_S = 0.5
 FAREWELL_S = 0.2
 """Time for the last answer to leave."""
 MAX_UNREAD_MESSAGES = 65536
-LEASE_TTL_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +126,7 @@ class RouterService:
         try:
             async with (
                 EtcdClient(options.etcd) as etcd,
-                Membership(etcd, options.cluster, LEASE_TTL_S) as membership,
+                Membership(etcd, options.cluster) as membership,
             ):
                 await self._live(etcd, membership, record, stop)
         finally:

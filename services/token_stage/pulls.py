@@ -12,7 +12,7 @@ from common.kv.arrival import pool_checksum
 from common.kv.checksum import SpanBinding
 from common.kv.errors import LinkError
 from common.kv.geometry import plan_copies
-from common.kv.link import Link, open_link
+from common.kv.link import Link, close_reading, open_link
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.staging import copy_in, landing_pool
@@ -52,7 +52,7 @@ class Pulls:
         self._offers.pop(name, None)
         link = self._links.pop(name, None)
         if link is not None:
-            await _close(link)
+            await close_reading(link, name)
 
     def start(self, pull: Pull) -> None:
         """Begins a pull."""
@@ -108,10 +108,3 @@ class Pulls:
             if store not in self._links:
                 self._links[store] = await open_link(offer, self._pool, executor=self._executor)
             return self._links[store], offer
-
-
-async def _close(link: Link) -> None:
-    try:
-        await link.aclose()
-    except LinkError as error:
-        logger.warning("%s", error)

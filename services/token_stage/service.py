@@ -333,14 +333,15 @@ class TokenStage(StageService):
             "handoff": {"received_bytes": self._received_bytes, "corrupt": self._corrupt_arrivals},
         }
         if self._scheduler is not None:
+            lag_tokens = self._scheduler.replication.lag_tokens()
             stats["replication"] = {
-                "lag_tokens": self._scheduler.replication.lag_tokens(),
+                "lag_tokens": lag_tokens,
                 "stores": self._scheduler.replication.num_stores,
                 "pulled_bytes": self._pulls.received_bytes,
             }
             stats["counters"] = {
                 **self._counts(),
-                "replica_lag_tokens": self._scheduler.replication.lag_tokens(),
+                "replica_lag_tokens": lag_tokens,
             }
             stats["sequences"] = {
                 "running": self._scheduler.num_running,
