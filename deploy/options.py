@@ -6,9 +6,10 @@ import argparse
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.kv.choice import LINK_NAMES
 from dejavu.errors import ConfigurationError
@@ -134,7 +135,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: dejavu serve --model ./my-model --prompt-stages 2 --token-stages 2",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
+    _add_parts(parser.add_argument)
+    _add_survival(parser.add_argument)
+    _add_stages(parser.add_argument)
+    _add_surroundings(parser.add_argument)
+    return parser
+
+
+def _add_parts(add: Callable[..., Any]) -> None:
+    """Which model, and how many processes of which kind."""
     add(
         "--model",
         default=str(ROOT / "models" / "tiny"),
@@ -149,6 +158,13 @@ def _parser() -> argparse.ArgumentParser:
         ("routers", "routers; one leads, the others stand by"),
     ):
         add(f"--{name}", type=_count, default=1, metavar="N", help=what)
+    add("--colocated", action="store_true", help="token pipelines compute prompts, too; no prompt pipelines")
+    add("--prompt-split", type=_split, metavar="A,B", help="layers of each prompt stage (default: even)")
+    add("--token-split", type=_split, metavar="A,B", help="layers of each token stage (default: even)")
+
+
+def _add_survival(add: Callable[..., Any]) -> None:
+    """What is kept ready for when something dies."""
     add(
         "--standbys",
         type=_number,
@@ -172,9 +188,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what a store must have before a token is shown: nothing; all but k tokens' KV; everything",
     )
     add("--no-kill", action="store_true", help="never kill a silent service, only take its lease (to test fencing)")
-    add("--colocated", action="store_true", help="token pipelines compute prompts, too; no prompt pipelines")
-    add("--prompt-split", type=_split, metavar="A,B", help="layers of each prompt stage (default: even)")
-    add("--token-split", type=_split, metavar="A,B", help="layers of each token stage (default: even)")
+
+
+def _add_stages(add: Callable[..., Any]) -> None:
+    """How stages compute."""
     add("--device", default="auto", choices=["cpu", "cuda", "auto"], help="auto: cuda where there is one")
     add(
         "--dtype",
@@ -200,6 +217,10 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="fork stages from a process that has imported torch (never with cuda)",
     )
+
+
+def _add_surroundings(add: Callable[..., Any]) -> None:
+    """Where the system listens and keeps its things."""
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_port, default=5555, help="where clients connect (0: any free port)")
     add("--etcd", metavar="URL", help="use this etcd instead of a private one")
@@ -209,7 +230,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="endpoints for clients on this machine",
     )
-    return parser
 
 
 def _durability(text: str) -> str:

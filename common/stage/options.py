@@ -48,26 +48,7 @@ class StageOptions:
 
 def parse_stage_options(role: str, description: str | None, argv: list[str] | None) -> StageOptions:
     """Parses a stage's command line; argparse ends the process with 2 on a usage error."""
-    parser = argparse.ArgumentParser(f"services.{role}", description=description)
-    add_common_options(parser)
-    parser.add_argument("--pipeline", required=True, help="name of the pipeline, the same for all its stages")
-    parser.add_argument("--stage-index", type=int, required=True)
-    parser.add_argument("--num-stages", type=int, required=True)
-    parser.add_argument("--layers", required=True, metavar="A:B", help="layers A to B-1 of the model")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--kv-memory", type=int, required=True, metavar="BYTES", help="size of the KV pool")
-    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
-    parser.add_argument("--chunk-size", type=int, default=256, metavar="TOKENS", help="tokens of a prefill step")
-    parser.add_argument("--threads", type=int, default=1, help="compute threads")
-    parser.add_argument("--cores", default="", metavar="LIST", help="run on these cores only, e.g. 0,1")
-    parser.add_argument("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels")
-    parser.add_argument("--standby", action="store_true", help="wait until somebody's place is free")
-    if role == "token_stage":
-        parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
-        parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
-        parser.add_argument("--recovery", default="auto", choices=["auto", "restore", "replay"])
-        parser.add_argument("--durability", default="async", help="async, lag:k or sync, for requests that do not say")
-    arguments = parser.parse_args(argv)
+    arguments = _parser(role, description).parse_args(argv)
     first, last = (int(layer) for layer in arguments.layers.split(":"))
     return StageOptions(
         name=arguments.name,
@@ -94,3 +75,26 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
         recovery=getattr(arguments, "recovery", "auto"),
         durability=getattr(arguments, "durability", "async"),
     )
+
+
+def _parser(role: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"services.{role}", description=description)
+    add_common_options(parser)
+    parser.add_argument("--pipeline", required=True, help="name of the pipeline, the same for all its stages")
+    parser.add_argument("--stage-index", type=int, required=True)
+    parser.add_argument("--num-stages", type=int, required=True)
+    parser.add_argument("--layers", required=True, metavar="A:B", help="layers A to B-1 of the model")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--kv-memory", type=int, required=True, metavar="BYTES", help="size of the KV pool")
+    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--chunk-size", type=int, default=256, metavar="TOKENS", help="tokens of a prefill step")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads")
+    parser.add_argument("--cores", default="", metavar="LIST", help="run on these cores only, e.g. 0,1")
+    parser.add_argument("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels")
+    parser.add_argument("--standby", action="store_true", help="wait until somebody's place is free")
+    if role == "token_stage":
+        parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
+        parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
+        parser.add_argument("--recovery", default="auto", choices=["auto", "restore", "replay"])
+        parser.add_argument("--durability", default="async", help="async, lag:k or sync, for requests that do not say")
+    return parser
