@@ -20,6 +20,7 @@ from dejavu.types import Choice, Completion, Token
 from dejavu.wire import MAX_PROMPT_BYTES, MAX_REQUEST_ID_CHARS, Submit
 
 CONNECT_TIMEOUT_S = 5.0
+OUTAGE_LIMIT_S = 30.0
 
 
 class AsyncClient:
@@ -27,13 +28,20 @@ class AsyncClient:
 
     `endpoint` is one router or several (any of them; the client learns the others and finds the leader); None
     looks at `DEJAVU_ENDPOINT`, then at what a running `dejavu serve` left in `DEJAVU_STATE_DIR`, then at
-    tcp://127.0.0.1:5555. When a router dies, live requests continue through another one by themselves.
+    tcp://127.0.0.1:5555. When a router dies, live requests continue through another one by themselves; so they do
+    when all of them died and one is started again at an address that the client knows. A request that no router
+    worked on for `outage_limit_s` fails with `Unavailable`: make that longer than a start of your system takes if
+    requests are to survive it.
     """
 
     def __init__(
-        self, endpoint: str | Sequence[str] | None = None, *, connect_timeout_s: float = CONNECT_TIMEOUT_S
+        self,
+        endpoint: str | Sequence[str] | None = None,
+        *,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        outage_limit_s: float = OUTAGE_LIMIT_S,
     ) -> None:
-        self._session = Session(find_endpoints(endpoint), connect_timeout_s)
+        self._session = Session(find_endpoints(endpoint), connect_timeout_s, outage_limit_s)
 
     async def __aenter__(self) -> Self:
         """Raises `Unavailable` if no router answers within `connect_timeout_s`."""

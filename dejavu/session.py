@@ -36,18 +36,15 @@ MAX_BURST = 16
 DRAIN_LIMIT_S = 60.0
 RETRY_PAUSE_S = 0.1
 """Between two rounds through all known routers."""
-OUTAGE_LIMIT_S = 30.0
-"""A request that no router worked on for so long fails; the servers give it up after the same time."""
-
-
 _Query = tuple[wire.StatusQuery | wire.Drain, asyncio.Future[wire.StatusReply | wire.Drained]]
 
 
 class Session:
     """Live requests and the connection that serves them, run by one task. Use from one event loop."""
 
-    def __init__(self, endpoints: Sequence[str], connect_timeout_s: float) -> None:
+    def __init__(self, endpoints: Sequence[str], connect_timeout_s: float, outage_limit_s: float) -> None:
         self.welcome: wire.Welcome | None = None
+        self._outage_limit_s = outage_limit_s
         self._connect_timeout_s = connect_timeout_s
         self._routers = RouterList(endpoints)
         self._losses: dict[str, str] = {}
@@ -226,8 +223,8 @@ class Session:
         for live in list(self._live.values()):
             if live.unanswered_since_s is None:
                 live.unanswered_since_s = now_s
-            elif now_s - live.unanswered_since_s > OUTAGE_LIMIT_S:
-                self._fail(live, self._unavailable(OUTAGE_LIMIT_S))
+            elif now_s - live.unanswered_since_s > self._outage_limit_s:
+                self._fail(live, self._unavailable(self._outage_limit_s))
 
     def _unavailable(self, waited_s: float) -> Unavailable:
         tried = ", ".join(f"{router} ({self._losses.get(router, 'no answer')})" for router in self._routers)

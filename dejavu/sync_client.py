@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from dejavu.client import CONNECT_TIMEOUT_S, AsyncClient
+from dejavu.client import CONNECT_TIMEOUT_S, OUTAGE_LIMIT_S, AsyncClient
 from dejavu.params import SamplingParams
 from dejavu.types import Completion, Token
 
@@ -21,9 +21,13 @@ class Client:
     (raises `Unavailable`); close it, or use it as a context manager. Threads may share it."""
 
     def __init__(
-        self, endpoint: str | Sequence[str] | None = None, *, connect_timeout_s: float = CONNECT_TIMEOUT_S
+        self,
+        endpoint: str | Sequence[str] | None = None,
+        *,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        outage_limit_s: float = OUTAGE_LIMIT_S,
     ) -> None:
-        self._client = AsyncClient(endpoint, connect_timeout_s=connect_timeout_s)
+        self._client = AsyncClient(endpoint, connect_timeout_s=connect_timeout_s, outage_limit_s=outage_limit_s)
         self._stop = asyncio.Event()
         started: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(

@@ -43,7 +43,10 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
         services.append(_command(name, "router", [*shared, "--port", str(port), *kill]))
     for index in range(options.cache_stores):
         memory = ["--kv-memory", str(_store_bytes(options)), "--block-size", str(options.block_size)]
-        services.append(_command(f"cache-store-{index}", "cache_store", [*shared, *memory]))
+        name = f"cache-store-{index}"
+        disk_dir = options.state_dir.resolve() / "kv" / name
+        memory += ["--disk-memory", str(options.disk_memory_bytes), "--disk-dir", str(disk_dir)]
+        services.append(_command(name, "cache_store", [*shared, *memory]))
     stages = _stages(options, spec)
     shares = _core_shares(options, place.cores, len(stages))
     threads = options.threads_per_stage or max(1, len(place.cores) // max(1, len(stages)))

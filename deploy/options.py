@@ -34,6 +34,7 @@ class ServeOptions:
     standbys: int
     cache_stores: int
     replicas: int
+    disk_memory_bytes: int
     recovery: str
     durability: str
     may_kill: bool
@@ -73,6 +74,7 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         standbys=arguments.standbys,
         cache_stores=arguments.cache_stores,
         replicas=arguments.replicas,
+        disk_memory_bytes=arguments.disk_memory,
         recovery=arguments.recovery,
         durability=arguments.durability,
         may_kill=not arguments.no_kill,
@@ -174,6 +176,14 @@ def _add_survival(add: Callable[..., Any]) -> None:
     )
     add("--cache-stores", type=_number, default=1, metavar="S", help="stores that keep copies of all KV (0: none)")
     add("--replicas", type=_count, default=1, metavar="R", help="stores that each sequence is copied to")
+    add(
+        "--disk-memory",
+        type=_bytes,
+        default=0,
+        metavar="BYTES",
+        help="room of each store in the state directory, where copies outlive everything and those that are not in use "
+        "make way for others (0: none. All KV is written there several times: mind what the disk is good for)",
+    )
     add(
         "--recovery",
         default="auto",

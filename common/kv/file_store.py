@@ -30,7 +30,7 @@ class FileStore:
         self._disk = disk
         self._directory = directory
         self._lock = lock
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
 
     @classmethod
     async def start(cls, directory: Path, *, max_bytes: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> FileStore:
@@ -90,6 +90,14 @@ class FileStore:
         """What is stored, and its shape; files whose header is damaged are left out."""
         return await self._disk.run(self._headers)
 
+    async def remove_damaged(self) -> list[str]:
+        """Deletes the files that nobody can open any more, since their headers are damaged. Their names."""
+        return await self._disk.run(self._remove_damaged)
+
+    async def used_bytes(self) -> int:
+        """What all files take, unfinished ones included."""
+        return await self._disk.run(self._used_bytes)
+
     async def delete(self, key: str) -> None:
         """Whoever has it open can read on. No error where there is nothing."""
 
@@ -110,23 +118,35 @@ class FileStore:
         # any key makes a name: no separators, not too long
         return self._directory / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.kv"
 
-    def _check_room(self, num_bytes: int) -> None:
+    def _used_bytes(self) -> int:
         with typed_errors(str(self._directory)):
-            used_bytes = sum(entry.stat().st_size for entry in os.scandir(self._directory))
-        if used_bytes + num_bytes > self._max_bytes:
-            raise LinkFull(f"{self._directory} has {used_bytes} of {self._max_bytes} bytes, no room for {num_bytes}")
+            return sum(entry.stat().st_size for entry in os.scandir(self._directory))
+
+    def _check_room(self, num_bytes: int) -> None:
+        used_bytes = self._used_bytes()
+        if used_bytes + num_bytes > self.max_bytes:
+            raise LinkFull(f"{self._directory} has {used_bytes} of {self.max_bytes} bytes, no room for {num_bytes}")
 
     def _headers(self) -> dict[str, PoolLayout]:
-        layouts: dict[str, PoolLayout] = {}
-        for path in self._directory.glob("*.kv"):
-            with typed_errors(path.name), path.open("rb") as file:
-                page = file.read(PAGE_BYTES)
-            try:
-                header = decode_header(page, path.name)
-            except LinkDamaged:
-                continue  # who opens it will hear of it
-            layouts[header.key] = header.layout
-        return layouts
+        found = [_read_header(path) for path in self._directory.glob("*.kv")]
+        return {header.key: header.layout for header in found if header is not None}
+
+    def _remove_damaged(self) -> list[str]:
+        damaged = [path for path in self._directory.glob("*.kv") if _read_header(path) is None]
+        with typed_errors(str(self._directory)):
+            for path in damaged:
+                path.unlink()
+        return [str(path) for path in damaged]
+
+
+def _read_header(path: Path) -> FileHeader | None:
+    """None where it is damaged: who opens the file will hear of it."""
+    with typed_errors(path.name), path.open("rb") as file:
+        page = file.read(PAGE_BYTES)
+    try:
+        return decode_header(page, path.name)
+    except LinkDamaged:
+        return None
 
 
 def _take(directory: Path) -> int:

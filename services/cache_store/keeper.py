@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,7 @@ class Keeper:
 
     def held(self, pipeline: str, key: str, token_ids: bytes) -> HeldReplica | None:
         """What a sequence of this pipeline can have, with a checksum for each of its stages."""
-        found = self._shelf.locate(key, token_ids)
+        found = self._shelf.locate(key, token_ids, time.monotonic())
         sources = self._sources.get(pipeline)
         if found is None or sources is None:
             return None
@@ -112,7 +113,7 @@ class Keeper:
         return checksum_of(replica.digests[2 * layers[0] : 2 * layers[1], :num_tokens], binding)
 
     def _move(self, pipeline: str, offer: GrantOffer, item: ReplicaItem) -> _Move | None:
-        blocks = self._shelf.make_room(pipeline, item)
+        blocks = self._shelf.make_room(pipeline, item, time.monotonic())
         if blocks is None:
             return None
         token_range = (item.start, item.start + item.num_tokens)

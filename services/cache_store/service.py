@@ -8,12 +8,14 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
+from common.kv.errors import LinkError
 from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.loop_monitor import LoopMonitor
@@ -24,6 +26,7 @@ from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
 from common.process import own_incarnation
 from common.replica_messages import Claim, Claimed, Forget, Locate, Located, Replicate, Replicated, replica_key
+from services.cache_store.disk import DiskTier
 from services.cache_store.keeper import Keeper
 from services.cache_store.shelf import Shelf
 
@@ -34,6 +37,9 @@ SWEEP_S = 5.0
 UNCLAIMED_S = 60.0
 """How long replicas of a pipeline outlive the epoch that made them, unless the next one uses them."""
 MAX_WAITING_MESSAGES = 65536
+MAX_RECALLS = 1024
+FLUSH_LIMIT_S = 2.0
+"""So long an orderly end waits for the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,9 @@ class StoreOptions:
     dtype: str
     kv_memory_bytes: int
     block_size: int
+    disk_memory_bytes: int
+    disk_dir: Path
+    """Where replicas are written behind to; nothing is written with `disk_memory_bytes` 0."""
 
 
 class CacheStore:
@@ -59,8 +68,10 @@ class CacheStore:
         self._peers = Peers(f"{options.name}.{self._incarnation}")
         layout = fitting_layout(spec, (0, spec.num_layers), options.block_size, options.kv_memory_bytes)
         self._pool = KvPool.create(layout, name=options.name)
-        self._shelf = Shelf(layout.num_blocks, layout.block_size, 2 * layout.num_layers)
+        self._shelf = Shelf(layout.num_blocks, layout.block_size)
         self._keeper = Keeper(self._pool, self._shelf)
+        self._disk: DiskTier | None = None
+        self._recalls: asyncio.Queue[tuple[str, Locate]] = asyncio.Queue(MAX_RECALLS)
         self._queue: asyncio.Queue[tuple[str, StoreInboxMessage]] = asyncio.Queue(MAX_WAITING_MESSAGES)
         self._records: dict[str, PipelineRecord] = {}
         self._record_changed = asyncio.Condition()
@@ -80,6 +91,7 @@ class CacheStore:
         server = await PoolServer.start(store._pool, options.host, store._incarnation)
         store._inbox = await Inbox.bind(f"tcp://{options.host}:*", store._on_frames)
         try:
+            await store._open_disk()
             async with (
                 EtcdClient(options.etcd) as etcd,
                 Membership(etcd, options.cluster) as store._membership,
@@ -91,6 +103,7 @@ class CacheStore:
             store._inbox.close()
             store._peers.close()
             await store._keeper.aclose()
+            await store._close_disk()
             await server.aclose()
             store._pool.close()
 
@@ -101,15 +114,39 @@ class CacheStore:
                 tasks.create_task(self._watch_members()),
                 tasks.create_task(self._watch_pipelines()),
                 tasks.create_task(self._work()),
+                tasks.create_task(self._recall()),
                 tasks.create_task(self._sweep()),
                 tasks.create_task(
                     beat(self._peers, lambda: self._routers, self._options.name, self._incarnation, lambda: 0.0)
                 ),
                 tasks.create_task(self._monitor.watch()),
             ]
+            if self._disk is not None:
+                running.append(tasks.create_task(self._disk.run()))
             await stop.wait()
             for task in running:
                 task.cancel()
+
+    async def _open_disk(self) -> None:
+        options = self._options
+        if not options.disk_memory_bytes:
+            return
+        try:
+            self._disk = await DiskTier.start(options.disk_dir, options.disk_memory_bytes, self._pool, self._shelf)
+            logger.info("%d replicas are on disk in %s", len(self._shelf.replicas), options.disk_dir)
+        except LinkError as error:
+            # requests can be served without it, and a disk that fails must not end a store that is respawned
+            logger.error("no disk tier: %s", error)
+
+    async def _close_disk(self) -> None:
+        if self._disk is None:
+            return
+        try:
+            async with asyncio.timeout(FLUSH_LIMIT_S):
+                await self._disk.write_behind()
+        except TimeoutError:
+            logger.warning("the newest tokens of replicas are not on disk: it took too long")
+        await self._disk.aclose()
 
     def _member(self, kv_offer: str) -> MemberRecord:
         return MemberRecord(
@@ -179,13 +216,30 @@ class CacheStore:
                         failed = await self._keeper.keep(pipeline, items)
                         self._counters["batches"] += 1
                         self._peers.send(sender, Replicated(self._options.name, epoch, batch, failed))
-                case Locate(pipeline, epoch, sequence_id, attempt, token_ids):
-                    if self._accepts(pipeline, epoch):
-                        held = self._keeper.held(pipeline, replica_key(sequence_id), token_ids)
-                        self._peers.send(sender, Located(self._options.name, epoch, sequence_id, attempt, held))
+                case Locate():
+                    is_asleep = self._shelf.is_asleep(replica_key(message.sequence_id))
+                    if self._disk is None or not is_asleep or self._recalls.full():
+                        self._locate(sender, message)
+                    else:
+                        self._recalls.put_nowait((sender, message))  # nobody else waits for the disk
                 case Forget(pipeline, epoch):
                     if self._accepts(pipeline, epoch):
                         self._forget(message)
+
+    def _locate(self, sender: str, locate: Locate) -> None:
+        if self._accepts(locate.pipeline, locate.epoch):
+            held = self._keeper.held(locate.pipeline, replica_key(locate.sequence_id), locate.token_ids)
+            answer = Located(self._options.name, locate.epoch, locate.sequence_id, locate.attempt, held)
+            self._peers.send(sender, answer)
+
+    async def _recall(self) -> None:
+        """Answers who asks for what is only on disk."""
+        while True:
+            sender, locate = await self._recalls.get()
+            self._check_lease()
+            if self._disk is not None:
+                await self._disk.recall(replica_key(locate.sequence_id))
+            self._locate(sender, locate)
 
     def _forget(self, forget: Forget) -> None:
         for key in forget.keys:
@@ -252,5 +306,6 @@ class CacheStore:
                 "tokens": sum(replica.num_tokens for replica in replicas),
                 "received_bytes": self._keeper.received_bytes,
             },
+            "disk": None if self._disk is None else self._disk.figures(),
         }
         self._peers.send(query.reply_to, StatsReply(query.query_id, self._options.name, msgspec.msgpack.encode(stats)))

@@ -14,12 +14,19 @@ Digests = npt.NDArray[np.uint64]
 ID_BYTES = 4
 USED_S = 60.0
 """A replica that somebody asked for stays at least so much longer: stages may be copying it."""
+COLD_S = 5.0
+"""A replica that was not used for so long may leave the memory if it is on disk. Should a stage still be copying it
+then, the checksum tells."""
+NOBODY = ""
+"""The pipeline of a replica that was found on disk: whichever claims first makes it expire."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Replica:
     """KV of the first `num_tokens` tokens lies in `blocks`; `token_ids` may know more (packed int32).
-    `digests` [plane][token] say what was received. Nobody may want it after `expires_at_s`."""
+    `digests` [plane][token] say what was received. Nobody may want it after `expires_at_s`.
+
+    The first `num_on_disk` tokens are on disk, too. An *asleep* replica is only there: it has no blocks."""
 
     pipeline: str
     token_ids: bytes = b""
@@ -27,16 +34,37 @@ class Replica:
     blocks: list[int] = field(default_factory=list)
     digests: Digests = field(default_factory=lambda: np.empty((0, 0), dtype=np.uint64))
     expires_at_s: float | None = None
+    num_on_disk: int = 0
+    num_due: int = 0
+    """so many it has once the copy under way is over"""
+    used_at_s: float = 0.0
+    version: int = 0
+    """rises when tokens are dropped: what was read of them before may not be whole"""
+
+    @property
+    def is_asleep(self) -> bool:
+        return self.num_tokens > 0 and not self.blocks
+
+    def put(self, start: int, digests: Digests) -> None:
+        """Tokens from `start` on are there, as many as `digests` [plane][token] has; tokens behind them are void."""
+        num_planes, num_tokens = digests.shape
+        end = start + num_tokens
+        if self.digests.shape[1] < end:
+            grown = np.empty((num_planes, max(64, 2 * end)), dtype=np.uint64)
+            if start:
+                grown[:, :start] = self.digests[:, :start]
+            self.digests = grown
+        self.digests[:, start:end] = digests
+        self.num_tokens = end
 
 
 class Shelf:
-    """All replicas of one store over `num_blocks` blocks."""
+    """All replicas of one store over `num_blocks` blocks. Times are those of one clock."""
 
-    def __init__(self, num_blocks: int, block_size: int, num_planes: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         self.replicas: dict[str, Replica] = {}
         self._block_size = block_size
         self._num_blocks = num_blocks
-        self._num_planes = num_planes
         self._epochs: dict[str, int] = {}
         self._allocator = BlockAllocator(num_blocks)
 
@@ -47,7 +75,7 @@ class Shelf:
             return None
         self._epochs[pipeline] = epoch
         for replica in self.replicas.values():
-            if replica.pipeline == pipeline:
+            if replica.pipeline in (pipeline, NOBODY):
                 replica.expires_at_s = expires_at_s
         return list(self.replicas)
 
@@ -55,44 +83,40 @@ class Shelf:
         """The fence: whether `epoch` is the one that claimed the pipeline."""
         return self._epochs.get(pipeline) == epoch
 
-    def make_room(self, pipeline: str, item: ReplicaItem) -> list[int] | None:
+    def make_room(self, pipeline: str, item: ReplicaItem, now_s: float) -> list[int] | None:
         """The replica's blocks, enough for the item's tokens; what it held from `start` on is void. None where the
-        item does not continue what is there, or no block is free: then nothing of it is kept."""
+        item does not continue what is there, or no block is free: then nothing of it is kept, but what is asleep."""
         replica = self.replicas.setdefault(item.key, Replica(pipeline))
-        replica.pipeline, replica.expires_at_s = pipeline, None
+        replica.pipeline, replica.expires_at_s, replica.used_at_s = pipeline, None, now_s
+        if replica.is_asleep and item.start:
+            # whoever sent this will send all of it again, or never mention it
+            replica.expires_at_s = now_s + USED_S
+            return None
         if item.start > replica.num_tokens:
             self.forget(item.key)
             return None
+        if item.start < replica.num_tokens:
+            replica.version += 1
         replica.num_tokens = item.start
+        replica.num_on_disk = min(replica.num_on_disk, item.start)
         replica.token_ids = replica.token_ids[: item.start * ID_BYTES] + item.token_ids
-        missing = -(-(item.start + item.num_tokens) // self._block_size) - len(replica.blocks)
-        if missing > 0:
-            more = self._allocate(item.key, missing, is_first=not replica.blocks)
-            if more is None:
-                self.forget(item.key)
-                return None
-            replica.blocks += more
+        if not self._grow(replica, item.start + item.num_tokens, now_s):
+            self.forget(item.key)
+            return None
+        replica.num_due = item.start + item.num_tokens
         return replica.blocks
 
     def commit(self, item: ReplicaItem, digests: Digests) -> None:
         """The item's bytes are there; `digests` [plane][token] are theirs."""
         replica = self.replicas.get(item.key)
-        if replica is None:
-            return
-        end = item.start + item.num_tokens
-        if replica.digests.shape[1] < end:
-            grown = np.empty((self._num_planes, max(64, 2 * end)), dtype=np.uint64)
-            if item.start:
-                grown[:, : item.start] = replica.digests[:, : item.start]
-            replica.digests = grown
-        replica.digests[:, item.start : end] = digests
-        replica.num_tokens = end
+        if replica is not None:
+            replica.put(item.start, digests)
 
     def forget(self, key: str) -> None:
         """Drops a replica, if there is one."""
         replica = self.replicas.pop(key, None)
-        if replica is not None and replica.blocks:
-            self._allocator.release(key)
+        if replica is not None:
+            self.let_go(replica)
 
     def expire(self, key: str, at_s: float) -> None:
         """The replica is dropped at `at_s` unless it is used until then."""
@@ -111,11 +135,12 @@ class Shelf:
         for key in list(self.replicas):
             self.forget(key)
 
-    def locate(self, key: str, token_ids: bytes) -> tuple[Replica, int] | None:
-        """The replica and how many of its tokens a sequence with these ids can use."""
+    def locate(self, key: str, token_ids: bytes, now_s: float) -> tuple[Replica, int] | None:
+        """The replica, if it is awake, and how many of its tokens a sequence with these ids can use."""
         replica = self.replicas.get(key)
-        if replica is None:
+        if replica is None or replica.is_asleep:
             return None
+        replica.used_at_s = now_s
         if replica.expires_at_s is not None:
             replica.expires_at_s += USED_S
         limit = min(replica.num_tokens, len(token_ids) // ID_BYTES)
@@ -124,9 +149,72 @@ class Shelf:
         num_tokens = int(differing[0]) if len(differing) else limit
         return (replica, num_tokens) if num_tokens else None
 
+    # ------------------------------------------------------------ the disk below
+
+    def found(self, key: str, token_ids: bytes) -> None:
+        """A replica of these tokens is on disk."""
+        num_tokens = len(token_ids) // ID_BYTES
+        self.replicas[key] = Replica(NOBODY, token_ids, num_tokens, num_on_disk=num_tokens)
+
+    def is_asleep(self, key: str) -> bool:
+        """Whether there is a replica of this key on disk alone."""
+        return key in self.replicas and self.replicas[key].is_asleep
+
+    def wake(self, asleep: Replica, num_tokens: int, now_s: float) -> Replica | None:
+        """What an asleep replica is to become: with blocks for `num_tokens`, which are still to be filled. None: there
+        is no room. Whoever asked hands it to `woken` or `let_go`."""
+        awake = Replica(asleep.pipeline, asleep.token_ids, used_at_s=now_s)
+        return awake if self._grow(awake, num_tokens, now_s) else None
+
+    def woken(self, key: str, asleep: Replica, awake: Replica) -> None:
+        """`awake` has been filled, as far as its `num_tokens` say; it takes the place of the other, unless that is not
+        wanted any more."""
+        if self.replicas.get(key) is not asleep or not asleep.is_asleep:
+            self.let_go(awake)
+            return
+        awake.pipeline, awake.expires_at_s = asleep.pipeline, asleep.expires_at_s
+        self.replicas[key] = awake
+        if not awake.num_tokens:
+            self.forget(key)
+
+    def let_go(self, replica: Replica) -> None:
+        """Frees a replica's memory."""
+        if replica.blocks:
+            self._allocator.release(replica)
+            replica.blocks = []
+
     def kv_blocks(self) -> dict[str, int]:
         return {"total": self._num_blocks, "free": self._allocator.num_free, "quarantined": 0}
 
-    def _allocate(self, key: str, count: int, *, is_first: bool) -> list[int] | None:
-        blocks = self._allocator.allocate(key, count, count) if is_first else self._allocator.extend(key, count)
-        return None if blocks is None else list(blocks)
+    def _grow(self, replica: Replica, num_tokens: int, now_s: float) -> bool:
+        """Gives a replica blocks for so many tokens; False: there are none."""
+        missing = -(-num_tokens // self._block_size) - len(replica.blocks)
+        if missing <= 0:
+            return True
+        while (more := self._allocate(replica, missing)) is None:
+            if not self._put_to_sleep(now_s):
+                return False
+        replica.blocks += more
+        return True
+
+    def _allocate(self, replica: Replica, count: int) -> list[int] | None:
+        if replica.blocks:
+            return self._allocator.extend(replica, count)
+        return self._allocator.allocate(replica, count, count)
+
+    def _put_to_sleep(self, now_s: float) -> bool:
+        """Takes the memory of the replica that was left alone longest, if one is cold and on disk as a whole."""
+        cold = [
+            replica
+            for replica in self.replicas.values()
+            if replica.blocks
+            and replica.num_on_disk >= max(replica.num_tokens, replica.num_due)
+            and now_s - replica.used_at_s >= COLD_S
+        ]
+        coldest = min(cold, key=lambda replica: replica.used_at_s, default=None)
+        if coldest is None:
+            return False
+        self.let_go(coldest)
+        coldest.digests = np.empty((0, 0), dtype=np.uint64)
+        coldest.version += 1
+        return True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dejavu import AsyncClient, Client, SamplingParams, session
+from dejavu import AsyncClient, Client, SamplingParams
 from dejavu.endpoints import DEFAULT_ENDPOINT, RouterList, find_endpoints
 from dejavu.errors import (
     DejavuError,
@@ -290,9 +290,8 @@ async def test_a_cancelled_request_is_not_submitted_again() -> None:
         assert await heir.got(Cancel) == Cancel("gone")
 
 
-async def test_an_outage_ends_requests_and_the_client_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "OUTAGE_LIMIT_S", 0.3)
-    async with FakeRouter(begin_story) as router, AsyncClient(router.endpoint) as client:
+async def test_an_outage_ends_requests_and_the_client_recovers() -> None:
+    async with FakeRouter(begin_story) as router, AsyncClient(router.endpoint, outage_limit_s=0.3) as client:
         async with aclosing(client.stream("Tell")) as stream:
             tokens = [await anext(stream), await anext(stream)]
             router.close()

@@ -60,7 +60,7 @@ async def ends() -> AsyncIterator[Ends]:
         stage.memory[:] = draws.integers(0, 256, len(stage.memory), dtype=np.uint8)
     store_pool = KvPool.create(layout(0, NUM_LAYERS, 40, 16), name="store")
     servers = [await PoolServer.start(pool, "127.0.0.1", "1") for pool in (*stages, store_pool)]
-    keeper = Keeper(store_pool, Shelf(40, 16, 2 * NUM_LAYERS))
+    keeper = Keeper(store_pool, Shelf(40, 16))
     members = tuple(member(f"s{i}", "token_stage", server.offer.encode()) for i, server in enumerate(servers[:2]))
     await keeper.connect(PipelineRecord("token-0", "token_stage", 1, members))
     try:

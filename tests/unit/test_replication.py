@@ -39,7 +39,7 @@ class Store:
     """The real shelf over a pool of made-up KV; messages are worked off in order."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.shelf = Shelf(num_blocks, STORE_BLOCK_SIZE, 1)
+        self.shelf = Shelf(num_blocks, STORE_BLOCK_SIZE)
         self.pool: dict[int, int] = {}
         self.inbox: deque[Claim | Replicate | Forget | Locate] = deque()
 
@@ -141,7 +141,7 @@ class World:
 
     def check_safe(self, name: str, tokens: list[int], max_lag: int) -> None:
         """A token after `tokens` is delivered: a store must have nearly all KV before it, unless none had room."""
-        kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens)) for store in self.stores.values()]
+        kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
         is_safe = any(found is not None and found[1] >= len(tokens) - max_lag for found in kept)
         assert is_safe or self.num_refused or not self.token.replication.num_stores
 
@@ -216,12 +216,12 @@ class World:
                     else:
                         store.shelf.forget(key)
             case Locate(_, epoch, sequence_id, attempt, ids):
-                found = store.shelf.locate(replica_key(sequence_id), ids)
+                found = store.shelf.locate(replica_key(sequence_id), ids, 0.0)
                 held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)
                 self.wire.append(("located", (epoch, sequence_id, attempt, name, held)))
 
     def _keep(self, store: Store, item: ReplicaItem) -> bool:
-        blocks = store.shelf.make_room("token-0", item)
+        blocks = store.shelf.make_room("token-0", item, 0.0)
         if blocks is None:
             self.num_refused += 1
             return False
@@ -323,13 +323,13 @@ def test_replicas_do_come_back() -> None:
 
 
 def test_a_damaged_or_foreign_replica_is_not_used() -> None:
-    shelf = Shelf(4, STORE_BLOCK_SIZE, 1)
+    shelf = Shelf(4, STORE_BLOCK_SIZE)
     item = ReplicaItem("r/0", 0, 5, [0], pack_ids([1, 2, 3, 4, 5, 6]))
-    assert shelf.make_room("p", item) is not None
+    assert shelf.make_room("p", item, 0.0) is not None
     shelf.commit(item, np.zeros((1, 5), dtype=np.uint64))
-    assert shelf.locate("r/0", pack_ids([9, 2, 3])) is None
-    found = shelf.locate("r/0", pack_ids([1, 2, 7, 4]))
+    assert shelf.locate("r/0", pack_ids([9, 2, 3]), 0.0) is None
+    found = shelf.locate("r/0", pack_ids([1, 2, 7, 4]), 0.0)
     assert found is not None
     assert found[1] == 2
     gap = ReplicaItem("r/0", 7, 1, [0], pack_ids([7]))
-    assert shelf.make_room("p", gap) is None
+    assert shelf.make_room("p", gap, 0.0) is None

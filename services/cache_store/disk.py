@@ -1,0 +1,280 @@
+"""The disk tier of a store: what is on the shelf is written behind to files, which outlive the store.
+
+One pass after the other compares shelf and disk and mends the difference, so nobody has to tell it what changed; what
+grew several times between two passes is written once. The disk's thread copies from the pool while the shelf goes on:
+if tokens were dropped meanwhile, the file is thrown away before it is visible.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from common.kv.checksum import hash_tokens
+from common.kv.errors import LinkDamaged, LinkError, LinkFull, LinkRefused
+from common.kv.file_link import FileLink
+from common.kv.file_store import FileStore
+from common.kv.geometry import CopyPlan, plan_slots, span_slots
+from common.kv.layout import PoolLayout
+from common.kv.pool import KvPool
+from services.cache_store.segments import (
+    Segment,
+    SegmentNote,
+    agreeing,
+    chain,
+    new_note,
+    next_segment,
+    segment_name,
+    sequence_key,
+)
+from services.cache_store.shelf import ID_BYTES, Replica, Shelf
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S = 0.25
+"""Between two passes: what is lost at most if everything dies, besides the pass itself."""
+FULL_PAUSE_S = 5.0
+"""So long nothing is written after the disk was full."""
+
+
+class DiskTier:
+    """The files of one store. Run it with `run`; from one event loop."""
+
+    def __init__(self, files: FileStore, pool: KvPool, shelf: Shelf) -> None:
+        self._files = files
+        self._pool = pool
+        self._shelf = shelf
+        self._segments: dict[str, list[Segment]] = {}
+        self._full_until_s = 0.0
+        self._used_bytes = 0
+        self._one_at_a_time = asyncio.Lock()
+        self._counts = {"written_bytes": 0, "read_bytes": 0, "recalled": 0, "failures": 0, "full": 0, "damaged": 0}
+
+    @classmethod
+    async def start(cls, directory: Path, max_bytes: int, pool: KvPool, shelf: Shelf) -> DiskTier:
+        """Puts what is in the directory on the shelf, asleep; what is damaged or of another model is deleted. Raises
+        `LinkError`."""
+        files = await FileStore.start(directory, max_bytes=max_bytes)
+        tier = cls(files, pool, shelf)
+        try:
+            await tier._find()
+            tier._used_bytes = await files.used_bytes()
+        except BaseException:
+            await files.aclose()
+            raise
+        return tier
+
+    async def run(self) -> None:
+        """Writes behind until cancelled."""
+        while True:
+            await asyncio.sleep(PAUSE_S)
+            await self.write_behind()
+
+    async def aclose(self) -> None:
+        await self._files.aclose()
+
+    def figures(self) -> dict[str, Any]:
+        """For `status`."""
+        return {
+            "used_bytes": self._used_bytes,
+            "max_bytes": self._files.max_bytes,
+            "sequences": len(self._segments),
+            "tokens": sum(segments[-1].end for segments in self._segments.values() if segments),
+            "asleep": sum(replica.is_asleep for replica in self._shelf.replicas.values()),
+            **self._counts,
+        }
+
+    # ------------------------------------------------------------ writing
+
+    async def write_behind(self) -> None:
+        """One pass: deletes what is not on the shelf any more, writes what is new there."""
+        for key in [key for key in self._segments if key not in self._shelf.replicas]:
+            async with self._one_at_a_time:
+                if key not in self._shelf.replicas:
+                    await self._delete(key, self._segments.pop(key))
+        for key, replica in list(self._shelf.replicas.items()):
+            if replica.blocks and replica.num_on_disk < replica.num_tokens and time.monotonic() >= self._full_until_s:
+                await self._save(key, replica)
+        try:
+            self._used_bytes = await self._files.used_bytes()
+        except LinkError as error:
+            self._note_failure(error)
+
+    async def _save(self, key: str, replica: Replica) -> None:
+        num_tokens = replica.num_tokens  # it grows while we write
+        try:
+            while self._is_kept(key, replica) and replica.num_on_disk < num_tokens:
+                async with self._one_at_a_time:
+                    if not await self._append(key, replica):
+                        return
+        except LinkFull as error:
+            if not self._counts["full"]:
+                logger.warning("from here on replicas may be in memory only: %s", error)
+            self._counts["full"] += 1
+            self._full_until_s = time.monotonic() + FULL_PAUSE_S
+        except LinkError as error:
+            self._note_failure(error)
+
+    async def _append(self, key: str, replica: Replica) -> bool:
+        """Writes the replica's next segment. False: it was changed meanwhile."""
+        known = agreeing(self._segments.get(key, []), replica.token_ids)
+        if not known or known[-1].end < replica.num_tokens:
+            start, end = next_segment(known, replica.num_tokens)
+            version, token_ids = replica.version, replica.token_ids[: end * ID_BYTES]
+            note = new_note(start, token_ids, replica.digests[:, start:end])
+            layout = self._layout(end - start)
+            plan = self._plan(layout, replica.blocks, start, end, to_disk=True)
+            link = await self._files.create(segment_name(key, start), layout)
+            try:
+                await link.write(self._pool, plan)
+                if not self._is_kept(key, replica) or replica.version != version:
+                    return False
+                await self._files.finish(link, segment_name(key, start), msgspec.msgpack.encode(note))
+            finally:
+                await link.aclose()
+            self._counts["written_bytes"] += layout.total_bytes
+            await self._replace(key, [*known, Segment(start, end, hash_tokens(token_ids))])
+        replica.num_on_disk = min(self._segments[key][-1].end, replica.num_tokens)
+        return True
+
+    async def _replace(self, key: str, segments: Sequence[Segment]) -> None:
+        """The last segment has been written and takes the place of all that begin where it does, or behind."""
+        last = segments[-1]
+        before = self._segments.get(key, [])
+        self._segments[key] = [segment for segment in segments if segment.start < last.start] + [last]
+        await self._delete(key, [segment for segment in before if segment.start > last.start])
+
+    def _is_kept(self, key: str, replica: Replica) -> bool:
+        return self._shelf.replicas.get(key) is replica and bool(replica.blocks)
+
+    # ------------------------------------------------------------ reading
+
+    async def recall(self, key: str) -> None:
+        """Wakes a replica, as far as it is intact, if it is asleep and there is room in memory."""
+        async with self._one_at_a_time:
+            asleep = self._shelf.replicas.get(key)
+            if asleep is None or not asleep.is_asleep:
+                return
+            segments = agreeing(self._segments.get(key, []), asleep.token_ids)
+            awake = self._shelf.wake(asleep, segments[-1].end if segments else 0, time.monotonic())
+            if awake is None:
+                return
+            try:
+                await self._read_all(key, segments, awake)
+            except LinkError as error:
+                self._note_failure(error)
+                self._shelf.let_go(awake)
+                return
+            except BaseException:
+                self._shelf.let_go(awake)
+                raise
+            awake.num_on_disk = awake.num_tokens
+            self._shelf.woken(key, asleep, awake)
+
+    async def _read_all(self, key: str, segments: Iterable[Segment], replica: Replica) -> None:
+        """As far as they are intact. Raises `LinkError`."""
+        try:
+            for segment in segments:
+                await self._read(key, segment, replica)
+            self._counts["recalled"] += 1
+        except LinkDamaged as error:
+            await self._cut_off(key, replica.num_tokens, error)
+
+    async def _read(self, key: str, segment: Segment, replica: Replica) -> None:
+        link = await self._files.open(segment_name(key, segment.start), self._pool)
+        try:
+            digests = self._note(link).digest_array()
+            if digests.shape[1] != segment.end - segment.start:
+                raise LinkDamaged(f"{segment_name(key, segment.start)} has {digests.shape[1]} tokens, not {segment}")
+            plan = self._plan(link.layout, replica.blocks, segment.start, segment.end, to_disk=False)
+            await link.read(self._pool, plan)
+        finally:
+            await link.aclose()
+        replica.put(segment.start, digests)
+        self._counts["read_bytes"] += link.layout.total_bytes
+
+    async def _cut_off(self, key: str, num_tokens: int, error: LinkDamaged) -> None:
+        """What begins there, or behind, is void."""
+        logger.warning("of %s only %d tokens are left: %s", key, num_tokens, error)
+        self._counts["damaged"] += 1
+        segments = self._segments[key]
+        self._segments[key] = [segment for segment in segments if segment.end <= num_tokens]
+        await self._delete(key, [segment for segment in segments if segment.end > num_tokens])
+
+    async def _find(self) -> None:
+        for name in await self._files.remove_damaged():
+            logger.warning("%s was damaged and is gone", name)
+            self._counts["damaged"] += 1
+        notes: dict[str, list[SegmentNote]] = {}
+        names = await self._files.keys()
+        for name in names:
+            note = await self._try_note(name)
+            if note is not None:
+                notes.setdefault(sequence_key(name), []).append(note)
+        used: set[str] = set()
+        for key, found in notes.items():
+            segments, token_ids = chain(found)
+            if segments:
+                self._segments[key] = segments
+                self._shelf.found(key, token_ids)
+                used.update(segment_name(key, segment.start) for segment in segments)
+        for name in names.keys() - used:
+            await self._files.delete(name)
+
+    async def _try_note(self, name: str) -> SegmentNote | None:
+        """What goes with a file; None where it is of no use here."""
+        try:
+            link = await self._files.open(name, self._pool)
+            try:
+                return self._note(link)
+            finally:
+                await link.aclose()
+        except (LinkDamaged, LinkRefused) as error:
+            logger.warning("%s is void: %s", name, error)
+            self._counts["damaged"] += 1
+            return None
+
+    def _note(self, link: FileLink) -> SegmentNote:
+        """Raises `LinkDamaged`, `LinkRefused`."""
+        try:
+            note = msgspec.msgpack.decode(link.note, type=SegmentNote)
+            num_planes = len(note.digest_array())
+        except (msgspec.DecodeError, ValueError) as error:
+            raise LinkDamaged(f"{self._pool.name} cannot read what goes with a file: {error}") from error
+        if link.layout != self._layout(note.num_tokens) or num_planes != 2 * link.layout.num_layers:
+            raise LinkRefused(f"{self._pool.name} has other layers or heads than {link.layout}")
+        return note
+
+    # ------------------------------------------------------------ files
+
+    async def _delete(self, key: str, segments: Iterable[Segment]) -> None:
+        try:
+            for segment in segments:
+                await self._files.delete(segment_name(key, segment.start))
+        except LinkError as error:
+            self._note_failure(error)
+
+    def _layout(self, num_tokens: int) -> PoolLayout:
+        """A segment's file: one block."""
+        return msgspec.structs.replace(self._pool.layout, num_blocks=1, block_size=num_tokens)
+
+    def _plan(self, file: PoolLayout, blocks: Sequence[int], start: int, end: int, *, to_disk: bool) -> CopyPlan:
+        pool = self._pool.layout
+        ours = span_slots(pool, blocks, (start, end), pool.layers, pool.heads)
+        theirs = np.arange(end - start, dtype=np.int64)
+        if to_disk:
+            return plan_slots(pool, ours, file, theirs, pool.layers, pool.heads)
+        return plan_slots(file, theirs, pool, ours, pool.layers, pool.heads)
+
+    def _note_failure(self, error: LinkError) -> None:
+        """The first of several is told; `status` counts them all."""
+        if not self._counts["failures"]:
+            logger.warning("the disk fails: %s", error)
+        self._counts["failures"] += 1
