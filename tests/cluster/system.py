@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,18 +37,33 @@ class System:
         self.process.send_signal(number)
         return self.process.wait(timeout=30)
 
+    def kill_everything(self) -> None:
+        """Returns when no process of it is left: supervisor, etcd, services."""
+        below = descendants(self.process.pid)
+        self.process.kill()
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):  # it died with its parent
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(timeout=30)
+        deadline_s = time.monotonic() + 30
+        while left := [pid for pid in below if Path("/proc", str(pid)).exists()]:
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.01)
+
 
 def serve_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "dejavu", "serve", *arguments]
 
 
 @contextlib.contextmanager
-def running(*arguments: str, model: str | Path = TINY) -> Iterator[System]:
-    """Runs `dejavu serve` with these arguments on a free port; stops it and checks that it exits with 0."""
+def running(*arguments: str, model: str | Path = TINY, state_dir: Path | None = None) -> Iterator[System]:
+    """Runs `dejavu serve` with these arguments on a free port; stops it and checks that it exits with 0, and leaves
+    nothing behind unless it was killed."""
     with tempfile.TemporaryDirectory(prefix="dejavu-test-") as folder:
         log, temporary = Path(folder, "serve.log"), Path(folder, "tmp")
         temporary.mkdir()
-        command = serve_command("--port", "0", "--state-dir", folder, "--model", str(model), *arguments)
+        state = str(state_dir or folder)
+        command = serve_command("--port", "0", "--state-dir", state, "--model", str(model), *arguments)
         with log.open("w") as errors:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
@@ -60,12 +76,13 @@ def running(*arguments: str, model: str | Path = TINY) -> Iterator[System]:
             line = process.stdout.readline()
             watchdog.cancel()
             assert line.startswith("ready tcp://"), f"serve did not start:\n{log.read_text()[-6000:]}"
-            system = System(process, line.split()[1].split(",")[0], log, folder)
+            system = System(process, line.split()[1].split(",")[0], log, state)
             yield system
             if process.poll() is None:
                 assert system.stop() == 0, log.read_text()[-3000:]
+            was_killed = process.returncode < 0
             left = [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
-            assert not left, left
+            assert was_killed or not left, left
         finally:
             watchdog.cancel()
             if process.poll() is None:
