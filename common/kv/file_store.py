@@ -31,6 +31,7 @@ class FileStore:
         self._directory = directory
         self._lock = lock
         self.max_bytes = max_bytes
+        self._room_bytes = 0  # as of the last look at the files, without what was freed since
 
     @classmethod
     async def start(cls, directory: Path, *, max_bytes: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> FileStore:
@@ -50,7 +51,7 @@ class FileStore:
         part = self._path(key).with_suffix(f".{secrets.token_hex(4)}.part")
 
         def create() -> FilePool:
-            self._check_room(PAGE_BYTES + layout.total_bytes)
+            self._take_room(PAGE_BYTES + layout.total_bytes)
             with typed_errors(f"{self._directory} for {key}"):
                 fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -120,12 +121,15 @@ class FileStore:
 
     def _used_bytes(self) -> int:
         with typed_errors(str(self._directory)):
-            return sum(entry.stat().st_size for entry in os.scandir(self._directory))
+            used_bytes = sum(entry.stat().st_size for entry in os.scandir(self._directory))
+        self._room_bytes = self.max_bytes - used_bytes
+        return used_bytes
 
-    def _check_room(self, num_bytes: int) -> None:
-        used_bytes = self._used_bytes()
-        if used_bytes + num_bytes > self.max_bytes:
+    def _take_room(self, num_bytes: int) -> None:
+        # many files take long to look at
+        if num_bytes > self._room_bytes and num_bytes > self.max_bytes - (used_bytes := self._used_bytes()):
             raise LinkFull(f"{self._directory} has {used_bytes} of {self.max_bytes} bytes, no room for {num_bytes}")
+        self._room_bytes -= num_bytes
 
     def _headers(self) -> dict[str, PoolLayout]:
         found = [_read_header(path) for path in self._directory.glob("*.kv")]

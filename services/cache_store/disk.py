@@ -40,8 +40,10 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.25
 """Between two passes: what is lost at most if everything dies, besides the pass itself."""
-FULL_PAUSE_S = 5.0
-"""So long nothing is written after the disk was full."""
+FAILURE_PAUSE_S = 5.0
+"""So long nothing is written after the disk was full, or failed."""
+TIMEOUT_S = 10.0
+"""Of reading or writing one segment: somebody may wait for a replica that is behind it."""
 
 
 class DiskTier:
@@ -52,7 +54,7 @@ class DiskTier:
         self._pool = pool
         self._shelf = shelf
         self._segments: dict[str, list[Segment]] = {}
-        self._full_until_s = 0.0
+        self._paused_until_s = 0.0
         self._used_bytes = 0
         self._one_at_a_time = asyncio.Lock()
         self._counts = {"written_bytes": 0, "read_bytes": 0, "recalled": 0, "failures": 0, "full": 0, "damaged": 0}
@@ -61,7 +63,7 @@ class DiskTier:
     async def start(cls, directory: Path, max_bytes: int, pool: KvPool, shelf: Shelf) -> DiskTier:
         """Puts what is in the directory on the shelf, asleep; what is damaged or of another model is deleted. Raises
         `LinkError`."""
-        files = await FileStore.start(directory, max_bytes=max_bytes)
+        files = await FileStore.start(directory, max_bytes=max_bytes, timeout_s=TIMEOUT_S)
         tier = cls(files, pool, shelf)
         try:
             await tier._find()
@@ -95,13 +97,17 @@ class DiskTier:
 
     async def write_behind(self) -> None:
         """One pass: deletes what is not on the shelf any more, writes what is new there."""
-        for key in [key for key in self._segments if key not in self._shelf.replicas]:
+        gone = [key for key in self._segments if key not in self._shelf.replicas]
+        for key in gone:
             async with self._one_at_a_time:
                 if key not in self._shelf.replicas:
                     await self._delete(key, self._segments.pop(key))
-        for key, replica in list(self._shelf.replicas.items()):
-            if replica.blocks and replica.num_on_disk < replica.num_tokens and time.monotonic() >= self._full_until_s:
+        behind = [(key, each) for key, each in self._shelf.replicas.items() if each.num_on_disk < each.num_tokens]
+        for key, replica in behind:
+            if time.monotonic() >= self._paused_until_s:
                 await self._save(key, replica)
+        if not gone and not behind:
+            return
         try:
             self._used_bytes = await self._files.used_bytes()
         except LinkError as error:
@@ -118,7 +124,7 @@ class DiskTier:
             if not self._counts["full"]:
                 logger.warning("from here on replicas may be in memory only: %s", error)
             self._counts["full"] += 1
-            self._full_until_s = time.monotonic() + FULL_PAUSE_S
+            self._paused_until_s = time.monotonic() + FAILURE_PAUSE_S
         except LinkError as error:
             self._note_failure(error)
 
@@ -278,3 +284,4 @@ class DiskTier:
         if not self._counts["failures"]:
             logger.warning("the disk fails: %s", error)
         self._counts["failures"] += 1
+        self._paused_until_s = time.monotonic() + FAILURE_PAUSE_S

@@ -166,14 +166,14 @@ async def test_a_full_disk_costs_nothing_but_the_copy(tmp_path: Path, caplog: py
         await store.tier.write_behind()
         assert store.keep("b/0", IDS, 0, 200)
         for _ in range(2):
-            store.tier._full_until_s = 0.0
+            store.tier._paused_until_s = 0.0
             await store.tier.write_behind()
         figures = store.tier.figures()
         assert (figures["full"], figures["sequences"], figures["failures"]) == (2, 1, 0)
         assert caplog.text.count("no room") == 1
         await store.check("b/0", IDS, 200)
         store.shelf.forget("a/0")
-        store.tier._full_until_s = 0.0
+        store.tier._paused_until_s = 0.0
         await store.tier.write_behind()
         assert store.tier.figures()["sequences"] == 1
     async with opened(tmp_path) as store:
