@@ -38,8 +38,11 @@ from services.cache_store.shelf import ID_BYTES, Replica, Shelf
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S = 0.25
-"""Between two passes: what is lost at most if everything dies, besides the pass itself."""
+BUSY_SHARE = 0.1
+"""At most so much of the time is spent on passes: the more there is to write, the rarer they are and the larger the files,
+which are less work for each token."""
+MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 3.0
+"""Between two passes. The tokens of so long are lost, and computed again, if everything dies."""
 FAILURE_PAUSE_S = 5.0
 """So long nothing is written after the disk was full, or failed."""
 TIMEOUT_S = 10.0
@@ -76,8 +79,11 @@ class DiskTier:
     async def run(self) -> None:
         """Writes behind until cancelled."""
         while True:
-            await asyncio.sleep(PAUSE_S)
+            started_s = time.monotonic()
             await self.write_behind()
+            took_s = time.monotonic() - started_s
+            pause_s = took_s / BUSY_SHARE - took_s
+            await asyncio.sleep(min(max(pause_s, MIN_PAUSE_S), MAX_PAUSE_S))
 
     async def aclose(self) -> None:
         await self._files.aclose()
@@ -114,11 +120,11 @@ class DiskTier:
             self._note_failure(error)
 
     async def _save(self, key: str, replica: Replica) -> None:
-        num_tokens = replica.num_tokens  # it grows while we write
+        num_tokens = replica.num_tokens  # it may grow, or be cut, while we write
         try:
-            while self._is_kept(key, replica) and replica.num_on_disk < num_tokens:
+            while replica.num_on_disk < min(num_tokens, replica.num_tokens):
                 async with self._one_at_a_time:
-                    if not await self._append(key, replica):
+                    if not self._is_kept(key, replica) or not await self._append(key, replica):
                         return
         except LinkFull as error:
             if not self._counts["full"]:

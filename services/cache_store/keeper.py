@@ -90,7 +90,7 @@ class Keeper:
         except LinkError as error:
             logger.warning("copying from %s: %s", pipeline, error)
             for item in items:
-                self._shelf.forget(item.key)
+                self._shelf.abandon(item.key, time.monotonic())
             return [item.key for item in items]
         return failed
 

@@ -89,8 +89,7 @@ class Shelf:
         replica = self.replicas.setdefault(item.key, Replica(pipeline))
         replica.pipeline, replica.expires_at_s, replica.used_at_s = pipeline, None, now_s
         if replica.is_asleep and item.start:
-            # whoever sent this will send all of it again, or never mention it
-            replica.expires_at_s = now_s + USED_S
+            self.abandon(item.key, now_s)
             return None
         if item.start > replica.num_tokens:
             self.forget(item.key)
@@ -111,6 +110,14 @@ class Shelf:
         replica = self.replicas.get(item.key)
         if replica is not None:
             replica.put(item.start, digests)
+
+    def abandon(self, key: str, now_s: float) -> None:
+        """What was to be copied did not come. What was there before stays for whoever asks: its driver sends all of it
+        again, or dies, or never mentions it again."""
+        replica = self.replicas.get(key)
+        if replica is not None:
+            replica.num_due = 0
+            replica.expires_at_s = now_s + USED_S
 
     def forget(self, key: str) -> None:
         """Drops a replica, if there is one."""

@@ -31,12 +31,12 @@ def store_disk(client: Client) -> dict[str, Any]:
 def follow(client: Client, prompt: list[int], tokens: list[int], begun: queue.Queue[int]) -> None:
     for token in client.stream(prompt, LONG):
         tokens.append(token.id)
-        if len(tokens) == 100:
+        if len(tokens) == 20:
             begun.put(1)
 
 
 def test_streams_survive_the_death_of_everything(tmp_path: Path) -> None:
-    work = prompts(41, [10, 40, 70, 33])
+    work = prompts(41, [10, 40, 70])
     answers: list[list[int]] = [[] for _ in work]
     begun: queue.Queue[int] = queue.Queue()
     with ThreadPoolExecutor(len(work)) as executor:
@@ -48,7 +48,7 @@ def test_streams_survive_the_death_of_everything(tmp_path: Path) -> None:
             ]
             for _ in work:
                 begun.get(timeout=30)
-            while (num_safe := store_disk(client)["tokens"]) < 80 * len(work):
+            while (safe := store_disk(client))["sequences"] < len(work):
                 pass
             system.kill_everything()
         assert not any(stream.done() for stream in streams)
@@ -65,4 +65,4 @@ def test_streams_survive_the_death_of_everything(tmp_path: Path) -> None:
     assert disk["recalled"] == counters["recoveries"] == len(work)
     assert disk["failures"] == disk["damaged"] == disk["full"] == 0
     # nothing is computed again but what the disk lacked, and the last token of each
-    assert counters["recomputed_tokens"] <= num_known - num_safe + len(work)
+    assert counters["recomputed_tokens"] <= num_known - safe["tokens"] + len(work)

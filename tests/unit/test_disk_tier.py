@@ -243,6 +243,60 @@ async def test_files_of_another_model_are_not_used(tmp_path: Path) -> None:
         assert not store.shelf.replicas and not list(tmp_path.glob("*.kv"))
 
 
+async def test_in_any_order_of_events_what_is_found_is_what_was_kept(tmp_path: Path) -> None:
+    """Texts grow, are cut, end and are asked for while passes and recalls are under way, in too small a memory."""
+    num_recalled = 0
+    for seed in range(6):
+        async with opened(tmp_path) as store:
+            known = await _work_at_random(store, random.Random(seed))
+            num_recalled += store.tier.figures()["recalled"]
+        async with opened(tmp_path) as store:
+            for key, num_tokens in known.items():
+                num_found = store.shelf.replicas[key].num_tokens
+                assert num_found >= num_tokens  # what was cut off may still be there
+                await store.check(key, [int(key[0]), *IDS], num_found)
+                store.shelf.forget(key)
+            await store.tier.write_behind()
+    assert num_recalled
+
+
+async def _work_at_random(store: Store, draws: random.Random) -> dict[str, int]:
+    """Returns what is kept in the end, all of it on disk."""
+    lengths: dict[str, int] = {}
+    store.now_s = time.monotonic()
+    passing = asyncio.ensure_future(store.tier.write_behind())
+    for _ in range(200):
+        store.now_s += COLD_S / 3
+        key = f"{draws.randrange(9)}/0"
+        ids = [int(key[0]), *IDS]
+        match draws.randrange(6):
+            case 0 | 1:
+                length = lengths.get(key, 0)
+                start = draws.randint(0, length) if draws.random() < 0.2 else length
+                end = min(start + draws.choice([1, 2, 60, 150]), len(ids))
+                lengths[key] = end if start < end and store.keep(key, ids, start, end) else 0
+            case 2 if draws.random() < 0.3:
+                store.shelf.forget(key)
+                lengths.pop(key, None)
+            case 3 if passing.done():
+                await passing
+                passing = asyncio.ensure_future(store.tier.write_behind())
+            case 4:
+                await store.tier.recall(key)
+                found = store.shelf.locate(key, pack_ids(ids), store.now_s)
+                await store.check(key, ids, found[1] if found else 0)
+            case _:
+                await asyncio.sleep(0)
+    await passing
+    await store.tier.write_behind()
+    figures = store.tier.figures()
+    assert not figures["failures"] and not figures["damaged"]
+    known = {key: replica.num_tokens for key, replica in store.shelf.replicas.items()}
+    store.shelf.clear()
+    assert store.shelf.kv_blocks()["free"] == LAYOUT.num_blocks
+    return known
+
+
 def test_killed_at_any_moment_a_writer_leaves_a_chain_of_whole_segments(tmp_path: Path) -> None:
     draws = random.Random(1)
     for _ in range(3):

@@ -127,6 +127,19 @@ async def test_damage_in_the_store_shows() -> None:
         assert (first, second) == (False, True)
 
 
+async def test_when_a_stage_is_lost_what_was_copied_before_stays() -> None:
+    blocks = list(range(38))
+    async with ends() as found:
+        assert await found.keeper.keep("token-0", [item(0, 117, blocks)]) == []
+        await found.keeper._sources["token-0"][1].link.aclose()
+        assert await found.keeper.keep("token-0", [item(117, 299, blocks)]) == [KEY]
+        held = found.keeper.held("token-0", KEY, pack_ids(TOKENS))
+        assert held is not None and held.num_tokens == 117
+        for index in (0, 1):
+            _, intact = await pull(found, held, index)
+            assert intact
+
+
 async def test_what_does_not_fit_is_refused_and_leaves_nothing() -> None:
     blocks = list(range(38))
     async with ends() as found:
