@@ -39,8 +39,8 @@ from services.cache_store.shelf import ID_BYTES, Replica, Shelf
 logger = logging.getLogger(__name__)
 
 BUSY_SHARE = 0.1
-"""At most so much of the time is spent on passes: the more there is to write, the rarer they are and the larger the files,
-which are less work for each token."""
+"""At most so much of the time is spent on passes: the more there is to write, the rarer they are and the larger the
+files, which are less work for each token."""
 MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 3.0
 """Between two passes. The tokens of so long are lost, and computed again, if everything dies."""
 FAILURE_PAUSE_S = 5.0
