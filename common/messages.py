@@ -121,11 +121,19 @@ class StatsQuery(msgspec.Struct, frozen=True, array_like=True, tag="stats_query"
 
 
 class StageReady(msgspec.Struct, frozen=True, array_like=True, tag="stage_ready"):
-    """A stage tells its pipeline's driver that it runs this epoch with `num_blocks` KV blocks."""
+    """A stage tells its pipeline's driver that it runs this epoch with `num_blocks` KV blocks. With a host tier these
+    lie there, the device holds `num_device_blocks` of them, and to bring one in takes about `block_copy_s`."""
 
     epoch: int
     stage_index: int
     num_blocks: int
+    num_device_blocks: int | None = None
+    block_copy_s: float = 0.0
+
+    @property
+    def num_sequence_blocks(self) -> int:
+        """What one sequence can have."""
+        return self.num_blocks if self.num_device_blocks is None else min(self.num_blocks, self.num_device_blocks)
 
 
 class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
@@ -244,15 +252,27 @@ class ChunkWork(msgspec.Struct, frozen=True, array_like=True):
     draws: bool
 
 
+class SwapFigures(msgspec.Struct, frozen=True, array_like=True):
+    """What bringing a step's sequences in took on the stage where it took longest."""
+
+    copy_s: float = 0.0
+    waited_s: float = 0.0
+    num_blocks: int = 0
+
+
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """One pass through a pipeline: first the closes, then the opens, then the chunks. Every stage sees the steps
-    in the same order, so their tables agree."""
+    in the same order, so their tables agree. `upcoming` are the sequences that the next step will probably have, with
+    how many tokens they have KV of; `parked` will not come for a while; `swap` is the worst of the stages so far."""
 
     epoch: int
     step: int
     closes: list[str]
     opens: list[SequenceOpen]
     chunks: list[ChunkWork]
+    upcoming: list[tuple[str, int]] = []
+    parked: list[str] = []
+    swap: SwapFigures | None = None
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
@@ -261,6 +281,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     epoch: int
     step: int
     drawn: list[Drawn]
+    swap: SwapFigures | None = None
 
 
 StageInboxMessage = (

@@ -65,7 +65,7 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
 def _store_bytes(options: ServeOptions) -> int:
     """All token pipelines' KV, its copies shared out between the stores."""
     num_stages = len(options.token_split or ()) or options.token_stages
-    all_bytes = options.token_pipelines * num_stages * options.kv_memory_bytes
+    all_bytes = options.token_pipelines * num_stages * (options.host_kv_memory_bytes or options.kv_memory_bytes)
     copies = min(options.replicas, options.cache_stores)
     return -(-all_bytes * copies // options.cache_stores)
 
@@ -97,7 +97,8 @@ def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list
                 arguments += ["--layers", f"{first}:{last}"] + ["--colocated"] * options.is_colocated
                 if kind == "token":
                     arguments += ["--replicas", str(options.replicas), "--recovery", options.recovery]
-                    arguments += ["--durability", options.durability]
+                    arguments += ["--durability", options.durability, "--swap", options.swap]
+                    arguments += ["--host-kv-memory", str(options.host_kv_memory_bytes)]
                 stages.append((f"{pipeline}-stage-{index}", f"{kind}_stage", arguments))
     return stages
 

@@ -41,6 +41,8 @@ class ServeOptions:
     device: str
     dtype: str
     kv_memory_bytes: int
+    host_kv_memory_bytes: int
+    swap: str
     block_size: int
     chunk_size: int
     host: str
@@ -81,6 +83,8 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         device=arguments.device,
         dtype=arguments.dtype,
         kv_memory_bytes=arguments.kv_memory,
+        host_kv_memory_bytes=_host_bytes(arguments),
+        swap=arguments.swap,
         block_size=arguments.block_size,
         chunk_size=arguments.chunk_size,
         host=arguments.host,
@@ -120,13 +124,14 @@ def bind_error(host: str, port: int, error: OSError) -> ConfigurationError:
 
 def check_memory(options: ServeOptions) -> None:
     """Raises `ConfigurationError` where the KV pools of all stages would not fit this machine's memory."""
-    wanted = options.num_stage_processes * (1 + options.standbys) * options.kv_memory_bytes
+    tokens = options.token_pipelines * options.token_stages
+    each = options.num_stage_processes * options.kv_memory_bytes + tokens * options.host_kv_memory_bytes
+    wanted = (1 + options.standbys) * each
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if wanted > there:
         raise ConfigurationError(
-            f"{options.num_stage_processes} stages with {options.kv_memory_bytes} bytes each need more than the "
-            f"{there} bytes of this machine",
-            field="kv_memory",
+            f"the KV pools of {options.num_stage_processes} stages need {wanted} bytes, this machine has {there}",
+            field="host_kv_memory" if options.host_kv_memory_bytes > options.kv_memory_bytes else "kv_memory",
         )
 
 
@@ -216,6 +221,19 @@ def _add_stages(add: Callable[..., Any]) -> None:
         metavar="BYTES",
         help="KV pool of a stage (K, M, G)",
     )
+    add(
+        "--host-kv-memory",
+        type=_bytes,
+        default=0,
+        metavar="BYTES",
+        help="host tier of a token stage: all sequences live there, --kv-memory holds those at work (0: none)",
+    )
+    add(
+        "--swap",
+        default="auto",
+        choices=["auto", "on", "off"],
+        help="with a host tier, rotate microbatches through the device: where it is faster, always, or never",
+    )
     add("--block-size", type=_count, default=16, metavar="N", help="tokens of a KV block")
     add("--chunk-size", type=_count, default=256, metavar="N", help="tokens of a prefill step")
     add("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels between stages")
@@ -240,6 +258,19 @@ def _add_surroundings(add: Callable[..., Any]) -> None:
         metavar="DIR",
         help="endpoints for clients on this machine",
     )
+
+
+def _host_bytes(arguments: argparse.Namespace) -> int:
+    """The host tier: what was asked for; by default all microbatches of a pipeline where they always rotate."""
+    if arguments.swap == "off":
+        return 0
+    if arguments.swap == "on" and not arguments.host_kv_memory:
+        return (len(arguments.token_split or ()) or int(arguments.token_stages)) * int(arguments.kv_memory)
+    if 0 < arguments.host_kv_memory <= arguments.kv_memory:
+        raise ConfigurationError(
+            "the host tier is no larger than --kv-memory: nothing is gained", field="host_kv_memory"
+        )
+    return int(arguments.host_kv_memory)
 
 
 def _durability(text: str) -> str:

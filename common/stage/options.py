@@ -26,6 +26,8 @@ class StageOptions:
     layers: tuple[int, int]
     device: str
     kv_memory_bytes: int
+    host_kv_memory_bytes: int
+    swap: str
     block_size: int
     chunk_tokens: int
     num_threads: int
@@ -64,6 +66,8 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
         layers=(first, last),
         device=arguments.device,
         kv_memory_bytes=arguments.kv_memory,
+        host_kv_memory_bytes=getattr(arguments, "host_kv_memory", 0),
+        swap=getattr(arguments, "swap", "off"),
         block_size=arguments.block_size,
         chunk_tokens=arguments.chunk_size,
         num_threads=arguments.threads,
@@ -93,6 +97,8 @@ def _parser(role: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels")
     parser.add_argument("--standby", action="store_true", help="wait until somebody's place is free")
     if role == "token_stage":
+        parser.add_argument("--host-kv-memory", type=int, default=0, metavar="BYTES", help="size of the host tier")
+        parser.add_argument("--swap", default="auto", choices=["auto", "on", "off"])
         parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
         parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
         parser.add_argument("--recovery", default="auto", choices=["auto", "restore", "replay"])

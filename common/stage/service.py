@@ -6,13 +6,12 @@ that epoch until a newer one appears. Stage 0 drives: it forms steps, the others
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import functools
 import gc
 import logging
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -31,8 +30,7 @@ from common.membership import (
     PipelineRecord,
     SnapshotEnd,
 )
-from common.messages import Drawn, PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone, Stop
-from common.model.kv_layout import fitting_layout
+from common.messages import PipelineReady, StageReady, StatsQuery, StatsReply, Step, StepDone, Stop, SwapFigures
 from common.model.loader import load_stage
 from common.model.runner import StageRunner
 from common.model.spec import ModelSpec
@@ -40,21 +38,17 @@ from common.peers import Peers, beat
 from common.process import own_incarnation
 from common.stage.compute import ComputeThread
 from common.stage.options import StageOptions
+from common.stage.readiness import Readiness
+from common.stage.role import Sender, StageRole
 from common.stage.setup import stage_record
 from common.stage.step_clock import StepClock
+from common.stage.tiers import Tiers
 from common.stage.worker import CloseHook, LayerHook, StageWorker, StepOutput
 
 logger = logging.getLogger(__name__)
 
 
-class Sender(NamedTuple):
-    """Whom a message came from."""
-
-    name: str
-    incarnation: str
-
-
-class StageService(abc.ABC):
+class StageService(StageRole):
     """One stage process. Subclasses say what a prompt or a token stage does around its steps."""
 
     def __init__(self, options: StageOptions, spec: ModelSpec) -> None:
@@ -67,12 +61,13 @@ class StageService(abc.ABC):
         self.records: dict[str, PipelineRecord] = {}
         self.tasks: asyncio.TaskGroup
         self.pool: KvPool
+        self.tiers: Tiers
         self.inbox: Inbox
         self.compute: ComputeThread
         self.worker: StageWorker
         self.loop: asyncio.AbstractEventLoop
         self.record: PipelineRecord | None = None
-        self._stages_ready: dict[int, dict[int, int]] = {}
+        self._ready = Readiness(options.num_stages)
         self._members_known = asyncio.Event()
         self._clock = StepClock()
         self._monitor = LoopMonitor()
@@ -81,54 +76,9 @@ class StageService(abc.ABC):
         self._crash: asyncio.Future[None]
         self._runner: StageRunner
 
-    # ------------------------------------------------------------ what a role adds
-
     def new_worker(self) -> StageWorker:
         """A worker with an empty table for a new epoch."""
         return self.make_worker()
-
-    @abc.abstractmethod
-    def new_driver(self, epoch: int, num_blocks: int) -> None:
-        """All stages run `epoch`: start scheduling over `num_blocks` blocks."""
-
-    @abc.abstractmethod
-    def end_driver(self) -> None:
-        """This process is no longer part of its pipeline: nothing is scheduled any more."""
-
-    @abc.abstractmethod
-    def next_step(self) -> Step | None:
-        """What to run next (stage 0 only)."""
-
-    @abc.abstractmethod
-    def step_done(self, step: int, drawn: list[Drawn]) -> None:
-        """A step came out of the last stage (stage 0 only)."""
-
-    @abc.abstractmethod
-    def handle(self, sender: Sender, message: messages.StageInboxMessage) -> None:
-        """Any message that is not about steps and stages."""
-
-    @abc.abstractmethod
-    def role_stats(self) -> dict[str, Any]:
-        """Figures for `status`, at least kv_blocks."""
-
-    async def member_joined(self, record: MemberRecord) -> None:  # noqa: B027
-        """An incarnation of a member is there, and connected."""
-
-    async def member_lost(self, record: MemberRecord) -> None:  # noqa: B027
-        """An incarnation of a member is gone."""
-
-    async def quiesce(self) -> None:  # noqa: B027
-        """Returns when nothing that this process has begun outside of its steps reads or writes any pool any more."""
-
-    async def open_pool(self) -> dict[str, str]:
-        """Called once the pool exists; returns details to register under."""
-        return {}
-
-    async def close_pool(self) -> None:  # noqa: B027 - a role may have nothing to add
-        """Called before the pool is closed."""
-
-    async def pipeline_published(self, record: PipelineRecord) -> None:  # noqa: B027
-        """Any pipeline got a new record."""
 
     # ------------------------------------------------------------ life
 
@@ -158,15 +108,15 @@ class StageService(abc.ABC):
             # not on the event loop: what runs may be waiting for it
             await asyncio.to_thread(self.compute.close)
             await self.close_pool()
-            self.pool.close()
+            self.tiers.close()
 
     def _load(self) -> StageRunner:
         options = self.options
         torch.set_num_threads(options.num_threads)
         started_s = time.monotonic()
         model = load_stage(self.spec, options.layers, options.device)
-        layout = fitting_layout(self.spec, options.layers, options.block_size, options.kv_memory_bytes)
-        self.pool = KvPool.create(layout, options.device, options.name)
+        self.tiers = Tiers(options, self.spec)
+        self.pool, layout = self.tiers.pool, self.tiers.pool.layout
         logger.info(
             "layers %d:%d of %s loaded in %.1f s; %d KV blocks of %d tokens",
             *options.layers,
@@ -175,7 +125,7 @@ class StageService(abc.ABC):
             layout.num_blocks,
             layout.block_size,
         )
-        return StageRunner(model, self.pool)
+        return StageRunner(model, self.tiers.compute_pool)
 
     async def _attend(self, membership: Membership, stop: asyncio.Event) -> None:
         tasks = [
@@ -232,6 +182,7 @@ class StageService(abc.ABC):
             device=self.options.device,
             is_last=self.options.is_last,
             eos_token_ids=self.spec.eos_token_ids,
+            residency=self.tiers.clear_device(),
             on_layer=on_layer,
             on_close=on_close,
         )
@@ -264,6 +215,7 @@ class StageService(abc.ABC):
         idle = self.loop.create_future()
         self.compute.submit(lambda: None, idle.set_result)
         await idle
+        await asyncio.to_thread(self.tiers.wait_for_copies)
         # ... then nothing that steps have begun
         await self.quiesce()
         self._report_stage_ready(record)
@@ -271,7 +223,13 @@ class StageService(abc.ABC):
     def _report_stage_ready(self, record: PipelineRecord) -> None:
         if self.epoch != record.epoch:
             return
-        ready = StageReady(record.epoch, self.options.stage_index, self.pool.layout.num_blocks)
+        ready = StageReady(
+            record.epoch,
+            self.options.stage_index,
+            self.pool.layout.num_blocks,
+            self.tiers.num_device_blocks,
+            self.tiers.block_copy_s,
+        )
         if self.options.is_driver:
             self._stage_ready(ready)
         else:
@@ -283,18 +241,16 @@ class StageService(abc.ABC):
             logger.info("replaced by %s in epoch %d", record.stages[self.options.stage_index].name, record.epoch)
         self.epoch = record.epoch
         self.record = None
-        self._stages_ready.clear()
+        self._ready.clear()
         self.worker = self.new_worker()
         self.end_driver()
 
     def _stage_ready(self, ready: StageReady) -> None:
-        blocks = self._stages_ready.setdefault(ready.epoch, {})
-        blocks[ready.stage_index] = ready.num_blocks
-        # a follower may see the new epoch before we do: its report waits for us
-        if ready.epoch != self.epoch or len(blocks) < self.options.num_stages:
+        self._ready.add(ready)
+        stages = self._ready.all_of(self.epoch)
+        if ready.epoch != self.epoch or stages is None:
             return
-        self._stages_ready = {epoch: of for epoch, of in self._stages_ready.items() if epoch >= self.epoch}
-        self.new_driver(self.epoch, min(blocks.values()))
+        self.new_driver(self.epoch, stages)
         for member in self.members.values():
             if self._waits_for_us(member):
                 self._report_ready(member.name)
@@ -305,9 +261,9 @@ class StageService(abc.ABC):
         return member.role == "router" or (self.options.role == "prompt_stage" and is_token_driver)
 
     def _report_ready(self, name: str) -> None:
-        blocks = self._stages_ready.get(self.epoch, {})
-        if self.options.is_driver and len(blocks) == self.options.num_stages:
-            capacity = min(blocks.values()) * self.options.block_size
+        stages = self._ready.all_of(self.epoch) if self.options.is_driver else None
+        if stages is not None:
+            capacity = min(stage.num_sequence_blocks for stage in stages) * self.options.block_size
             self.peers.send(name, PipelineReady(self.options.pipeline, self.epoch, capacity))
 
     # ------------------------------------------------------------ messages
@@ -324,7 +280,7 @@ class StageService(abc.ABC):
                 self._on_step(message, frames[1] if len(frames) > 1 else None)
             case StepDone():
                 if self.accepts(message.epoch):
-                    self._finish(message.step, message.drawn)
+                    self._finish(message)
             case StageReady():
                 self._stage_ready(message)
             case StatsQuery():
@@ -342,7 +298,7 @@ class StageService(abc.ABC):
         return False
 
     def _answer_stats(self, query: StatsQuery) -> None:
-        stats = {"loop": self._monitor.figures(), **self.role_stats()}
+        stats = {"loop": self._monitor.figures(), **self.tiers.stats(), **self.role_stats()}
         stats["counters"] = dict(self._counters) | stats.get("counters", {})
         reply = StatsReply(query.query_id, self.options.name, msgspec.msgpack.encode(stats))
         self.peers.send(query.reply_to, reply)
@@ -381,14 +337,23 @@ class StageService(abc.ABC):
         self._clock.done(time.monotonic())
         if step.epoch != self.epoch or self.record is None:
             return
+        swap = _slowest(step.swap, output.swap)
         if not self.options.is_last:
             following = self.record.stages[self.options.stage_index + 1]
-            self.peers.send(following.name, step, output.hidden)
-        elif self.options.is_driver:
-            self._finish(step.step, output.drawn)
+            self.peers.send(following.name, msgspec.structs.replace(step, swap=swap), output.hidden)
+            return
+        done = StepDone(step.epoch, step.step, output.drawn, swap)
+        if self.options.is_driver:
+            self._finish(done)
         else:
-            self.peers.send(self.record.stages[0].name, StepDone(step.epoch, step.step, output.drawn))
+            self.peers.send(self.record.stages[0].name, done)
 
-    def _finish(self, step: int, drawn: list[Drawn]) -> None:
-        self.step_done(step, drawn)
+    def _finish(self, done: StepDone) -> None:
+        self.step_done(done)
         self.pump()
+
+
+def _slowest(one: SwapFigures | None, other: SwapFigures | None) -> SwapFigures | None:
+    if one is None or other is None:
+        return one or other
+    return max(one, other, key=lambda figures: figures.copy_s)

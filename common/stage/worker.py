@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from common.kv.pool import KvPool
-from common.messages import ChunkWork, Drawn, SequenceOpen, Step, unpack_ids
+from common.kv.residency import Residency, Want
+from common.messages import ChunkWork, Drawn, SequenceOpen, Step, SwapFigures, unpack_ids
 from common.model.batch import SequenceChunk, StageBatch
 from common.model.runner import StageRunner
 from common.model.sampler import SamplingRow, sample
@@ -32,6 +33,7 @@ class StepOutput:
 
     hidden: bytes | memoryview | None
     drawn: list[Drawn]
+    swap: SwapFigures | None = None
 
 
 LayerHook = Callable[[Step, int], None]
@@ -40,7 +42,8 @@ CloseHook = Callable[[StageSequence], None]
 
 class StageWorker:
     """Layers [a, b) of one pipeline at one epoch. `on_layer(step, local_layer)` is told as soon as the step's KV
-    of a layer is in the pool; `on_close(sequence)` before a sequence's blocks can be overwritten."""
+    of a layer is in the pool; `on_close(sequence)` before a sequence's blocks can be overwritten. With a `residency`
+    the blocks of the steps are those of the host pool, and `runner` works on the device's."""
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class StageWorker:
         device: str,
         is_last: bool,
         eos_token_ids: tuple[int, ...],
+        residency: Residency | None = None,
         on_layer: LayerHook | None = None,
         on_close: CloseHook | None = None,
     ) -> None:
@@ -63,6 +67,7 @@ class StageWorker:
         self._device = device
         self._is_last = is_last
         self._eos_token_ids = eos_token_ids
+        self._residency = residency
         self._on_layer = on_layer
         self._on_close = on_close
 
@@ -70,6 +75,8 @@ class StageWorker:
         """Runs one step; `hidden` is the previous stage's output (None on the first stage)."""
         for sequence_id in step.closes:
             closed = self.sequences.pop(sequence_id)
+            if self._residency is not None:
+                self._residency.drop(sequence_id)
             if self._on_close is not None:
                 self._on_close(closed)
         for opened in step.opens:
@@ -77,6 +84,8 @@ class StageWorker:
             self.sequences[opened.sequence_id] = StageSequence(opened, tokens, list(opened.blocks))
         if not step.chunks:
             return StepOutput(None, [])
+        self._append(step)
+        swap = None if self._residency is None else self._enter(self._residency, step)
         batch = self._batch(step)
         on_layer = self._on_layer
         output = self._runner.run(
@@ -84,21 +93,46 @@ class StageWorker:
             None if hidden is None else self._receive_hidden(hidden),
             None if on_layer is None else lambda local_layer: on_layer(step, local_layer),
         )
+        if self._residency is not None:
+            # whoever gets the output may count on the host pool
+            self._residency.write_through(
+                (work.sequence_id, self.sequences[work.sequence_id].blocks, work.start, work.start + work.num_tokens)
+                for work in step.chunks
+            )
         if not self._is_last:
-            return StepOutput(self._send_hidden(output), [])
-        return StepOutput(None, self._draw(step, output))
+            return StepOutput(self._send_hidden(output), [], swap)
+        return StepOutput(None, self._draw(step, output), swap)
+
+    def _append(self, step: Step) -> None:
+        """The table learns which tokens and blocks the step adds."""
+        for work in step.chunks:
+            sequence = self.sequences[work.sequence_id]
+            sequence.blocks += work.new_blocks
+            if work.appended is not None and work.start == len(sequence.tokens):
+                sequence.tokens.append(work.appended)
+
+    def _enter(self, residency: Residency, step: Step) -> SwapFigures:
+        for sequence_id in step.parked:
+            residency.drop(sequence_id)
+        needed = [
+            Want(work.sequence_id, self.sequences[work.sequence_id].blocks, work.start, work.start + work.num_tokens)
+            for work in step.chunks
+        ]
+        upcoming = [
+            Want(sequence_id, self.sequences[sequence_id].blocks, num_tokens, num_tokens)
+            for sequence_id, num_tokens in step.upcoming
+        ]
+        entered = residency.enter(needed, upcoming)
+        return SwapFigures(entered.copy_s, entered.waited_s, entered.num_blocks)
 
     def _batch(self, step: Step) -> StageBatch:
         chunks: list[SequenceChunk] = []
         token_ids: list[int] = []
         for work in step.chunks:
             sequence = self.sequences[work.sequence_id]
-            sequence.blocks += work.new_blocks
-            if work.appended is not None and work.start == len(sequence.tokens):
-                sequence.tokens.append(work.appended)
             end = work.start + work.num_tokens
-            num_blocks = -(-end // self._block_size)
-            chunks.append(SequenceChunk(work.start, work.num_tokens, sequence.blocks[:num_blocks], work.draws))
+            blocks = sequence.blocks if self._residency is None else self._residency.blocks(work.sequence_id)
+            chunks.append(SequenceChunk(work.start, work.num_tokens, blocks[: -(-end // self._block_size)], work.draws))
             token_ids += sequence.tokens[work.start : end]
         return StageBatch(chunks, token_ids)
 

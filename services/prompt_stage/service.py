@@ -10,17 +10,19 @@ from common.kv.stream import HandoffSpan
 from common.membership import PipelineRecord
 from common.messages import (
     CancelPrefill,
-    Drawn,
     FirstToken,
     HandoffEnded,
     Prefill,
     StageInboxMessage,
+    StageReady,
     Step,
+    StepDone,
 )
 from common.model.spec import ModelSpec
 from common.replica_messages import Claim, Claimed
 from common.stage.options import StageOptions
-from common.stage.service import Sender, StageService
+from common.stage.role import Sender
+from common.stage.service import StageService
 from common.stage.worker import StageSequence, StageWorker
 from services.prompt_stage.handoffs import Handoffs
 from services.prompt_stage.scheduler import Action, DeliverFirst, NeverStarted, PromptScheduler
@@ -86,11 +88,11 @@ class PromptStage(StageService):
 
     # ------------------------------------------------------------ the driver's part
 
-    def new_driver(self, epoch: int, num_blocks: int) -> None:
+    def new_driver(self, epoch: int, stages: list[StageReady]) -> None:
         self._scheduler = PromptScheduler(
             epoch=epoch,
             num_stages=self.options.num_stages,
-            num_blocks=num_blocks,
+            num_blocks=min(stage.num_blocks for stage in stages),
             block_size=self.options.block_size,
             chunk_tokens=self.options.chunk_tokens,
         )
@@ -101,9 +103,9 @@ class PromptStage(StageService):
     def next_step(self) -> Step | None:
         return None if self._scheduler is None else self._scheduler.next_step()
 
-    def step_done(self, step: int, drawn: list[Drawn]) -> None:
+    def step_done(self, done: StepDone) -> None:
         if self._scheduler is not None:
-            self._carry_out(self._scheduler.step_done(step, drawn))
+            self._carry_out(self._scheduler.step_done(done.step, done.drawn))
 
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
         if isinstance(message, Claim):

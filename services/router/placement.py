@@ -39,3 +39,8 @@ def place(pipelines: Iterable[PipelineView], num_prompt_tokens: int) -> Placemen
     fitting = [v for v in views if v.role == "prompt_stage" and v.capacity_tokens >= num_prompt_tokens]
     prompt = min(fitting, key=lambda v: (v.load_tokens, v.name), default=None)
     return None if prompt is None else Placement(token.name, prompt.name)
+
+
+def prompt_capacity(pipelines: Iterable[PipelineView]) -> int | None:
+    """Tokens of the longest prompt that any prompt pipeline can compute; None while none is ready."""
+    return max((v.capacity_tokens for v in pipelines if v.is_ready and v.role == "prompt_stage"), default=None)

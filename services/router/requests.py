@@ -19,11 +19,11 @@ from common.messages import (
 )
 from common.model.spec import ModelSpec
 from common.text import TextCodec
-from dejavu.errors import DejavuError, InvalidParameter, RequestConflict
+from dejavu.errors import DejavuError, InvalidParameter, PromptTooLong, RequestConflict
 from dejavu.wire import Accepted, Ended, RouterMessage, Submit, TokenFrame, Tokens, WireError
 from services.router.admission import check_form, check_load, check_tokens
 from services.router.ledger import Choice, Delivery, Ledger, Request, TokenGap, new_request
-from services.router.placement import PipelineView, place
+from services.router.placement import PipelineView, place, prompt_capacity
 from services.router.status import Journal
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,10 @@ class Requests:
     def accept(self, client: bytes, submit: Submit, prompt_ids: list[int]) -> None:
         """Enters a request and places its sequences. Raises `DejavuError`."""
         check_tokens(prompt_ids, submit.delivered, submit.params, self._spec)
+        capacity = prompt_capacity(self.pipelines.values())
+        if capacity is not None and len(prompt_ids) > capacity:
+            message = f"prompt has {len(prompt_ids)} tokens, a prompt pipeline holds {capacity} (raise --kv-memory)"
+            raise PromptTooLong(message, field="prompt")
         if self.ledger.get(submit.request_id) is not None:
             raise RequestConflict("another request with this id is live", field="request_id")
         request = new_request(

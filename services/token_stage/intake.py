@@ -5,6 +5,7 @@ from __future__ import annotations
 from common.messages import Drawn
 from common.replica_messages import HeldReplica
 from dejavu.params import SamplingParams
+from dejavu.wire import WireError
 from services.token_stage.sequence import (
     Action,
     AskStore,
@@ -32,8 +33,8 @@ class Intake(SequenceTable):
         if sequence_id in self._sequences:
             return []
         needed = self._blocks_for(len(prompt) + params.max_tokens)
-        if needed > self._num_blocks:
-            return [Fail(sequence_id, too_long(len(prompt), params.max_tokens, needed, self._num_blocks))]
+        if needed > self._max_sequence_blocks:
+            return [Fail(sequence_id, too_long(len(prompt), params.max_tokens, needed, self._max_sequence_blocks))]
         sequence = Sequence(sequence_id, choice, params, len(prompt), prompt + forced, self._num_arrivals)
         sequence.max_lag = max_lag(params.durability or self._durability)
         self._num_arrivals += 1
@@ -48,6 +49,12 @@ class Intake(SequenceTable):
         if sequence is None:
             return []
         return [*self._end(sequence, is_orphan=is_orphan), *self._grant_waiting()]
+
+    def refuse(self, sequence_id: str, error: WireError) -> list[Action]:
+        """A granted sequence whose prompt nobody can compute; no writer was asked."""
+        sequence = self._sequences[sequence_id]
+        sequence.awaits_writers = False
+        return [Fail(sequence_id, error), *self.cancel(sequence_id)]
 
     # ------------------------------------------------------------ prompt pipelines
 

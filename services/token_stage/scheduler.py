@@ -3,10 +3,11 @@ in as method calls and return actions; `next_step` forms microbatches."""
 
 from __future__ import annotations
 
-from common.messages import ChunkWork, Drawn, Step
+from common.messages import ChunkWork, Drawn, Step, SwapFigures
 from common.stage.prefill_plan import PendingPrompt, plan_chunk
 from services.token_stage.intake import Intake
-from services.token_stage.sequence import Action, FlyingStep, Sequence
+from services.token_stage.sequence import Action, FlyingStep, Phase, Sequence
+from services.token_stage.swapping import DeviceTier, Observed, Turn
 
 MAX_SEQUENCES_PER_STEP = 256
 
@@ -14,9 +15,18 @@ MAX_SEQUENCES_PER_STEP = 256
 class TokenScheduler(Intake):
     """All decisions for one token pipeline at one epoch."""
 
-    def step_done(self, step: int, drawn: list[Drawn]) -> list[Action]:
-        """The last stage finished a step. Raises `KeyError` for a step that is not in flight."""
+    _owes_prefill = False
+    """No prompt found room beside the token steps: the next step is the prompts' alone."""
+    _last_done_s: float | None = None
+
+    def step_done(
+        self, step: int, drawn: list[Drawn], *, now_s: float = 0.0, swap: SwapFigures | None = None
+    ) -> list[Action]:
+        """The last stage finished a step at `now_s`. Raises `KeyError` for a step that is not in flight."""
+        was_full = len(self._flying) == self._num_stages
         flying = self._flying.pop(step)
+        if self.device is not None:
+            self._measure(self.device, flying.step, now_s if was_full else None, swap)
         actions: list[Action] = []
         draws = iter(drawn)
         for chunk, sequence in zip(flying.step.chunks, flying.sequences, strict=True):
@@ -34,6 +44,12 @@ class TokenScheduler(Intake):
                     self._set_ready(sequence)
         return [*actions, *self._grant_waiting()]
 
+    def _measure(self, device: DeviceTier, step: Step, now_s: float | None, swap: SwapFigures | None) -> None:
+        """Steps that left a pipeline which was full all the time say how fast it is; prompts would blur that."""
+        before_s, self._last_done_s = self._last_done_s, now_s
+        if now_s is not None and before_s is not None and all(chunk.num_tokens == 1 for chunk in step.chunks):
+            device.observe(Observed(len(step.chunks), now_s - before_s, swap))
+
     @property
     def num_flying(self) -> int:
         return len(self._flying)
@@ -43,26 +59,40 @@ class TokenScheduler(Intake):
         share of the sequences, so that no stage waits. An idle pipeline's last step only closes sequences."""
         if len(self._flying) >= self._num_stages:
             return None
-        chunks, sequences = self._decode_chunks()
+        turn = self._turn()
+        chunks, sequences = ([], []) if self._owes_prefill else self._decode_chunks(turn)
         if self._prefilling:
-            self._add_prefill_chunks(chunks, sequences)
+            self._add_prefill_chunks(chunks, sequences, turn)
         if not chunks and (self._flying or not self._closes):
             return None
-        step = Step(self.epoch, self._num_steps, self._closes, self._opens, chunks)
+        upcoming = [] if self.device is None else self._upcoming(sequences)
+        parked = [] if self.device is None else self.device.take_parked()
+        step = Step(self.epoch, self._num_steps, self._closes, self._opens, chunks, upcoming, parked)
         self._opens, self._closes = [], []
         self._flying[step.step] = FlyingStep(step, tuple(sequences))
         self._num_steps += 1
         return step
 
-    def _decode_chunks(self) -> tuple[list[ChunkWork], list[Sequence]]:
-        num_active = self._num_decoding
-        share = min(MAX_SEQUENCES_PER_STEP, -(-num_active // self._num_stages))
+    def _turn(self) -> Turn:
+        """Who may be part of the next step, as far as room on the devices is concerned."""
+        if self.device is None:
+            share = min(MAX_SEQUENCES_PER_STEP, -(-self._num_decoding // self._num_stages))
+            return Turn(dict.fromkeys(self._ready, 0), share, 0)
+        needs = {
+            sequence.sequence_id: min(self._blocks_for(len(sequence.tokens) + 1), self._max_sequence_blocks)
+            for sequence in self._sequences.values()
+            if sequence.phase is Phase.DECODING and not sequence.requeue
+        }
+        return self.device.turn(needs, MAX_SEQUENCES_PER_STEP)
+
+    def _decode_chunks(self, turn: Turn) -> tuple[list[ChunkWork], list[Sequence]]:
         chunks: list[ChunkWork] = []
         sequences: list[Sequence] = []
         for sequence in list(self._ready.values()):
-            if len(chunks) == share:
+            if turn.is_full:
                 break
-            if sequence.sequence_id not in self._ready:  # preempted for one before it
+            # it may have been preempted for one before it
+            if sequence.sequence_id not in self._ready or not turn.takes(sequence.sequence_id):
                 continue
             new_blocks = self._blocks_for_next(sequence)
             if new_blocks is None:
@@ -76,12 +106,25 @@ class TokenScheduler(Intake):
             sequences.append(sequence)
         return chunks, sequences
 
-    def _add_prefill_chunks(self, chunks: list[ChunkWork], sequences: list[Sequence]) -> None:
-        pending = [
-            PendingPrompt(s.sequence_id, len(s.tokens) - s.num_scheduled, s.arrival)
-            for s in self._prefilling.values()
-            if s.num_scheduled < len(s.tokens)
-        ]
+    def _upcoming(self, taken: list[Sequence]) -> list[tuple[str, int]]:
+        """What the step after this one will probably have: those that are ready, then those of the oldest step in
+        flight, each with the number of tokens that have KV by then. They are opened now, so that stages know them."""
+        oldest = next(iter(self._flying.values())).sequences if self._flying else tuple(taken)
+        flying = [s for s in oldest if s.phase is Phase.DECODING and not s.is_leaving]
+        ready = [s for s in self._ready.values() if s.num_computed == len(s.tokens) - 1]
+        turn = self._turn()
+        upcoming: list[tuple[str, int]] = []
+        for sequence, num_tokens in [*((s, len(s.tokens) - 1) for s in ready), *((s, len(s.tokens)) for s in flying)]:
+            if turn.takes(sequence.sequence_id):
+                self._open(sequence)
+                upcoming.append((sequence.sequence_id, num_tokens))
+        return upcoming
+
+    def _add_prefill_chunks(self, chunks: list[ChunkWork], sequences: list[Sequence], turn: Turn) -> None:
+        unfinished = [s for s in self._prefilling.values() if s.num_scheduled < len(s.tokens)]
+        fitting = [s for s in unfinished if self._fits_beside(s, turn)]
+        self._owes_prefill = bool(unfinished) and not fitting
+        pending = [PendingPrompt(s.sequence_id, len(s.tokens) - s.num_scheduled, s.arrival) for s in fitting]
         for sequence_id, num_tokens in plan_chunk(pending, self._chunk_tokens - len(chunks)):
             sequence = self._prefilling[sequence_id]
             self._open(sequence)
@@ -91,6 +134,16 @@ class TokenScheduler(Intake):
             sequence.num_scheduled += num_tokens
             sequence.num_in_flight += 1
             sequences.append(sequence)
+
+    def _fits_beside(self, sequence: Sequence, turn: Turn) -> bool:
+        """Whether a device can hold the sequence's next chunk beside all that the step has so far; counts it if so."""
+        if self.device is None:
+            return True
+        blocks = self._blocks_for(min(len(sequence.tokens), sequence.num_scheduled + self._chunk_tokens))
+        if turn.num_blocks + blocks > self.device.num_blocks:
+            return False
+        turn.num_blocks += blocks
+        return True
 
     def _open(self, sequence: Sequence) -> None:
         if sequence.is_open:

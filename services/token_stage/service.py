@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ from common.messages import (
     Admit,
     CancelPrefill,
     CancelSequence,
-    Drawn,
     FirstToken,
     Handoff,
     HandoffEnded,
@@ -28,7 +28,9 @@ from common.messages import (
     ProducedToken,
     SequenceFailed,
     StageInboxMessage,
+    StageReady,
     Step,
+    StepDone,
     TokensProduced,
     pack_ids,
     unpack_ids,
@@ -36,11 +38,22 @@ from common.messages import (
 from common.model.spec import ModelSpec
 from common.replica_messages import Claimed, Located, Pull, Pulled, Replicated
 from common.stage.options import StageOptions
-from common.stage.service import Sender, StageService
+from common.stage.role import Sender
+from common.stage.service import StageService
 from services.token_stage.pulls import Pulls
 from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
-from services.token_stage.sequence import Action, AskStore, Fail, Grant, Produce, PullReplica, StopPrefill
+from services.token_stage.sequence import (
+    Action,
+    AskStore,
+    Fail,
+    Grant,
+    Produce,
+    PullReplica,
+    StopPrefill,
+    too_long_again,
+)
+from services.token_stage.swapping import device_tier
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +73,8 @@ class TokenStage(StageService):
         super().__init__(options, spec)
         self._scheduler: TokenScheduler | None = None
         self._live: dict[str, _LiveSequence] = {}
-        self._prompt_epochs: dict[str, int] = {}
-        """the epoch at which each prompt pipeline last said that it is ready"""
+        self._prompt_ready: dict[str, PipelineReady] = {}
+        """what each prompt pipeline last said of itself"""
         self._totals = Counter[str]()
         """what the drivers of older epochs counted"""
         self._received_bytes = 0
@@ -118,7 +131,7 @@ class TokenStage(StageService):
 
     # ------------------------------------------------------------ the driver's part
 
-    def new_driver(self, epoch: int, num_blocks: int) -> None:
+    def new_driver(self, epoch: int, stages: list[StageReady]) -> None:
         self.end_driver()
         options = self.options
         replication = Replication(options.pipeline, epoch, options.block_size, options.num_replicas, options.recovery)
@@ -131,13 +144,14 @@ class TokenStage(StageService):
             epoch=epoch,
             num_stages=self.options.num_stages,
             num_layers=self.spec.num_layers,
-            num_blocks=num_blocks,
+            num_blocks=min(stage.num_blocks for stage in stages),
             block_size=self.options.block_size,
             eos_token_ids=self.spec.eos_token_ids,
             chunk_tokens=self.options.chunk_tokens,
             is_colocated=self.options.is_colocated,
             replication=replication,
             durability=self.options.durability,
+            device=device_tier(options.swap, stages),
         )
         self.pump()
 
@@ -155,9 +169,10 @@ class TokenStage(StageService):
             for store, message in self._scheduler.replication.flush():
                 self.peers.send(store, message)
 
-    def step_done(self, step: int, drawn: list[Drawn]) -> None:
+    def step_done(self, done: StepDone) -> None:
         if self._scheduler is not None:
-            self._carry_out(self._scheduler.step_done(step, drawn))
+            now_s = time.monotonic()
+            self._carry_out(self._scheduler.step_done(done.step, done.drawn, now_s=now_s, swap=done.swap))
 
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
         if isinstance(message, KvArrived):
@@ -170,11 +185,11 @@ class TokenStage(StageService):
         scheduler = self._scheduler
         if scheduler is None:
             if isinstance(message, PipelineReady):
-                self._prompt_epochs[message.pipeline] = message.epoch
+                self._prompt_ready[message.pipeline] = message
             return
         match message:
             case PipelineReady(pipeline, epoch):
-                self._prompt_epochs[pipeline] = epoch
+                self._prompt_ready[pipeline] = message
                 self._carry_out(scheduler.pipeline_replaced(pipeline, epoch))
             case Admit():
                 if self.accepts(message.epoch):
@@ -276,7 +291,14 @@ class TokenStage(StageService):
         if record is None or self._scheduler is None:
             return
         # one that is being replaced has not said yet that it is ready; then it is asked again when it does
-        epoch = self._prompt_epochs.get(record.pipeline, 0)
+        ready = self._prompt_ready.get(record.pipeline)
+        epoch = 0 if ready is None else ready.epoch
+        num_tokens = (len(admit.prompt) + 4 * len(grant.forced)) // 4
+        if ready is not None and num_tokens > ready.capacity_tokens:
+            self._carry_out(
+                self._scheduler.refuse(grant.sequence_id, too_long_again(num_tokens, ready.capacity_tokens))
+            )
+            return
         self._scheduler.assign_writer(grant.sequence_id, record.pipeline, epoch)
         prefill = Prefill(
             epoch,
@@ -343,6 +365,8 @@ class TokenStage(StageService):
                 **self._counts(),
                 "replica_lag_tokens": lag_tokens,
             }
+            if self._scheduler.device is not None:
+                stats["swap"] = self._scheduler.device.describe()
             stats["sequences"] = {
                 "running": self._scheduler.num_running,
                 "waiting": self._scheduler.num_waiting,

@@ -13,11 +13,13 @@ from common.kv.blocks import BlockAllocator
 from common.messages import Drawn, SequenceOpen
 from services.token_stage.replication import Replication
 from services.token_stage.sequence import Action, FlyingStep, Phase, Produce, Sequence, StopPrefill
+from services.token_stage.swapping import DeviceTier
 
 
 class SequenceTable:
     """State of one token pipeline at one epoch. A colocated one prefills by itself; any other computes only what a
-    replica lacks, in chunks of at most `chunk_tokens`, too."""
+    replica lacks, in chunks of at most `chunk_tokens`, too. With a `device` the blocks are those of the stages' host
+    pools, and steps take what their devices can hold."""
 
     def __init__(
         self,
@@ -32,16 +34,18 @@ class SequenceTable:
         is_colocated: bool,
         replication: Replication,
         durability: str = "async",
+        device: DeviceTier | None = None,
     ) -> None:
         self.epoch = epoch
         self.replication = replication
+        self.device = device
         self._durability = durability
-        self.num_recoveries = 0
-        self.num_recomputed = 0
+        self.num_recoveries = self.num_recomputed = 0
         self.allocator = BlockAllocator(num_blocks)
         self._num_stages = num_stages
         self._num_layers = num_layers
         self._num_blocks = num_blocks
+        self._max_sequence_blocks = num_blocks if device is None else min(num_blocks, device.num_blocks)
         self._block_size = block_size
         self._eos_token_ids = eos_token_ids
         self._chunk_tokens = chunk_tokens
@@ -53,9 +57,7 @@ class SequenceTable:
         self._opens: list[SequenceOpen] = []
         self._closes: list[str] = []
         self._flying: dict[int, FlyingStep] = {}
-        self._num_arrivals = 0
-        self._num_steps = 0
-        self._num_decoding = 0
+        self._num_arrivals = self._num_steps = self._num_decoding = 0
 
     @property
     def num_waiting(self) -> int:

@@ -1,0 +1,83 @@
+"""The KV memory of a stage: one pool, or a host pool with the device as its cache."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from common.kv.pool import KvPool
+from common.kv.residency import Residency, probe_s_per_byte
+from common.model.kv_layout import fitting_layout
+from common.model.spec import ModelSpec
+from common.stage.options import StageOptions
+
+logger = logging.getLogger(__name__)
+
+
+class Tiers:
+    """`pool` is the one whose blocks others know and touch; `compute_pool` the one that layers read and write."""
+
+    def __init__(self, options: StageOptions, spec: ModelSpec) -> None:
+        """Raises `ConfigurationError` where the memory holds no block."""
+        layout = fitting_layout(spec, options.layers, options.block_size, options.kv_memory_bytes)
+        self.compute_pool = KvPool.create(layout, options.device, options.name)
+        self.pool = self.compute_pool
+        self.residency: Residency | None = None
+        self.block_copy_s = 0.0
+        self._keeps_idle = options.swap != "on"
+        self._copier: ThreadPoolExecutor | None = None
+        if options.host_kv_memory_bytes:
+            layout = fitting_layout(spec, options.layers, options.block_size, options.host_kv_memory_bytes)
+            self.pool = KvPool.create(layout, name=f"{options.name}-host")
+            if options.device == "cuda":
+                _lock_pages(self.pool)
+            self._copier = ThreadPoolExecutor(1, thread_name_prefix="swap")
+            self.block_copy_s = probe_s_per_byte(self.pool, self.compute_pool) * layout.bytes_per_block
+
+    @property
+    def num_device_blocks(self) -> int | None:
+        """How many blocks the device holds of those of the host pool; None: there is only one pool."""
+        return None if self._copier is None else self.compute_pool.layout.num_blocks
+
+    def clear_device(self) -> Residency | None:
+        """Nothing lies on the device any more: a new epoch."""
+        if self._copier is not None:
+            self.residency = Residency(self.pool, self.compute_pool, self._copier, keeps_idle=self._keeps_idle)
+        return self.residency
+
+    def wait_for_copies(self) -> None:
+        """Returns when what had begun for an older epoch is over."""
+        if self._copier is not None:
+            self._copier.submit(lambda: None).result()
+
+    def stats(self) -> dict[str, Any]:
+        """The device as `status` shows it."""
+        residency = self.residency
+        if residency is None:
+            return {}
+        return {
+            "device_kv_blocks": {
+                "total": self.compute_pool.layout.num_blocks,
+                "resident": residency.num_resident_blocks,
+                "peak": residency.peak_blocks,
+            },
+            "swapped_in_bytes": residency.swapped_in_bytes,
+            "swap_waited_s": round(residency.waited_s, 3),
+        }
+
+    def close(self) -> None:
+        """Ends the copies and lets go of the memory."""
+        if self._copier is not None:
+            self._copier.shutdown(wait=True, cancel_futures=True)
+            self.compute_pool.close()
+        self.pool.close()
+
+
+def _lock_pages(pool: KvPool) -> None:
+    """Makes copies between the pool and a GPU asynchronous and fast."""
+    error = torch.cuda.cudart().cudaHostRegister(pool.arena.data_ptr(), pool.layout.total_bytes, 0)  # type: ignore[no-untyped-call]
+    if int(error) != 0:
+        logger.warning("the host pool's pages cannot be locked (CUDA error %d): swapping will be slow", int(error))
