@@ -11,12 +11,15 @@ NOTHING = "-"
 
 def render_status(status: Mapping[str, Any]) -> str:
     """A table of the services, and the counters that are not zero. What a server leaves out shows as `-`."""
-    services = [_row(service) for service in status.get("services", [])]
+    services = status.get("services", [])
     lines = [
         f"epoch {status.get('epoch', NOTHING)}, {len(services)} services",
         "",
-        *_table([COLUMNS, *services]),
+        *_table([COLUMNS, *map(_row, services)]),
     ]
+    swapping = [_swap_line(service) for service in services if service.get("swap")]
+    if swapping:
+        lines += ["", *swapping]
     counters = {name: count for name, count in status.get("counters", {}).items() if count}
     if counters:
         lines += ["", *_table([(name, str(count)) for name, count in sorted(counters.items())])]
@@ -38,6 +41,21 @@ def _row(service: Mapping[str, Any]) -> tuple[str, ...]:
         NOTHING if not layers else f"{layers[0]}..{layers[1] - 1}",
         NOTHING if not blocks else f"{_text(blocks.get('free'))}/{_text(blocks.get('total'))}",
         _text(service.get("link")),
+    )
+
+
+def _swap_line(service: Mapping[str, Any]) -> str:
+    """What a token pipeline's device is used for, and why."""
+    swap, device = service["swap"], service.get("device_kv_blocks") or {}
+    used = f"{_text(device.get('resident'))} of {_text(device.get('total'))} device blocks, {swap.get('decision')}"
+    if swap.get("forced"):
+        return f"{service.get('pipeline')}: {used} (as told)"
+    if "gain" not in swap:
+        return f"{service.get('pipeline')}: {used} (all fit)"
+    return (
+        f"{service.get('pipeline')}: {used} (swapping would give {swap['gain']}x: "
+        f"{swap['microbatch_swapping']} sequences in {swap['step_swapping_ms']} ms "
+        f"against {swap['microbatch_resident']} in {swap['step_resident_ms']} ms; transfer {swap['transfer_ms']} ms)"
     )
 
 

@@ -25,10 +25,10 @@ COPY_WEIGHT = 0.3
 MIN_SAMPLES = 8
 TO_BEGIN = 1.05
 """So much better swapping must look before it is tried."""
-TRIAL_STEPS = 16
-MIN_TRIAL_STEPS = 4
+TRIAL_STEPS = 24
+MIN_TRIAL_STEPS = 12
 CLEAR_LOSS = 0.8
-"""A trial ends early where it is so much worse."""
+"""A trial ends early where it is so much worse, or where the transfers alone take too long."""
 MIN_GROWTH = 1.2
 """By so much microbatches must grow for a loss to count against swapping."""
 FIRST_PAUSE_STEPS = 1024
@@ -164,11 +164,9 @@ class DeviceTier:
             return
         if self._resident.num_samples < MIN_SAMPLES:
             return
-        if self.is_swapping and self._swapping.num_samples < MIN_TRIAL_STEPS:
-            return
         gain = self._gain()
-        limit = 1.0 if self._num_steps >= self._trial_until else CLEAR_LOSS
-        if self.is_swapping and gain < limit:
+        is_sure = self._swapping.num_samples < MIN_TRIAL_STEPS or self._num_steps >= self._trial_until
+        if self.is_swapping and gain < (1.0 if is_sure else CLEAR_LOSS):
             self._switch(False)
             # with hardly more sequences than fit there was nothing to win, so nothing is learnt from that
             if self._inputs["microbatch_swapping"] > MIN_GROWTH * self._inputs["microbatch_resident"]:

@@ -141,6 +141,24 @@ async def test_status() -> None:
         assert (code, out) == (0, render_status(status) + "\n")
 
 
+def test_status_says_what_the_device_is_used_for() -> None:
+    swap = {"decision": "resident", "forced": False}
+    stage = {"pipeline": "token-0", "device_kv_blocks": {"resident": 30, "total": 32, "peak": 32}, "swap": swap}
+
+    def line() -> str:
+        return render_status({"services": [stage]}).splitlines()[-1]
+
+    assert line() == "token-0: 30 of 32 device blocks, resident (all fit)"
+    swap |= {"gain": 0.8, "microbatch_swapping": 8.0, "microbatch_resident": 4.0}
+    swap |= {"step_swapping_ms": 50.0, "step_resident_ms": 20.0, "transfer_ms": 48.0}
+    assert line() == (
+        "token-0: 30 of 32 device blocks, resident (swapping would give 0.8x: "
+        "8.0 sequences in 50.0 ms against 4.0 in 20.0 ms; transfer 48.0 ms)"
+    )
+    swap |= {"forced": True, "decision": "swapping"}
+    assert line() == "token-0: 30 of 32 device blocks, swapping (as told)"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
