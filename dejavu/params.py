@@ -22,7 +22,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `stop` strings (a single one
     becomes a list) are cut from the text; tokens of `stop_token_ids` and EOS are delivered, with empty text.
-    `durability` is "async", "lag:k" or "sync". Nothing is checked before `validate`.
+    `durability` is "async", "lag:k" or "sync": how much of what precedes a token a cache store must have before the
+    token is shown. Where no store can have it, tokens are shown all the same, unless `durability_strict`: then they
+    wait for one, at most until the last token is there. Nothing is checked before `validate`.
     """
 
     max_tokens: int = 16
@@ -41,6 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_tokens: int = 0
     logprobs: int | None = None
     durability: str | None = None
+    durability_strict: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -61,8 +64,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         self._check_integers()
         self._check_reals()
         self._check_stops(vocab_size)
-        if type(self.ignore_eos) is not bool:
-            raise InvalidParameter("must be true or false", field="ignore_eos")
+        for name in ("ignore_eos", "durability_strict"):
+            if type(getattr(self, name)) is not bool:
+                raise InvalidParameter("must be true or false", field=name)
         if self.durability is not None and not is_durability(self.durability):
             raise InvalidParameter('must be "async", "lag:k" or "sync"', field="durability")
 

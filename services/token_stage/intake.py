@@ -142,7 +142,7 @@ class Intake(SequenceTable):
     def store_lost(self, name: str) -> list[Action]:
         """A store is gone: who waits for its answer is prefilled."""
         self._no_longer_read(self.replication.store_lost(name))
-        delivered = [action for sequence in self._sequences.values() for action in self._deliver(sequence)]
+        delivered = self._deliver_all()
         waiting = [s for s in self._sequences.values() if s.source == name and not s.num_pulls and not s.is_leaving]
         actions = [action for s in waiting if s.phase is Phase.PREFILLING for action in self._prefill(s)]
         return [*delivered, *actions, *self._grant_waiting()]
@@ -150,7 +150,7 @@ class Intake(SequenceTable):
     def store_claimed(self, name: str, keys: list[str]) -> list[Action]:
         """A store reads nothing of older epochs any more."""
         self.replication.claimed(name, keys)
-        return self._grant_waiting()
+        return [*self._deliver_all(), *self._grant_waiting()]
 
     def replicated(self, name: str, batch: int, failed: list[str]) -> list[Action]:
         """A store has read what it was told to."""
@@ -196,6 +196,10 @@ class Intake(SequenceTable):
     def restoring(self, sequence_id: str) -> Sequence | None:
         """A live sequence, as the service needs it to ask for its replica."""
         return self._sequences.get(sequence_id)
+
+    def _deliver_all(self) -> list[Action]:
+        """What the stores that there are now allow."""
+        return [action for sequence in self._sequences.values() for action in self._deliver(sequence)]
 
     def _no_longer_read(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

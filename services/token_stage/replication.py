@@ -153,19 +153,16 @@ class Replication:
             else:
                 store.keys.discard(key)
 
-    def protects(self, sequence: Sequence, position: int, max_lag: int) -> bool:
+    def protects(self, sequence: Sequence, position: int, max_lag: int, *, is_strict: bool = False) -> bool:
         """Whether the token at `position` may be delivered: a store knows its id and the KV of all tokens before it but
-        `max_lag`. True also where no store could: then nothing is gained by waiting."""
+        `max_lag`. True also where no store can (nothing is gained by waiting), unless `is_strict`."""
         key = replica_key(sequence.sequence_id)
         stores = [self._stores[name] for name in self._ranked(key)[: self._num_copies]]
-        return (
-            any(
-                key in store.refused
-                or (store.acknowledged.get(key, 0) >= position - max_lag and store.ids.get(key, 0) > position)
-                for store in stores
-            )
-            or not stores
-        )
+        return any(
+            (key in store.refused and not is_strict)
+            or (store.acknowledged.get(key, 0) >= position - max_lag and store.ids.get(key, 0) > position)
+            for store in stores
+        ) or not (stores or is_strict)
 
     def holder(self, sequence: Sequence, *, is_continued: bool) -> str | None:
         """The store to ask for a replica: one that is known to have it, or, for a sequence that ran elsewhere before

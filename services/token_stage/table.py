@@ -110,9 +110,14 @@ class SequenceTable:
         return list(delivered)
 
     def _may_deliver(self, sequence: Sequence, position: int) -> bool:
-        if sequence.max_lag is None or sequence.undelivered[-1].finish_reason is not None:
+        if sequence.undelivered[-1].finish_reason is not None:
             return True
-        return self.replication.protects(sequence, position, sequence.max_lag)
+        is_strict = sequence.params.durability_strict
+        if is_strict and not self.replication.num_stores:
+            return False
+        return sequence.max_lag is None or self.replication.protects(
+            sequence, position, sequence.max_lag, is_strict=is_strict
+        )
 
     def _requeue(self, sequence: Sequence) -> None:
         self._ready.pop(sequence.sequence_id, None)

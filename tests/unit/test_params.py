@@ -31,6 +31,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("ignore_eos", [1, "yes", None]),
     ("min_tokens", [-1, 17, True]),
     ("logprobs", [-1, 21, True]),
+    ("durability_strict", [1, "yes", None]),
     ("durability", ["", "lag", "lag:", "lag:-1", "lag:x", "lag:٣", "async:1", 5]),
 ]
 
@@ -52,7 +53,7 @@ def test_a_wrong_value_is_refused_and_named(name: str, values: list[Any]) -> Non
         {"seed": 2**63 - 1, "n": 8, "logprobs": 20, "min_tokens": 16},
         {"stop": ["x" * 256] * 16, "stop_token_ids": [0, 99]},
         {"durability": "lag:4"},
-        {"durability": "sync"},
+        {"durability": "sync", "durability_strict": True},
     ],
     ids=repr,
 )

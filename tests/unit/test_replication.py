@@ -107,7 +107,8 @@ class World:
 
     def admit(self, name: str, prompt: list[int]) -> None:
         durability = self.durability.setdefault(name, self.draws.choice(["async", "lag:3", "sync"]))
-        params = SamplingParams(max_tokens=self.max_tokens[name], durability=durability)
+        is_strict = name.endswith("s")
+        params = SamplingParams(max_tokens=self.max_tokens[name], durability=durability, durability_strict=is_strict)
         self.carry_out(self.token.admit(f"{name}/0/t", 0, prompt, self.outputs[name], params))
 
     def cancel(self, name: str) -> None:
@@ -126,6 +127,8 @@ class World:
                     assert drawn.token_id == next_token(tokens)
                     if sequence_id not in ending and self.durability[name] != "async":
                         self.check_safe(name, tokens, 3 if self.durability[name] == "lag:3" else 0)
+                    if sequence_id not in ending and name.endswith("s"):
+                        self.check_strict(name, tokens)
                     self.outputs[name].append(drawn.token_id)
                     if reason is not None:
                         self.ended.add(name)
@@ -138,6 +141,13 @@ class World:
                         self.wire.append(("pull", (sequence_id,)))
                 case Fail():
                     raise AssertionError(action)
+
+    def check_strict(self, name: str, tokens: list[int]) -> None:
+        """Nobody but a store can let a strict request go on, whatever became of the stores."""
+        assert self.token.replication.num_stores
+        if self.durability[name] != "async":
+            kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens)) for store in self.stores.values()]
+            assert any(found is not None and found[1] >= len(tokens) - 3 for found in kept)
 
     def check_safe(self, name: str, tokens: list[int], max_lag: int) -> None:
         """A token after `tokens` is delivered: a store must have nearly all KV before it, unless none had room."""
@@ -256,7 +266,7 @@ class World:
 def test_what_comes_back_is_what_went_in(seed: int) -> None:
     draws = random.Random(seed + 1000)
     world = World(seed, num_blocks=24)
-    to_submit = [(f"r{i}", draws.randrange(1, 40), draws.randrange(1, 40)) for i in range(20)]
+    to_submit = [(f"r{i}" + "s" * (i % 4 == 0), draws.randrange(1, 40), draws.randrange(1, 40)) for i in range(20)]
     faults = draws.sample(["epoch"] * 3 + ["lose", "join"], 5)
     for turn in range(100_000):
         if to_submit and draws.random() < 0.1:
