@@ -146,7 +146,7 @@ class World:
         """Nobody but a store can let a strict request go on, whatever became of the stores."""
         assert self.token.replication.num_stores
         if self.durability[name] != "async":
-            kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens)) for store in self.stores.values()]
+            kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
             assert any(found is not None and found[1] >= len(tokens) - 3 for found in kept)
 
     def check_safe(self, name: str, tokens: list[int], max_lag: int) -> None:
