@@ -90,6 +90,16 @@ class SequenceFailed(msgspec.Struct, frozen=True, array_like=True, tag="sequence
     error: WireError
 
 
+class Orphans(msgspec.Struct, frozen=True, array_like=True, tag="orphans"):
+    """Token driver to all routers, when `router` has died: its sequences (by replica key) pause here, and go on where
+    they are for the router that admits them again."""
+
+    pipeline: str
+    epoch: int
+    router: str
+    keys: list[str]
+
+
 class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"):
     """A service's own figures for `status`: msgpack map of strings and numbers (nested maps allowed)."""
 
@@ -110,7 +120,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """The leading router to any service: end in order; somebody else does your work."""
 
 
-RouterInboxMessage = PipelineReady | TokensProduced | SequenceFailed | StatsReply | Beat | Stop
+RouterInboxMessage = PipelineReady | TokensProduced | SequenceFailed | Orphans | StatsReply | Beat | Stop
 
 # ---------------------------------------------------------------- to a stage
 

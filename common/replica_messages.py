@@ -56,12 +56,11 @@ class Replicate(msgspec.Struct, frozen=True, array_like=True, tag="replicate"):
 
 
 class Forget(msgspec.Struct, frozen=True, array_like=True, tag="forget"):
-    """Token driver: these sequences have ended; with `after_s`, drop them unless somebody wants them until then."""
+    """Token driver: these sequences have ended."""
 
     pipeline: str
     epoch: int
     keys: list[str]
-    after_s: float = 0.0
 
 
 class Locate(msgspec.Struct, frozen=True, array_like=True, tag="locate"):

@@ -222,9 +222,10 @@ class CacheStore:
                         self._locate(sender, message)
                     else:
                         self._recalls.put_nowait((sender, message))  # nobody else waits for the disk
-                case Forget(pipeline, epoch):
+                case Forget(pipeline, epoch, keys):
                     if self._accepts(pipeline, epoch):
-                        self._forget(message)
+                        for key in keys:
+                            self._shelf.forget(key)
 
     def _locate(self, sender: str, locate: Locate) -> None:
         if self._accepts(locate.pipeline, locate.epoch):
@@ -240,13 +241,6 @@ class CacheStore:
             if self._disk is not None:
                 await self._disk.recall(replica_key(locate.sequence_id))
             self._locate(sender, locate)
-
-    def _forget(self, forget: Forget) -> None:
-        for key in forget.keys:
-            if forget.after_s:
-                self._shelf.expire(key, time.monotonic() + forget.after_s)
-            else:
-                self._shelf.forget(key)
 
     async def _sweep(self) -> None:
         while True:

@@ -125,12 +125,6 @@ class Shelf:
         if replica is not None:
             self.let_go(replica)
 
-    def expire(self, key: str, at_s: float) -> None:
-        """The replica is dropped at `at_s` unless it is used until then."""
-        replica = self.replicas.get(key)
-        if replica is not None:
-            replica.expires_at_s = at_s
-
     def sweep(self, now_s: float) -> None:
         """Drops what has expired."""
         for key, replica in list(self.replicas.items()):

@@ -34,7 +34,8 @@ DRAIN_LIMIT_S = 20.0
 
 class Cluster:
     """Members, published pipelines and the leader. `on_record(record)` hears of every publication, `on_lost(pipeline)`
-    of a pipeline that has lost a stage; `is_ready(pipeline)` says whether it works again."""
+    of a pipeline that has lost a stage, `on_lead(router)` that we lead after `router`; `is_ready(pipeline)` says
+    whether it works again."""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Cluster:
         may_kill: bool,
         on_record: Callable[[PipelineRecord], None],
         on_lost: Callable[[str], None],
+        on_lead: Callable[[str], None],
         is_ready: Callable[[str], bool],
     ) -> None:
         self.members: dict[str, MemberRecord] = {}
@@ -61,7 +63,10 @@ class Cluster:
         self._may_kill = may_kill
         self._on_record = on_record
         self._on_lost = on_lost
+        self._on_lead = on_lead
         self._is_ready = is_ready
+        self._predecessor = ""
+        """the last other process that led"""
         self._changed = asyncio.Event()
         self._draining: set[str] = set()
         """incarnations that are to be replaced"""
@@ -124,6 +129,10 @@ class Cluster:
 
     async def _watch_leader(self) -> None:
         async for leader in self._election.watch():
+            if leader.is_me and self._predecessor:
+                self._on_lead(self._predecessor)
+            if leader.is_me or leader.name:
+                self._predecessor = "" if leader.is_me else leader.name
             self.leader = leader.name
             self.is_leader = leader.is_me
             self._journal.note("leader", leader.name)

@@ -28,10 +28,12 @@ class Placement:
     prompt_pipeline: str
 
 
-def place(pipelines: Iterable[PipelineView], num_prompt_tokens: int) -> Placement | None:
-    """The least loaded pair of ready pipelines, or None while there is none."""
+def place(pipelines: Iterable[PipelineView], num_prompt_tokens: int, home: str = "") -> Placement | None:
+    """The least loaded pair of ready pipelines, or None while there is none. A sequence that already lives in the
+    pipeline `home` goes on there."""
     views = [view for view in pipelines if view.is_ready]
-    token = min((v for v in views if v.role == "token_stage"), key=lambda v: (v.load_tokens, v.name), default=None)
+    able = (view for view in views if view.role == "token_stage")
+    token = min(able, key=lambda v: (v.name != home, v.load_tokens, v.name), default=None)
     if token is None:
         return None
     if token.is_colocated:

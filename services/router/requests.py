@@ -12,12 +12,14 @@ from common.messages import (
     Admit,
     CancelSequence,
     Message,
+    Orphans,
     PipelineReady,
     SequenceFailed,
     TokensProduced,
     pack_ids,
 )
 from common.model.spec import ModelSpec
+from common.replica_messages import replica_key
 from common.text import TextCodec
 from dejavu.errors import DejavuError, InvalidParameter, PromptTooLong, RequestConflict
 from dejavu.wire import Accepted, Ended, RouterMessage, Submit, TokenFrame, Tokens, WireError
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 LONG_TEXT_CHARS = 4096
 """Text beyond this is tokenised off the event loop."""
+
+
+MAX_HOMES = 65_536
 
 
 class Wires(Protocol):
@@ -55,6 +60,12 @@ class Requests:
         self._incarnation = incarnation
         self._num_accepted = 0
         self._unplaced: dict[str, tuple[Request, Choice]] = {}
+        self._homes: dict[str, str] = {}
+        """token pipelines of the sequences (by replica key) that a dead router has left behind"""
+        self._reports: dict[str, str] = {}
+        """the router whose sequences each token pipeline has last reported"""
+        self._awaited: set[str] = set()
+        """token pipelines that may have sequences of the leader before us and have not said which"""
 
     # ------------------------------------------------------------ from clients
 
@@ -160,6 +171,33 @@ class Requests:
         """A stage of the pipeline is gone: nothing is placed on it until its next epoch."""
         if name in self.pipelines:
             self.pipelines[name].is_ready = False
+            self._await_less({name})
+
+    def orphans_found(self, orphans: Orphans) -> None:
+        """A token pipeline has sequences of a dead router. The oldest that nobody has asked for are forgotten."""
+        self._homes.update(dict.fromkeys(orphans.keys, orphans.pipeline))
+        for key in list(self._homes)[: max(0, len(self._homes) - MAX_HOMES)]:
+            del self._homes[key]
+        self._reports[orphans.pipeline] = orphans.router
+        self._await_less({orphans.pipeline})
+
+    def succeed(self, router: str) -> None:
+        """We lead after `router`. Requests that it had begun are placed when every token pipeline has said which of
+        them it has, or after `stop_awaiting`."""
+        self._awaited = {
+            view.name
+            for view in self.pipelines.values()
+            if view.role == "token_stage" and view.is_ready and self._reports.get(view.name) != router
+        }
+
+    def stop_awaiting(self) -> None:
+        self._await_less(set(self._awaited))
+
+    def _await_less(self, pipelines: set[str]) -> None:
+        if self._awaited and not self._awaited - pipelines:
+            self._awaited.clear()
+            self._place_unplaced()
+        self._awaited -= pipelines
 
     def tokens_produced(self, produced: TokensProduced) -> None:
         """Relays tokens to their clients, one message a client."""
@@ -204,8 +242,10 @@ class Requests:
 
     def _place(self, request: Request, choice: Choice) -> None:
         self._unload(choice)
-        placement = place(self.pipelines.values(), len(request.prompt_ids) + len(choice.delivered))
-        if placement is None:
+        home = self._homes.pop(replica_key(choice.sequence_id), "")
+        may_live = bool(choice.delivered and self._awaited) and not home
+        placement = place(self.pipelines.values(), len(request.prompt_ids) + len(choice.delivered), home)
+        if placement is None or may_live:
             self._unplaced[choice.sequence_id] = (request, choice)
             return
         self._unplaced.pop(choice.sequence_id, None)
@@ -226,6 +266,10 @@ class Requests:
                 placement.prompt_pipeline,
             ),
         )
+
+    def _place_unplaced(self) -> None:
+        for request, choice in list(self._unplaced.values()):
+            self._place(request, choice)
 
     def _loads(self, request: Request, choice: Choice) -> list[tuple[str, int]]:
         loads = [(choice.pipeline, request.params.max_tokens)]

@@ -18,7 +18,7 @@ from common.etcd.client import EtcdClient
 from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
 from common.membership import Election, MemberRecord, Membership, PipelineRecord
-from common.messages import Beat, PipelineReady, SequenceFailed, StatsQuery, StatsReply, Stop, TokensProduced
+from common.messages import Beat, Orphans, PipelineReady, SequenceFailed, StatsQuery, StatsReply, Stop, TokensProduced
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
 from common.process import own_incarnation
@@ -37,6 +37,8 @@ STATS_WAIT_S = 0.5
 FAREWELL_S = 0.2
 """Time for the last answer to leave."""
 MAX_UNREAD_MESSAGES = 65536
+MAX_REPORT_S = 1.0
+"""So long a new leader waits to hear which sequences of its predecessor token pipelines have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ class RouterService:
             may_kill=options.may_kill,
             on_record=self._pipeline_published,
             on_lost=self._requests.pipeline_lost,
+            on_lead=self._succeed,
             is_ready=lambda pipeline: self._requests.pipelines[pipeline].is_ready,
         )
         # from its registration on others tell it things once and never again
@@ -158,6 +161,10 @@ class RouterService:
         await stop.wait()
         for task in tasks:
             task.cancel()
+
+    def _succeed(self, router: str) -> None:
+        self._requests.succeed(router)
+        asyncio.get_running_loop().call_later(MAX_REPORT_S, self._requests.stop_awaiting)
 
     def _pipeline_published(self, record: PipelineRecord) -> None:
         self._requests.pipeline_published(record)
@@ -267,6 +274,8 @@ class RouterService:
                 self._cluster.watchdog.heard(name, incarnation, overdue_s, time.monotonic())
             case TokensProduced():
                 self._requests.tokens_produced(message)
+            case Orphans():
+                self._requests.orphans_found(message)
             case SequenceFailed():
                 self._requests.sequence_failed(message)
             case StatsReply():

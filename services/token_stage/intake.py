@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.messages import Drawn
-from common.replica_messages import HeldReplica
+from common.replica_messages import HeldReplica, replica_key
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
 from services.token_stage.sequence import (
@@ -29,26 +29,58 @@ class Intake(SequenceTable):
     def admit(
         self, sequence_id: str, choice: int, prompt: list[int], forced: list[int], params: SamplingParams
     ) -> list[Action]:
-        """Queues a sequence; a known id is ignored (the router may repeat itself)."""
+        """Queues a sequence; a known id is ignored (the router may repeat itself). It takes the place of one that
+        another router had for the same request."""
         if sequence_id in self._sequences:
             return []
         needed = self._blocks_for(len(prompt) + params.max_tokens)
         if needed > self._max_sequence_blocks:
             return [Fail(sequence_id, too_long(len(prompt), params.max_tokens, needed, self._max_sequence_blocks))]
+        older = self._by_key.get(replica_key(sequence_id))
+        ended = [] if older is None else self._end(older, is_superseded=True)
         sequence = Sequence(sequence_id, choice, params, len(prompt), prompt + forced, self._num_arrivals)
         sequence.max_lag = max_lag(params.durability or self._durability)
         self._num_arrivals += 1
-        self._sequences[sequence_id] = sequence
+        self._sequences[sequence_id] = self._by_key[replica_key(sequence_id)] = sequence
         self._waiting[sequence_id] = sequence
-        return self._grant_waiting()
+        return [*ended, *self._grant_waiting()]
 
-    def cancel(self, sequence_id: str, *, is_orphan: bool = False) -> list[Action]:
-        """Ends a sequence; its blocks return as soon as nothing touches them. An orphan's router is gone: the next
-        one may ask for the same sequence, so that its replica is kept for a while."""
+    def orphan(self, sequence_id: str) -> None:
+        """Its router is gone: it pauses, and keeps what nobody has got yet, until another one asks for it (`adopt`) or
+        it is cancelled."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            sequence.is_orphan = True
+            self._ready.pop(sequence_id, None)
+
+    def orphans(self) -> list[str]:
+        """Those that wait for another router."""
+        return [sequence.sequence_id for sequence in self._sequences.values() if sequence.is_orphan]
+
+    def adopt(
+        self, sequence_id: str, prompt: list[int], forced: list[int], params: SamplingParams
+    ) -> tuple[str, list[Action]] | None:
+        """Another router has the request of a sequence that lives here, or has just finished, and knows its output
+        `forced`. Returns what that sequence is called here and the tokens that follow; None: it has to be admitted."""
+        key = replica_key(sequence_id)
+        sequence = self._by_key.get(key) or self._finished.get(key)
+        if sequence is None or sequence.sequence_id == sequence_id:
+            return None
+        missing = sequence.frames_after(prompt, forced, params)
+        is_cancelled = sequence.phase is Phase.ENDED and self._finished.get(key) is not sequence
+        if missing is None or is_cancelled:
+            return None
+        sequence.is_orphan = False
+        if sequence.phase is Phase.DECODING and not sequence.num_in_flight and not sequence.is_leaving:
+            self._set_ready(sequence)
+        return sequence.sequence_id, [*missing, *self._deliver(sequence), *self._grant_waiting()]
+
+    def cancel(self, sequence_id: str) -> list[Action]:
+        """Ends a sequence; its blocks return as soon as nothing touches them."""
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
             return []
-        return [*self._end(sequence, is_orphan=is_orphan), *self._grant_waiting()]
+        return [*self._end(sequence), *self._grant_waiting()]
 
     def refuse(self, sequence_id: str, error: WireError) -> list[Action]:
         """A granted sequence whose prompt nobody can compute; no writer was asked."""
@@ -213,6 +245,8 @@ class Intake(SequenceTable):
         if not self.replication.is_settled:
             return actions
         for sequence in sorted(self._waiting.values(), key=lambda sequence: sequence.arrival):
+            if sequence.is_orphan:
+                continue
             needed = self._blocks_for(len(sequence.tokens) + 1)
             reserve = self._num_decoding // 4 if len(self._sequences) > len(self._waiting) else 0
             if self.allocator.num_free < needed + reserve:

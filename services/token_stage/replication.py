@@ -20,8 +20,6 @@ from services.token_stage.sequence import Sequence
 MAX_BATCH_TOKENS = 8192
 RETRY_BATCHES = 64
 MIN_NEWS_TOKENS = 2
-ORPHAN_S = 60.0
-"""How long the replica of a sequence whose router died waits for the next router to ask for it."""
 
 ToStore = tuple[str, Claim | Replicate | Forget | Locate]
 
@@ -41,7 +39,6 @@ class _Store:
     refused: dict[str, int] = field(default_factory=dict)
     """key -> number of the batch that may try it again"""
     forget: list[str] = field(default_factory=list)
-    expire: list[str] = field(default_factory=list)
 
     def may_have(self, key: str) -> bool:
         return key in self.keys or key in self.acknowledged or key in (self.reading or ())
@@ -138,20 +135,20 @@ class Replication:
             self._stores[name].acknowledged[replica_key(sequence.sequence_id)] = sequence.num_computed
         self.computed(sequence)
 
-    def ended(self, sequence: Sequence, *, is_orphan: bool) -> None:
-        """Nobody wants its tokens any more; of an orphan, the next router may."""
+    def ended(self, sequence: Sequence, *, is_superseded: bool) -> None:
+        """Nobody wants its tokens any more, unless a sequence with the same key takes its place."""
         key = replica_key(sequence.sequence_id)
         if self._sequences.get(key) is sequence:
             del self._sequences[key]
         for store in self._stores.values():
-            if store.may_have(key):
-                (store.expire if is_orphan else store.forget).append(key)
+            may_have = store.may_have(key)
             for of_store in (store.behind, store.refused, store.acknowledged, store.ids):
                 of_store.pop(key, None)
-            if is_orphan:
+            store.keys.discard(key)
+            if may_have and is_superseded:
                 store.keys.add(key)
-            else:
-                store.keys.discard(key)
+            elif may_have:
+                store.forget.append(key)
 
     def protects(self, sequence: Sequence, position: int, max_lag: int, *, is_strict: bool = False) -> bool:
         """Whether the token at `position` may be delivered: a store knows its id and the KV of all tokens before it but
@@ -187,10 +184,9 @@ class Replication:
         for name, store in self._stores.items():
             if not store.is_claimed:
                 continue
-            for keys, after_s in ((store.forget, 0.0), (store.expire, ORPHAN_S)):
-                if keys:
-                    messages.append((name, Forget(self._pipeline, self._epoch, list(keys), after_s)))
-                    keys.clear()
+            if store.forget:
+                messages.append((name, Forget(self._pipeline, self._epoch, store.forget)))
+                store.forget = []
             batch = self._next_batch(store)
             if batch is not None:
                 messages.append((name, batch))

@@ -81,7 +81,7 @@ class TokenScheduler(Intake):
         needs = {
             sequence.sequence_id: min(self._blocks_for(len(sequence.tokens) + 1), self._max_sequence_blocks)
             for sequence in self._sequences.values()
-            if sequence.phase is Phase.DECODING and not sequence.requeue
+            if sequence.phase is Phase.DECODING and not sequence.requeue and not sequence.is_orphan
         }
         return self.device.turn(needs, MAX_SEQUENCES_PER_STEP)
 
@@ -110,7 +110,7 @@ class TokenScheduler(Intake):
         """What the step after this one will probably have: those that are ready, then those of the oldest step in
         flight, each with the number of tokens that have KV by then. They are opened now, so that stages know them."""
         oldest = next(iter(self._flying.values())).sequences if self._flying else tuple(taken)
-        flying = [s for s in oldest if s.phase is Phase.DECODING and not s.is_leaving]
+        flying = [s for s in oldest if s.phase is Phase.DECODING and not s.is_leaving and not s.is_orphan]
         ready = [s for s in self._ready.values() if s.num_computed == len(s.tokens) - 1]
         turn = self._turn()
         upcoming: list[tuple[str, int]] = []
@@ -163,11 +163,12 @@ class TokenScheduler(Intake):
         return list(extra) if sequence.is_open else []
 
     def _preempt_youngest(self, needy: Sequence) -> bool:
-        """Frees the blocks of the youngest ready sequence younger than `needy`; False: there is none (then an
-        older one, or one in flight, will make room)."""
+        """Frees the blocks of a sequence that nobody reads at present, or else of the youngest ready one younger than
+        `needy`; False: there is none (then an older one, or one in flight, will make room)."""
         if any(sequence.is_leaving and sequence.blocks for sequence in self._sequences.values()):
             return False  # blocks come back as soon as nobody reads them any more
-        victim = max(self._ready.values(), key=lambda sequence: sequence.arrival, default=None)
+        orphans = (s for s in self._sequences.values() if s.is_orphan and s.phase is Phase.DECODING)
+        victim = next(orphans, None) or max(self._ready.values(), key=lambda s: s.arrival, default=None)
         if victim is None:
             return False
         if victim is needy and len(self._sequences) - len(self._waiting) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -9,6 +10,9 @@ from common.messages import Drawn, SequenceOpen, Step, pack_ids
 from common.replica_messages import HeldReplica
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
+
+MAX_SHOWN = 64
+"""So many tokens that a router was given are kept, in case it dies before it has passed them on."""
 
 
 class Phase(Enum):
@@ -48,6 +52,10 @@ class Sequence:
     max_lag: int | None = None
     """a token is delivered only when a store lacks KV of at most so many tokens before it; None: at once"""
     undelivered: list[Produce] = field(default_factory=list)
+    shown: deque[Produce] = field(default_factory=lambda: deque(maxlen=MAX_SHOWN))
+    """the last tokens that were delivered"""
+    is_orphan: bool = False
+    """its router is gone: it pauses with its blocks until the next router asks for it"""
     num_in_flight: int = 0
     is_open: bool = False
     num_cells: int = 0
@@ -75,6 +83,15 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def frames_after(self, prompt: list[int], forced: list[int], params: SamplingParams) -> list[Produce] | None:
+        """What was delivered after the output `forced`; None where this is another sequence, or where more is missing
+        than is kept."""
+        known = len(prompt) + len(forced)
+        is_same = self.num_prompt == len(prompt) and self.tokens[:known] == prompt + forced and self.params == params
+        if not is_same or len(forced) < self.num_output - len(self.undelivered) - len(self.shown):
+            return None
+        return [produced for produced in self.shown if produced.index >= len(forced)]
 
     def opened(self) -> SequenceOpen:
         """What stages keep of it."""

@@ -7,7 +7,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, assert_never
 
 from common.kv.arrival import verify_arrival
@@ -23,6 +22,7 @@ from common.messages import (
     HandoffEnded,
     KvArrived,
     KvConfirmed,
+    Orphans,
     PipelineReady,
     Prefill,
     ProducedToken,
@@ -36,10 +36,11 @@ from common.messages import (
     unpack_ids,
 )
 from common.model.spec import ModelSpec
-from common.replica_messages import Claimed, Located, Pull, Pulled, Replicated
+from common.replica_messages import Claimed, Located, Pull, Pulled, Replicated, replica_key
 from common.stage.options import StageOptions
 from common.stage.role import Sender
 from common.stage.service import StageService
+from services.token_stage.audience import Audience
 from services.token_stage.pulls import Pulls
 from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
@@ -58,12 +59,8 @@ from services.token_stage.swapping import device_tier
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _LiveSequence:
-    """Whom to tell about a sequence: the router it came from, the prompt pipeline that computes its prompt."""
-
-    admit: Admit
-    router: Sender
+ORPHAN_S = 30.0
+"""How long a sequence whose router died waits for the next one to ask for it."""
 
 
 class TokenStage(StageService):
@@ -72,7 +69,7 @@ class TokenStage(StageService):
     def __init__(self, options: StageOptions, spec: ModelSpec) -> None:
         super().__init__(options, spec)
         self._scheduler: TokenScheduler | None = None
-        self._live: dict[str, _LiveSequence] = {}
+        self._audience = Audience()
         self._prompt_ready: dict[str, PipelineReady] = {}
         """what each prompt pipeline last said of itself"""
         self._totals = Counter[str]()
@@ -158,7 +155,7 @@ class TokenStage(StageService):
     def end_driver(self) -> None:
         self._totals = self._counts()
         self._scheduler = None
-        self._live.clear()
+        self._audience.clear()
 
     def next_step(self) -> Step | None:
         return None if self._scheduler is None else self._scheduler.next_step()
@@ -195,8 +192,9 @@ class TokenStage(StageService):
                 if self.accepts(message.epoch):
                     self._admit(scheduler, sender, message)
             case CancelSequence(sequence_id):
-                self._carry_out(scheduler.cancel(sequence_id))
-                self._live.pop(sequence_id, None)
+                ours = self._audience.called(sequence_id)
+                if ours is not None:
+                    self._cancel(scheduler, ours)
             case FirstToken(epoch, sequence_id, attempt, drawn):
                 if self.accepts(epoch):
                     self._carry_out(scheduler.first_token(sequence_id, attempt, drawn))
@@ -214,6 +212,8 @@ class TokenStage(StageService):
         self.pump()
 
     async def member_joined(self, record: MemberRecord) -> None:
+        if record.role == "router":
+            self._report_orphans(record.name, record.name)
         if record.role != "cache_store":
             return
         await self._pulls.store_joined(record)
@@ -233,38 +233,55 @@ class TokenStage(StageService):
         self.pump()
 
     def _router_lost(self, scheduler: TokenScheduler, router: Sender) -> None:
-        """Nobody reads the tokens of its sequences: its clients ask again at its successor."""
-        for sequence_id, live in list(self._live.items()):
-            if live.router == router:
-                self._carry_out(scheduler.cancel(sequence_id, is_orphan=True))
-                self._live.pop(sequence_id, None)
+        """Nobody reads the tokens of its sequences: they wait for its successor, whom its clients ask to go on."""
+        for sequence_id in self._audience.of_router(router):
+            scheduler.orphan(sequence_id)
+        for member in self.members.values():
+            if member.role == "router":
+                self._report_orphans(member.name, router.name)
+        self.loop.call_later(ORPHAN_S, self._end_orphans, scheduler, router)
+
+    def _report_orphans(self, to: str, dead: str) -> None:
+        if self._scheduler is not None:
+            keys = [replica_key(sequence_id) for sequence_id in self._scheduler.orphans()]
+            self.peers.send(to, Orphans(self.options.pipeline, self.epoch, dead, keys))
+
+    def _end_orphans(self, scheduler: TokenScheduler, router: Sender) -> None:
+        if scheduler is self._scheduler:
+            for sequence_id in self._audience.of_router(router):
+                self._cancel(scheduler, sequence_id)
+            self.pump()
 
     def _admit(self, scheduler: TokenScheduler, router: Sender, admit: Admit) -> None:
-        self._live[admit.sequence_id] = _LiveSequence(admit, router)
-        self._carry_out(
-            scheduler.admit(
-                admit.sequence_id,
-                admit.choice,
-                unpack_ids(admit.prompt),
-                unpack_ids(admit.forced),
-                admit.params,
-            )
-        )
+        prompt, forced = unpack_ids(admit.prompt), unpack_ids(admit.forced)
+        adopted = scheduler.adopt(admit.sequence_id, prompt, forced, admit.params)
+        if adopted is None:
+            self._audience.enter(admit.sequence_id, admit, router)
+            self._carry_out(scheduler.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params))
+            return
+        sequence_id, actions = adopted
+        self._audience.enter(sequence_id, admit, router)
+        self._carry_out(actions)
+
+    def _cancel(self, scheduler: TokenScheduler, sequence_id: str) -> None:
+        self._carry_out(scheduler.cancel(sequence_id))
+        self._audience.leave(sequence_id)
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         produced: dict[str, list[ProducedToken]] = defaultdict(list)
         ended: list[str] = []
         for action in actions:
-            live = self._live.get(action.sequence_id)
-            if live is None:
+            listener = self._audience.of(action.sequence_id)
+            if listener is None:
                 continue
             match action:
                 case Produce(sequence_id, index, drawn, reason):
-                    produced[live.router.name].append(ProducedToken(sequence_id, index, drawn, reason))
+                    token = ProducedToken(listener.admit.sequence_id, index, drawn, reason)
+                    produced[listener.router.name].append(token)
                     if reason is not None:
                         ended.append(sequence_id)
                 case Grant():
-                    self._request_prefill(live, action)
+                    self._request_prefill(listener.admit, action)
                 case AskStore(sequence_id, store):
                     self._ask_store(sequence_id, store)
                 case PullReplica(sequence_id):
@@ -272,19 +289,18 @@ class TokenStage(StageService):
                 case StopPrefill(sequence_id, attempt):
                     self._stop_prefill(sequence_id, attempt)
                 case Fail(sequence_id, error):
-                    failed = SequenceFailed(self.options.pipeline, self.epoch, sequence_id, error)
-                    self.peers.send(live.router.name, failed)
+                    failed = SequenceFailed(self.options.pipeline, self.epoch, listener.admit.sequence_id, error)
+                    self.peers.send(listener.router.name, failed)
                     ended.append(sequence_id)
                 case _:
                     assert_never(action)
         for router, tokens in produced.items():
             self.peers.send(router, TokensProduced(self.options.pipeline, self.epoch, tokens))
         for sequence_id in ended:
-            self._live.pop(sequence_id, None)
+            self._audience.leave(sequence_id)
 
-    def _request_prefill(self, live: _LiveSequence, grant: Grant) -> None:
+    def _request_prefill(self, admit: Admit, grant: Grant) -> None:
         """Sends the grant and the work to the prompt pipeline the router chose, or to any other that is there."""
-        admit = live.admit
         record = self.records.get(admit.prompt_pipeline) or next(
             (record for record in self.records.values() if record.role == "prompt_stage"), None
         )

@@ -11,9 +11,12 @@ from collections import OrderedDict
 from common.ends import finish_reason
 from common.kv.blocks import BlockAllocator
 from common.messages import Drawn, SequenceOpen
+from common.replica_messages import replica_key
 from services.token_stage.replication import Replication
 from services.token_stage.sequence import Action, FlyingStep, Phase, Produce, Sequence, StopPrefill
 from services.token_stage.swapping import DeviceTier
+
+MAX_FINISHED = 256
 
 
 class SequenceTable:
@@ -51,6 +54,10 @@ class SequenceTable:
         self._chunk_tokens = chunk_tokens
         self._is_colocated = is_colocated
         self._sequences: dict[str, Sequence] = {}
+        self._by_key: dict[str, Sequence] = {}
+        """the same, by what a request's next router will ask for"""
+        self._finished: OrderedDict[str, Sequence] = OrderedDict()
+        """the last that finished, by key: their routers may have died before they passed on the end"""
         self._waiting: dict[str, Sequence] = {}
         self._ready: OrderedDict[str, Sequence] = OrderedDict()
         self._prefilling: dict[str, Sequence] = {}
@@ -88,7 +95,8 @@ class SequenceTable:
         if sequence.phase is not Phase.DECODING:
             sequence.phase = Phase.DECODING
             self._num_decoding += 1
-        self._ready[sequence.sequence_id] = sequence
+        if not sequence.is_orphan:
+            self._ready[sequence.sequence_id] = sequence
 
     def _append(self, sequence: Sequence, drawn: Drawn) -> list[Action]:
         sequence.tokens.append(drawn.token_id)
@@ -96,10 +104,18 @@ class SequenceTable:
         reason = finish_reason(sequence.params, self._eos_token_ids, drawn.token_id, num_output)
         sequence.undelivered.append(Produce(sequence.sequence_id, num_output - 1, drawn, reason))
         delivered = self._deliver(sequence)
-        return [*delivered, *self._end(sequence)] if reason is not None else delivered
+        if reason is None:
+            return delivered
+        self._finished[replica_key(sequence.sequence_id)] = sequence
+        if len(self._finished) > MAX_FINISHED:
+            self._finished.popitem(last=False)
+        return [*delivered, *self._end(sequence)]
 
     def _deliver(self, sequence: Sequence) -> list[Action]:
-        """Tokens that need not wait (any more) for a store. The last one never does: after it nothing can be lost."""
+        """Tokens that need not wait (any more) for a store, or for a router. The last one never waits for a store:
+        after it nothing can be lost."""
+        if sequence.is_orphan:
+            return []
         count = 0
         for produced in sequence.undelivered:
             position = sequence.num_prompt + produced.index
@@ -107,6 +123,7 @@ class SequenceTable:
                 break
             count += 1
         delivered, sequence.undelivered = sequence.undelivered[:count], sequence.undelivered[count:]
+        sequence.shown.extend(delivered)
         return list(delivered)
 
     def _may_deliver(self, sequence: Sequence, position: int) -> bool:
@@ -124,10 +141,10 @@ class SequenceTable:
         sequence.requeue = True
         self._release_if_untouched(sequence)
 
-    def _end(self, sequence: Sequence, *, is_orphan: bool = False) -> list[Action]:
+    def _end(self, sequence: Sequence, *, is_superseded: bool = False) -> list[Action]:
         if sequence.phase is Phase.ENDED:
             return []
-        self.replication.ended(sequence, is_orphan=is_orphan)
+        self.replication.ended(sequence, is_superseded=is_superseded)
         was = sequence.phase
         if was is Phase.DECODING:
             self._num_decoding -= 1
@@ -151,6 +168,8 @@ class SequenceTable:
             sequence.is_open = False
         if sequence.phase is Phase.ENDED:
             self._sequences.pop(sequence.sequence_id, None)
+            if self._by_key.get(replica_key(sequence.sequence_id)) is sequence:
+                del self._by_key[replica_key(sequence.sequence_id)]
         else:
             self._back_to_queue(sequence)
 

@@ -60,6 +60,12 @@ class World:
         self.num_restored = 0
         self.num_refused = 0
         self.durability: dict[str, str] = {}
+        self.term = 0
+        self.ours: dict[str, str] = {}
+        """what the driver calls a sequence, which another router may have admitted"""
+        self.away: list[str] = []
+        """requests whose router died and whose clients have not come back yet"""
+        self.num_adopted = 0
         self.begin_epoch()
 
     # ------------------------------------------------------------ faults
@@ -85,8 +91,27 @@ class World:
             replication=replication,
         )
         for name, prompt in self.requests.items():
-            if name not in self.ended:
+            if name not in self.ended and name not in self.away:
                 self.admit(name, prompt)
+
+    def lose_router(self) -> None:
+        """It had not passed on the last tokens, perhaps not even the end."""
+        self.term += 1
+        for name in self.requests:
+            was_finished = name in self.ended and len(self.outputs[name]) == self.max_tokens[name]
+            if name in self.away or (name in self.ended and not was_finished):
+                continue
+            num_lost = self.draws.randrange(4)
+            if was_finished and not num_lost:
+                continue
+            self.outputs[name] = self.outputs[name][: len(self.outputs[name]) - num_lost]
+            self.ended.discard(name)
+            self.away.append(name)
+            self.token.orphan(self.ours[name])
+
+    def come_back(self) -> None:
+        name = self.away.pop(self.draws.randrange(len(self.away)))
+        self.admit(name, self.requests[name])
 
     def lose_store(self, name: str) -> None:
         del self.stores[name]
@@ -109,13 +134,23 @@ class World:
         durability = self.durability.setdefault(name, self.draws.choice(["async", "lag:3", "sync"]))
         is_strict = name.endswith("s")
         params = SamplingParams(max_tokens=self.max_tokens[name], durability=durability, durability_strict=is_strict)
-        self.carry_out(self.token.admit(f"{name}/0/t", 0, prompt, self.outputs[name], params))
+        sequence_id = f"{name}/0/{self.term}"
+        adopted = self.token.adopt(sequence_id, prompt, self.outputs[name], params)
+        if adopted is None:
+            self.ours[name] = sequence_id
+            self.carry_out(self.token.admit(sequence_id, 0, prompt, self.outputs[name], params))
+            return
+        self.ours[name], actions = adopted
+        self.num_adopted += 1
+        self.carry_out(actions, were_shown=True)
 
     def cancel(self, name: str) -> None:
         self.ended.add(name)
-        self.carry_out(self.token.cancel(f"{name}/0/t", is_orphan=self.draws.random() < 0.5))
+        if name in self.away:
+            self.away.remove(name)
+        self.carry_out(self.token.cancel(self.ours[name]))
 
-    def carry_out(self, actions: Iterable[Action]) -> None:
+    def carry_out(self, actions: Iterable[Action], *, were_shown: bool = False) -> None:
         actions = list(actions)
         ending = {action.sequence_id for action in actions if isinstance(action, Produce) and action.finish_reason}
         for action in actions:
@@ -125,9 +160,10 @@ class World:
                     tokens = self.requests[name] + self.outputs[name]
                     assert index == len(self.outputs[name])
                     assert drawn.token_id == next_token(tokens)
-                    if sequence_id not in ending and self.durability[name] != "async":
+                    is_new = sequence_id not in ending and not were_shown
+                    if is_new and self.durability[name] != "async":
                         self.check_safe(name, tokens, 3 if self.durability[name] == "lag:3" else 0)
-                    if sequence_id not in ending and name.endswith("s"):
+                    if is_new and name.endswith("s"):
                         self.check_strict(name, tokens)
                     self.outputs[name].append(drawn.token_id)
                     if reason is not None:
@@ -219,12 +255,9 @@ class World:
             case Replicate():
                 failed = [item.key for item in message.items if not self._keep(store, item)]
                 self.wire.append(("replicated", (message.epoch, name, message.batch, failed)))
-            case Forget(_, _, keys, after_s):
+            case Forget(_, _, keys):
                 for key in keys:
-                    if after_s:
-                        store.shelf.expire(key, 1.0)
-                    else:
-                        store.shelf.forget(key)
+                    store.shelf.forget(key)
             case Locate(_, epoch, sequence_id, attempt, ids):
                 found = store.shelf.locate(replica_key(sequence_id), ids, 0.0)
                 held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)
@@ -267,7 +300,7 @@ def test_what_comes_back_is_what_went_in(seed: int) -> None:
     draws = random.Random(seed + 1000)
     world = World(seed, num_blocks=24)
     to_submit = [(f"r{i}" + "s" * (i % 4 == 0), draws.randrange(1, 40), draws.randrange(1, 40)) for i in range(20)]
-    faults = draws.sample(["epoch"] * 3 + ["lose", "join"], 5)
+    faults = draws.sample(["epoch"] * 3 + ["router"] * 3 + ["lose", "join"], 8)
     for turn in range(100_000):
         if to_submit and draws.random() < 0.1:
             world.submit(*to_submit.pop())
@@ -282,8 +315,12 @@ def test_what_comes_back_is_what_went_in(seed: int) -> None:
         choices += [name for name, store in world.stores.items() if store.inbox]
         if choices:
             run(world, draws.choice(choices))
+        elif world.away:
+            world.come_back()
         elif not to_submit and not faults:
             break
+        if world.away and draws.random() < 0.05:
+            world.come_back()
         world.token.allocator.check()
     assert world.ended == set(world.requests)
     assert world.token.allocator.num_free == 24
@@ -295,6 +332,8 @@ def test_what_comes_back_is_what_went_in(seed: int) -> None:
 def inject(world: World, fault: str, turn: int) -> None:
     if fault == "epoch":
         world.begin_epoch()
+    elif fault == "router":
+        world.lose_router()
     elif fault == "join":
         world.new_store(f"s{turn}")
     elif world.stores:
@@ -343,3 +382,49 @@ def test_a_damaged_or_foreign_replica_is_not_used() -> None:
     assert found[1] == 2
     gap = ReplicaItem("r/0", 7, 1, [0], pack_ids([7]))
     assert shelf.make_room("p", gap, 0.0) is None
+
+
+def take_turn(world: World) -> None:
+    """Everything that can happen happens once; stores keep up."""
+    world.start_steps()
+    for name, store in world.stores.items():
+        while store.inbox:
+            world.run_store(name)
+    while world.wire:
+        world.deliver_one()
+    if world.flying:
+        world.run_step()
+
+
+def test_who_outlives_its_router_computes_nothing_again() -> None:
+    """Another router asks for what the client lacks: the same sequence goes on, in its blocks."""
+    world = World(3, num_blocks=64)
+    for name in ("r", "t"):
+        world.submit(name, 10, 30)
+    while len(world.outputs["t"]) < 15:
+        take_turn(world)
+    world.lose_router()
+    while world.flying:
+        world.run_step()
+    world.start_steps()
+    assert not world.flying, "nobody asks for tokens"
+    while world.away:
+        world.come_back()
+    while len(world.ended) < 2:
+        take_turn(world)
+    assert world.num_adopted == 2
+    assert world.token.num_recomputed == world.token.num_recoveries == 0
+
+
+def test_a_sequence_that_has_gone_on_too_far_is_computed_again() -> None:
+    """Only the last tokens are kept for the next router; and another request is not the same request."""
+    world = World(3, num_blocks=64)
+    world.submit("r", 10, 200)
+    while len(world.outputs["r"]) < 100:
+        take_turn(world)
+    token, prompt, output = world.token, world.requests["r"], world.outputs["r"]
+    params = SamplingParams(max_tokens=200, durability=world.durability["r"])
+    assert token.adopt("r/0/x", prompt, output[:20], params) is None
+    assert token.adopt("r/0/x", prompt, [*output[:-1], 99], params) is None
+    assert token.adopt("r/0/x", prompt, output, SamplingParams(max_tokens=201)) is None
+    assert token.adopt("r/0/x", prompt, output[:50], params) is not None

@@ -204,7 +204,7 @@ def test_what_comes_next_is_guessed() -> None:
     """Without new arrivals a wrong guess is rare: a sequence ends, or grows beyond its microbatch."""
     pipelines = Pipelines(1, 200, 3, is_colocated=False, device=DeviceTier("on", 3, 60, 0.0))
     for index in range(9):
-        pipelines.submit(f"r{index}", 20, 40)
+        pipelines.submit(f"r{index}/0/0", 20, 40)
     while not pipelines.is_idle or len(pipelines.ended) < 9:
         pipelines.start_steps()
         while pipelines.wire:
@@ -219,7 +219,7 @@ def test_what_comes_next_is_guessed() -> None:
 def everybody_ends(pipelines: Pipelines, seed: int) -> None:
     num_blocks = pipelines.token.allocator.num_blocks
     draws = random.Random(seed + 1000)
-    to_submit = [(f"r{i}", draws.randrange(1, 50), draws.randrange(1, 40)) for i in range(25)]
+    to_submit = [(f"r{i}/0/0", draws.randrange(1, 50), draws.randrange(1, 40)) for i in range(25)]
     for _ in range(100_000):
         if to_submit and draws.random() < 0.1:
             pipelines.submit(*to_submit.pop())
