@@ -20,6 +20,7 @@ from common.replica_messages import (
     Claim,
     Claimed,
     Forget,
+    HeldReplica,
     Locate,
     Located,
     Pull,
@@ -164,16 +165,19 @@ class CancelSequence(msgspec.Struct, frozen=True, array_like=True, tag="cancel_s
 
 
 class Handoff(msgspec.Struct, frozen=True, array_like=True):
-    """Where a prefill's KV goes: the granted blocks of a token pipeline at an epoch."""
+    """Where a prefill's KV goes: the granted blocks of a token pipeline at an epoch. The first `start` tokens' is
+    there already."""
 
     pipeline: str
     epoch: int
     blocks: list[int]
+    start: int = 0
 
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True, tag="prefill"):
     """Token driver to prompt driver: the grant (blocks for these tokens and one more) and the work.
-    `token_ids` = prompt + known output; the next token is drawn from it."""
+    `token_ids` = prompt + known output; the next token is drawn from it. What the store `held_by` has in `held` need
+    not be computed."""
 
     epoch: int
     sequence_id: str
@@ -183,6 +187,8 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True, tag="prefill"):
     token_ids: bytes
     params: SamplingParams
     handoff: Handoff
+    held_by: str = ""
+    held: HeldReplica | None = None
 
 
 class CancelPrefill(msgspec.Struct, frozen=True, array_like=True, tag="cancel_prefill"):
@@ -217,12 +223,14 @@ class KvArrived(msgspec.Struct, frozen=True, array_like=True, tag="kv_arrived"):
 
 
 class KvConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="kv_confirmed"):
-    """Token stage to its driver: `num_cells` = tokens x layers of the sequence verified (or found corrupt)."""
+    """Token stage to its driver: tokens [start, start + num_tokens) of `layers` were verified (or found corrupt)."""
 
     epoch: int
     sequence_id: str
     attempt: int
-    num_cells: int
+    layers: tuple[int, int]
+    start: int
+    num_tokens: int
     intact: bool
 
 

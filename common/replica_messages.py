@@ -27,12 +27,13 @@ class ReplicaItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HeldReplica(msgspec.Struct, frozen=True, array_like=True):
-    """What a store has of a sequence; `blocks` in the store's pool, from token 0."""
+    """What a store has of a sequence; `blocks` in the store's pool, from token 0. Checksums are per layer, so that
+    stages of any cut can check what they copy."""
 
     num_tokens: int
     blocks: list[int]
     checksums: list[int]
-    """one per stage of the asking pipeline, over its layers"""
+    """one per layer of the model"""
 
 
 # ---------------------------------------------------------------- to a store
@@ -106,7 +107,7 @@ class Located(msgspec.Struct, frozen=True, array_like=True, tag="located"):
 
 class Pull(msgspec.Struct, frozen=True, array_like=True, tag="pull"):
     """Driver to each stage of its pipeline: copy your layers of tokens [0, num_tokens) from `store_blocks` of a store's
-    pool into `blocks` of yours."""
+    pool into `blocks` of yours. `checksums` are those of these layers."""
 
     epoch: int
     sequence_id: str
@@ -116,7 +117,7 @@ class Pull(msgspec.Struct, frozen=True, array_like=True, tag="pull"):
     store_blocks: list[int]
     blocks: list[int]
     token_hash: bytes
-    checksum: int
+    checksums: list[int]
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True, tag="pulled"):

@@ -94,23 +94,22 @@ class Keeper:
             return [item.key for item in items]
         return failed
 
-    def held(self, pipeline: str, key: str, token_ids: bytes) -> HeldReplica | None:
-        """What a sequence of this pipeline can have, with a checksum for each of its stages."""
+    def held(self, key: str, token_ids: bytes) -> HeldReplica | None:
+        """What a sequence with these tokens can have, with a checksum for each layer."""
         found = self._shelf.locate(key, token_ids, time.monotonic())
-        sources = self._sources.get(pipeline)
-        if found is None or sources is None:
+        if found is None:
             return None
         replica, num_tokens = found
-        checksums = [self._checksum(key, replica, num_tokens, source.offer) for source in sources]
+        token_hash = hash_tokens(replica.token_ids[: num_tokens * ID_BYTES])
+        layers = range(self._pool.layout.num_layers)
+        checksums = [self._checksum(key, replica, num_tokens, layer, token_hash) for layer in layers]
         num_blocks = -(-num_tokens // self._pool.block_size)
         return HeldReplica(num_tokens, replica.blocks[:num_blocks], checksums)
 
-    def _checksum(self, key: str, replica: Replica, num_tokens: int, offer: GrantOffer) -> int:
+    def _checksum(self, key: str, replica: Replica, num_tokens: int, layer: int, token_hash: bytes) -> int:
         """Of what was received, not of what lies there now: damage in our memory must show."""
-        layers = offer.layout.layers
-        token_hash = hash_tokens(replica.token_ids[: num_tokens * ID_BYTES])
-        binding = SpanBinding(self._pool.layout.fingerprint, key, layers, (0, num_tokens), token_hash)
-        return checksum_of(replica.digests[2 * layers[0] : 2 * layers[1], :num_tokens], binding)
+        binding = SpanBinding(self._pool.layout.fingerprint, key, (layer, layer + 1), (0, num_tokens), token_hash)
+        return checksum_of(replica.digests[2 * layer : 2 * layer + 2, :num_tokens], binding)
 
     def _move(self, pipeline: str, offer: GrantOffer, item: ReplicaItem) -> _Move | None:
         blocks = self._shelf.make_room(pipeline, item, time.monotonic())

@@ -229,7 +229,7 @@ class CacheStore:
 
     def _locate(self, sender: str, locate: Locate) -> None:
         if self._accepts(locate.pipeline, locate.epoch):
-            held = self._keeper.held(locate.pipeline, replica_key(locate.sequence_id), locate.token_ids)
+            held = self._keeper.held(replica_key(locate.sequence_id), locate.token_ids)
             answer = Located(self._options.name, locate.epoch, locate.sequence_id, locate.attempt, held)
             self._peers.send(sender, answer)
 

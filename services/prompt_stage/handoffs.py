@@ -80,13 +80,15 @@ class Handoffs:
             handoff = sequence.opened.handoff
             if handoff is None:
                 continue
-            end = work.start + work.num_tokens
+            start, end = max(work.start, handoff.start), work.start + work.num_tokens
+            if start >= end:
+                continue  # the token stages have it already
             spans.append(
                 HandoffSpan(
                     work.sequence_id,
                     sequence.opened.attempt,
                     _destination(handoff.pipeline, handoff.epoch),
-                    (work.start, end),
+                    (start, end),
                     sequence.blocks,
                     handoff.blocks,
                     hash_tokens(pack_ids(sequence.tokens[:end])),

@@ -25,6 +25,8 @@ class PromptSequence:
     arrival: int
     num_scheduled: int = 0
     num_in_flight: int = 0
+    num_pulls: int = 0
+    """stages that are copying the beginning out of a store"""
     is_open: bool = False
     is_cancelled: bool = False
 
@@ -48,7 +50,15 @@ class NeverStarted:
     prefill: Prefill
 
 
-Action = DeliverFirst | NeverStarted
+@dataclass(frozen=True, slots=True)
+class PullHeld:
+    """Have every stage copy its layers of `prefill.held` into the sequence's `blocks`."""
+
+    prefill: Prefill
+    blocks: list[int]
+
+
+Action = DeliverFirst | NeverStarted | PullHeld
 
 
 class PromptScheduler:
@@ -58,6 +68,7 @@ class PromptScheduler:
         self.epoch = epoch
         self.allocator = BlockAllocator(num_blocks)
         self._num_blocks = num_blocks
+        self._num_stages = num_stages
         self._max_flying = num_stages + 1
         self._block_size = block_size
         self._chunk_tokens = chunk_tokens
@@ -67,6 +78,7 @@ class PromptScheduler:
         self._flying: dict[int, tuple[Step, tuple[PromptSequence, ...]]] = {}
         self._opens: list[SequenceOpen] = []
         self._closes: list[str] = []
+        self._pulls: list[PullHeld] = []
         self._num_arrivals = 0
         self._num_steps = 0
 
@@ -101,9 +113,23 @@ class PromptScheduler:
         sequence = self._running.get(sequence_id)
         if sequence is not None and sequence.prefill.attempt == attempt:
             sequence.is_cancelled = True
-            self._close_if_idle(sequence)
-            return [] if sequence.is_open else [NeverStarted(sequence.prefill)]
+            return self._close_if_idle(sequence)
         return []
+
+    def take_pulls(self) -> list[PullHeld]:
+        """What is to be copied before the prompts that just got their blocks can begin."""
+        pulls, self._pulls = self._pulls, []
+        return pulls
+
+    def pulled(self, sequence_id: str, attempt: int, intact: bool) -> list[Action]:
+        """A stage has copied its part; when all have, the rest is computed, or everything where the copy is no good."""
+        sequence = self._running.get(sequence_id)
+        if sequence is None or sequence.prefill.attempt != attempt or not sequence.num_pulls:
+            return []
+        sequence.num_pulls -= 1
+        if not intact:
+            sequence.num_scheduled = 0
+        return self._close_if_idle(sequence) if sequence.is_cancelled else []
 
     def step_done(self, step: int, drawn: list[Drawn]) -> list[Action]:
         """The last stage finished a step. Raises `KeyError` for a step that is not in flight."""
@@ -117,7 +143,7 @@ class PromptScheduler:
                 actions.append(DeliverFirst(sequence.prefill, token))
                 sequence.is_cancelled = True  # nothing is left to do but to close it
             if sequence.is_cancelled:
-                self._close_if_idle(sequence)
+                actions += self._close_if_idle(sequence)
         return actions
 
     def next_step(self) -> Step | None:
@@ -128,7 +154,7 @@ class PromptScheduler:
         pending = [
             PendingPrompt(s.prefill.sequence_id, s.num_tokens - s.num_scheduled, s.arrival)
             for s in self._running.values()
-            if s.num_scheduled < s.num_tokens and not s.is_cancelled
+            if s.num_scheduled < s.num_tokens and not s.is_cancelled and not s.num_pulls
         ]
         chunks: list[ChunkWork] = []
         sequences: list[PromptSequence] = []
@@ -179,13 +205,19 @@ class PromptScheduler:
             del self._waiting[key]
             self._lent[sequence.prefill.sequence_id] = list(blocks)
             self._running[sequence.prefill.sequence_id] = sequence
+            held = sequence.prefill.held
+            if held is not None:
+                sequence.num_pulls, sequence.num_scheduled = self._num_stages, held.num_tokens
+                self._pulls.append(PullHeld(sequence.prefill, list(blocks)))
 
-    def _close_if_idle(self, sequence: PromptSequence) -> None:
-        if sequence.num_in_flight:
-            return
+    def _close_if_idle(self, sequence: PromptSequence) -> list[Action]:
+        if sequence.num_in_flight or sequence.num_pulls:
+            return []
         sequence_id = sequence.prefill.sequence_id
         del self._running[sequence_id]
         del self._lent[sequence_id]
         self.allocator.release(sequence_id)
-        if sequence.is_open:
-            self._closes.append(sequence_id)
+        if not sequence.is_open:
+            return [NeverStarted(sequence.prefill)]
+        self._closes.append(sequence_id)
+        return []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, assert_never
 
+from common.kv.checksum import hash_tokens
 from common.kv.stream import HandoffSpan
-from common.membership import PipelineRecord
+from common.membership import MemberRecord, PipelineRecord
 from common.messages import (
     CancelPrefill,
     FirstToken,
@@ -19,13 +21,14 @@ from common.messages import (
     StepDone,
 )
 from common.model.spec import ModelSpec
-from common.replica_messages import Claim, Claimed
+from common.replica_messages import Claim, Claimed, Pull, Pulled
 from common.stage.options import StageOptions
+from common.stage.pulls import Pulls, shares
 from common.stage.role import Sender
 from common.stage.service import StageService
 from common.stage.worker import StageSequence, StageWorker
 from services.prompt_stage.handoffs import Handoffs
-from services.prompt_stage.scheduler import Action, DeliverFirst, NeverStarted, PromptScheduler
+from services.prompt_stage.scheduler import Action, DeliverFirst, NeverStarted, PromptScheduler, PullHeld
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ class PromptStage(StageService):
         super().__init__(options, spec)
         self._scheduler: PromptScheduler | None = None
         self._handoffs: Handoffs
+        self._pulls: Pulls
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="pull")
         self._claims: dict[Claim, str] = {}
         """not answered yet, and by whom"""
 
@@ -46,13 +51,32 @@ class PromptStage(StageService):
         options = self.options
         self._handoffs = Handoffs(options.stage_index, options.num_stages, options.link, self.peers.send)
         await self._handoffs.start(self.pool)
+        self._pulls = Pulls(self.pool, self._copier, self._pulled)
         return {}
 
+    def _pulled(self, pull: Pull, intact: bool) -> None:
+        pulled = Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact)
+        if self.options.is_driver:
+            self.handle(Sender(self.options.name, self.incarnation), pulled)
+        elif self.record is not None:
+            self.peers.send(self.record.stages[0].name, pulled)
+
+    async def member_joined(self, record: MemberRecord) -> None:
+        if record.role == "cache_store":
+            await self._pulls.store_joined(record)
+
+    async def member_lost(self, record: MemberRecord) -> None:
+        if record.role == "cache_store":
+            await self._pulls.store_lost(record.name)
+
     async def quiesce(self) -> None:
+        await self._pulls.idle()
         # once we are ready, token drivers take back the blocks that our older epochs were granted
         await self._handoffs.reset()
 
     async def close_pool(self) -> None:
+        await self._pulls.aclose()
+        self._copier.shutdown(wait=True, cancel_futures=True)
         await self._handoffs.aclose()
 
     async def pipeline_published(self, record: PipelineRecord) -> None:
@@ -103,6 +127,11 @@ class PromptStage(StageService):
     def next_step(self) -> Step | None:
         return None if self._scheduler is None else self._scheduler.next_step()
 
+    def pump(self) -> None:
+        super().pump()
+        if self._scheduler is not None:
+            self._carry_out(self._scheduler.take_pulls())
+
     def step_done(self, done: StepDone) -> None:
         if self._scheduler is not None:
             self._carry_out(self._scheduler.step_done(done.step, done.drawn))
@@ -112,6 +141,10 @@ class PromptStage(StageService):
             self._claims[message] = sender.name
             self._answer_claims()
             return
+        if isinstance(message, Pull):
+            if self.accepts(message.epoch):
+                self._pulls.start(message)
+            return
         if self._scheduler is None:
             return
         match message:
@@ -120,6 +153,9 @@ class PromptStage(StageService):
                     self._scheduler.prefill(message)
             case CancelPrefill(sequence_id, attempt):
                 self._carry_out(self._scheduler.cancel(sequence_id, attempt))
+            case Pulled(epoch, sequence_id, attempt, intact):
+                if self.accepts(epoch):
+                    self._carry_out(self._scheduler.pulled(sequence_id, attempt, intact))
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
         self.pump()
@@ -127,6 +163,9 @@ class PromptStage(StageService):
     def _carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:
             prefill = action.prefill
+            if isinstance(action, PullHeld):
+                self._pull_held(prefill, action.blocks)
+                continue
             record = self.records.get(prefill.handoff.pipeline)
             if record is None:
                 continue
@@ -142,6 +181,21 @@ class PromptStage(StageService):
                         )
                 case _:
                     assert_never(action)
+
+    def _pull_held(self, prefill: Prefill, blocks: list[int]) -> None:
+        held = prefill.held
+        if held is None or self.record is None:
+            return
+        token_hash = hash_tokens(prefill.token_ids[: 4 * held.num_tokens])
+        wanted = Pull(
+            self.epoch, prefill.sequence_id, prefill.attempt, prefill.held_by, held.num_tokens, held.blocks,
+            blocks, token_hash, held.checksums,
+        )  # fmt: skip
+        for name, pull in shares(wanted, self.record):
+            if name == self.options.name:
+                self._pulls.start(pull)
+            else:
+                self.peers.send(name, pull)
 
     # ------------------------------------------------------------ status
 

@@ -99,14 +99,21 @@ class Intake(SequenceTable):
         actions = self._append(sequence, drawn)
         return [*actions, *self._start_decoding_if_complete(sequence), *self._grant_waiting()]
 
-    def kv_confirmed(self, sequence_id: str, attempt: int, num_cells: int, intact: bool) -> list[Action]:
-        """A stage verified (or found corrupt) `num_cells` = tokens x layers of a hand-off."""
+    def kv_confirmed(
+        self, sequence_id: str, attempt: int, layers: tuple[int, int], tokens: tuple[int, int], intact: bool
+    ) -> list[Action]:
+        """A stage verified (or found corrupt) these tokens of these layers of a hand-off. Each pair of stages does so
+        in order."""
         sequence = self._current(sequence_id, attempt)
-        if sequence is None:
+        if sequence is None or sequence.requeue:
             return []
-        if not intact:
+        if not intact or tokens[0] != sequence.confirmed.get(layers, sequence.num_restored):
             return self._restart(sequence)
-        sequence.num_cells += num_cells
+        sequence.confirmed[layers] = tokens[1]
+        num_computed = sequence.num_handed_off(self._num_layers)
+        if num_computed > sequence.num_computed:
+            sequence.num_computed = num_computed
+            self.replication.computed(sequence)
         return self._start_decoding_if_complete(sequence)
 
     def handoff_ended(
@@ -142,8 +149,7 @@ class Intake(SequenceTable):
             if not sequence.awaits_writers or writer is None or writer[0] != pipeline or writer[1] >= epoch:
                 continue
             sequence.awaits_writers = False
-            complete = sequence.first is not None and sequence.num_cells == self._cells_needed(sequence)
-            if sequence.phase is Phase.PREFILLING and not complete:
+            if sequence.phase is Phase.PREFILLING and not self._is_complete(sequence):
                 sequence.requeue = True
             self._release_if_untouched(sequence)
         return self._grant_waiting()
@@ -157,15 +163,12 @@ class Intake(SequenceTable):
         self._release_if_untouched(sequence)
         return stop
 
-    def _cells_needed(self, sequence: Sequence) -> int:
-        num_tokens = len(sequence.tokens) - (1 if sequence.first is not None else 0)
-        return num_tokens * self._num_layers
+    def _is_complete(self, sequence: Sequence) -> bool:
+        return sequence.first is not None and sequence.num_computed == len(sequence.tokens) - 1
 
     def _start_decoding_if_complete(self, sequence: Sequence) -> list[Action]:
         is_prefilling = sequence.phase is Phase.PREFILLING and not sequence.requeue
-        if is_prefilling and sequence.first is not None and sequence.num_cells == self._cells_needed(sequence):
-            sequence.num_computed = len(sequence.tokens) - 1
-            self.replication.computed(sequence)
+        if is_prefilling and self._is_complete(sequence):
             self._set_ready(sequence)
         return []
 
@@ -192,13 +195,11 @@ class Intake(SequenceTable):
         return [*delivered, *self._grant_waiting()]
 
     def located(self, sequence_id: str, attempt: int, store: str, held: HeldReplica | None) -> list[Action]:
-        """A store's answer. What a replica lacks is computed here, unless it is so much that it would hold up the
-        others."""
+        """A store's answer."""
         sequence = self._current(sequence_id, attempt)
         if sequence is None or sequence.source != store or sequence.num_pulls or sequence.requeue:
             return []
-        num_usable = 0 if held is None else min(held.num_tokens, len(sequence.tokens) - 1)
-        if held is None or num_usable <= 0 or len(sequence.tokens) - num_usable > self._chunk_tokens:
+        if held is None or len(sequence.tokens) < 2:
             return self._prefill(sequence)
         sequence.replica, sequence.num_pulls = held, self._num_stages
         return [PullReplica(sequence_id)]
@@ -218,12 +219,19 @@ class Intake(SequenceTable):
             return self._grant_waiting()
         if sequence.replica is None:
             return self._prefill(sequence)
-        sequence.num_computed = sequence.num_scheduled = min(sequence.replica.num_tokens, len(sequence.tokens) - 1)
+        return self._go_on_behind(sequence, sequence.replica)
+
+    def _go_on_behind(self, sequence: Sequence, held: HeldReplica) -> list[Action]:
+        """What a replica lacks is computed here, unless it is so much that it would hold up the others."""
+        start = min(held.num_tokens, len(sequence.tokens) - 1)
+        sequence.num_computed = sequence.num_scheduled = sequence.num_restored = start
         self.num_recoveries += 1
-        self.num_recomputed += len(sequence.tokens) - sequence.num_computed
-        self._prefilling[sequence_id] = sequence
+        self.num_recomputed += max(0, sequence.num_lost - start)
         self.replication.restored(sequence, sequence.source)
-        return []
+        if self._is_colocated or len(sequence.tokens) - start <= self._chunk_tokens:
+            self._prefilling[sequence.sequence_id] = sequence
+            return []
+        return [self._grant(sequence, held)]
 
     def restoring(self, sequence_id: str) -> Sequence | None:
         """A live sequence, as the service needs it to ask for its replica."""
@@ -263,9 +271,11 @@ class Intake(SequenceTable):
         sequence.phase = Phase.PREFILLING
         sequence.attempt += 1
         sequence.blocks = blocks
-        sequence.num_scheduled = sequence.num_cells = sequence.num_computed = 0
+        sequence.num_lost = max(sequence.num_computed, len(sequence.tokens) if sequence.num_output else 0)
+        sequence.num_scheduled = sequence.num_restored = sequence.num_computed = 0
         sequence.first, sequence.num_writers = None, None
         sequence.ended_writers.clear()
+        sequence.confirmed.clear()
         store = self.replication.holder(sequence, is_continued=sequence.num_output > 0)
         if store is not None:
             sequence.source = store
@@ -275,12 +285,13 @@ class Intake(SequenceTable):
     def _prefill(self, sequence: Sequence) -> list[Action]:
         """Its KV is computed from token 0."""
         sequence.source, sequence.replica = "", None
-        if sequence.num_output:
-            self.num_recomputed += len(sequence.tokens)
+        self.num_recomputed += sequence.num_lost
         if self._is_colocated:
             self._prefilling[sequence.sequence_id] = sequence
             return []
-        blocks = sequence.blocks
+        return [self._grant(sequence)]
+
+    def _grant(self, sequence: Sequence, held: HeldReplica | None = None) -> Grant:
         sequence.awaits_writers = True
         forced = sequence.tokens[sequence.num_prompt :]
-        return [Grant(sequence.sequence_id, sequence.attempt, blocks, forced)]
+        return Grant(sequence.sequence_id, sequence.attempt, sequence.blocks, forced, sequence.source, held)

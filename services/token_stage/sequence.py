@@ -58,8 +58,12 @@ class Sequence:
     """its router is gone: it pauses with its blocks until the next router asks for it"""
     num_in_flight: int = 0
     is_open: bool = False
-    num_cells: int = 0
-    """tokens x layers whose hand-off was verified"""
+    num_restored: int = 0
+    """so many tokens came out of a store in this attempt"""
+    num_lost: int = 0
+    """so many had KV in the attempt before, or in an earlier epoch"""
+    confirmed: dict[tuple[int, int], int] = field(default_factory=dict)
+    """by range of layers: up to which token the hand-off was verified"""
     first: Drawn | None = None
     ended_writers: set[int] = field(default_factory=set)
     num_writers: int | None = None
@@ -79,6 +83,11 @@ class Sequence:
     def is_touched(self) -> bool:
         """Whether anybody may still read or write its blocks."""
         return bool(self.num_in_flight or self.num_reads or self.num_pulls or self.awaits_writers)
+
+    def num_handed_off(self, num_layers: int) -> int:
+        """So many tokens' KV is here for all layers, counting those that came out of a store."""
+        is_whole = sum(last - first for first, last in self.confirmed) == num_layers
+        return min(self.confirmed.values()) if is_whole else self.num_restored
 
     @property
     def num_output(self) -> int:
@@ -108,12 +117,14 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Ask the router to have the sequence prefilled into `blocks`."""
+    """Have the sequence prefilled into `blocks`, behind the tokens that the store `held_by` had, if any."""
 
     sequence_id: str
     attempt: int
     blocks: list[int]
     forced: list[int]
+    held_by: str = ""
+    held: HeldReplica | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,10 +38,10 @@ from common.messages import (
 from common.model.spec import ModelSpec
 from common.replica_messages import Claimed, Located, Pull, Pulled, Replicated, replica_key
 from common.stage.options import StageOptions
+from common.stage.pulls import Pulls, shares
 from common.stage.role import Sender
 from common.stage.service import StageService
 from services.token_stage.audience import Audience
-from services.token_stage.pulls import Pulls
 from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import (
@@ -110,7 +110,13 @@ class TokenStage(StageService):
             self._corrupt_arrivals += 1
             logger.warning("corrupt KV for %s, attempt %d", arrived.sequence_id, arrived.attempt)
         confirmed = KvConfirmed(
-            arrived.epoch, arrived.sequence_id, arrived.attempt, arrived.num_tokens * num_layers, intact
+            arrived.epoch,
+            arrived.sequence_id,
+            arrived.attempt,
+            arrived.layers,
+            arrived.start,
+            arrived.num_tokens,
+            intact,
         )
         self._tell_driver(confirmed)
 
@@ -198,9 +204,10 @@ class TokenStage(StageService):
             case FirstToken(epoch, sequence_id, attempt, drawn):
                 if self.accepts(epoch):
                     self._carry_out(scheduler.first_token(sequence_id, attempt, drawn))
-            case KvConfirmed(epoch, sequence_id, attempt, num_cells, intact):
+            case KvConfirmed(epoch, sequence_id, attempt, layers, start, count, intact):
                 if self.accepts(epoch):
-                    self._carry_out(scheduler.kv_confirmed(sequence_id, attempt, num_cells, intact))
+                    tokens = (start, start + count)
+                    self._carry_out(scheduler.kv_confirmed(sequence_id, attempt, layers, tokens, intact))
             case HandoffEnded():
                 if self.accepts(message.epoch):
                     self._carry_out(_handoff_ended(scheduler, message))
@@ -324,7 +331,9 @@ class TokenStage(StageService):
             len(admit.prompt) // 4,
             admit.prompt + pack_ids(grant.forced),
             admit.params,
-            Handoff(self.options.pipeline, self.epoch, grant.blocks),
+            Handoff(self.options.pipeline, self.epoch, grant.blocks, grant.held.num_tokens if grant.held else 0),
+            grant.held_by,
+            grant.held,
         )
         self.peers.send(record.stages[0].name, prefill)
 
@@ -340,15 +349,15 @@ class TokenStage(StageService):
             return
         held = sequence.replica
         token_hash = hash_tokens(pack_ids(sequence.tokens[: held.num_tokens]))
-        for stage, checksum in zip(self.record.stages, held.checksums, strict=True):
-            pull = Pull(
-                self.epoch, sequence_id, sequence.attempt, sequence.source, held.num_tokens, held.blocks,
-                sequence.blocks, token_hash, checksum,
-            )  # fmt: skip
-            if stage.name == self.options.name:
+        wanted = Pull(
+            self.epoch, sequence_id, sequence.attempt, sequence.source, held.num_tokens, held.blocks,
+            sequence.blocks, token_hash, held.checksums,
+        )  # fmt: skip
+        for name, pull in shares(wanted, self.record):
+            if name == self.options.name:
                 self._pulls.start(pull)
             else:
-                self.peers.send(stage.name, pull)
+                self.peers.send(name, pull)
 
     def _stop_prefill(self, sequence_id: str, attempt: int) -> None:
         writer = None if self._scheduler is None else self._scheduler.writer(sequence_id)

@@ -22,9 +22,9 @@ from common.kv.staging import copy_in
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import pack_ids
 from common.replica_messages import HeldReplica, Pull, ReplicaItem
+from common.stage.pulls import Pulls
 from services.cache_store.keeper import Keeper
 from services.cache_store.shelf import Shelf
-from services.token_stage.pulls import Pulls
 
 NUM_LAYERS = 5
 CUT = 2
@@ -92,9 +92,8 @@ async def pull(ends: Ends, held: HeldReplica, index: int) -> tuple[KvPool, bool]
         await pulls.store_joined(ends.store)
         token_hash = hash_tokens(pack_ids(TOKENS[: held.num_tokens]))
         own = list(range(3, 3 + -(-held.num_tokens // 8)))
-        pulls.start(
-            Pull(1, f"{KEY}/t", 1, "store", held.num_tokens, held.blocks, own, token_hash, held.checksums[index])
-        )
+        checksums = held.checksums[slice(*pool.layout.layers)]
+        pulls.start(Pull(1, f"{KEY}/t", 1, "store", held.num_tokens, held.blocks, own, token_hash, checksums))
         await pulls.aclose()
     return pool, done[0]
 
@@ -104,7 +103,7 @@ async def test_what_stages_pull_is_what_the_store_read() -> None:
     async with ends() as found:
         for start, end in ((0, 117), (117, 118), (118, 121), (121, 299)):
             assert await found.keeper.keep("token-0", [item(start, end, blocks)]) == []
-        held = found.keeper.held("token-0", KEY, pack_ids(TOKENS))
+        held = found.keeper.held(KEY, pack_ids(TOKENS))
         assert held is not None
         assert held.num_tokens == 299
         for index, stage in enumerate(found.stages):
@@ -118,7 +117,7 @@ async def test_damage_in_the_store_shows() -> None:
     blocks = list(range(38))
     async with ends() as found:
         assert await found.keeper.keep("token-0", [item(0, 299, blocks)]) == []
-        held = found.keeper.held("token-0", KEY, pack_ids(TOKENS))
+        held = found.keeper.held(KEY, pack_ids(TOKENS))
         assert held is not None
         offset = held.blocks[4] * found.store_pool.layout.slot_bytes * 16 + 5
         found.store_pool.memory[offset] ^= 1
@@ -133,7 +132,7 @@ async def test_when_a_stage_is_lost_what_was_copied_before_stays() -> None:
         assert await found.keeper.keep("token-0", [item(0, 117, blocks)]) == []
         await found.keeper._sources["token-0"][1].link.aclose()
         assert await found.keeper.keep("token-0", [item(117, 299, blocks)]) == [KEY]
-        held = found.keeper.held("token-0", KEY, pack_ids(TOKENS))
+        held = found.keeper.held(KEY, pack_ids(TOKENS))
         assert held is not None and held.num_tokens == 117
         for index in (0, 1):
             _, intact = await pull(found, held, index)
@@ -147,7 +146,7 @@ async def test_what_does_not_fit_is_refused_and_leaves_nothing() -> None:
         assert await found.keeper.keep("token-0", many) == ["r2/0"]
         assert await found.keeper.keep("token-0", [ReplicaItem("r0/0", 400, 1, [0], b"")]) == ["r0/0"]
         assert await found.keeper.keep("nobody", [item(0, 8, blocks)]) == [KEY]
-        assert found.keeper.held("token-0", "r2/0", pack_ids(TOKENS)) is None
+        assert found.keeper.held("r2/0", pack_ids(TOKENS)) is None
 
 
 def test_a_store_never_loads_torch() -> None:

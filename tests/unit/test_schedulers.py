@@ -10,6 +10,7 @@ import pytest
 
 from common.messages import Drawn, Handoff, Prefill, Step, pack_ids
 from dejavu.params import SamplingParams
+from services.prompt_stage.scheduler import Action as PromptAction
 from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler
 from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
@@ -129,8 +130,9 @@ class Pipelines:
             assert chunk.start + chunk.num_tokens <= len(tokens)
             if pipeline == "prompt":
                 sequence_id, attempt = self.opened[chunk.sequence_id]
-                cells = chunk.num_tokens * NUM_LAYERS
-                self.wire.append(("kv_confirmed", (sequence_id, attempt, cells, True)))
+                tokens_done = (chunk.start, chunk.start + chunk.num_tokens)
+                for layer in range(NUM_LAYERS):
+                    self.wire.append(("kv_confirmed", (sequence_id, attempt, (layer, layer + 1), tokens_done, True)))
             if chunk.draws:
                 assert chunk.start + chunk.num_tokens == len(tokens)
                 drawn.append(Drawn(next_token(tokens)))
@@ -156,17 +158,21 @@ class Pipelines:
             self.num_right += len(self.guess & {chunk.sequence_id for chunk in step.chunks})
         self.guess = {name for name, _ in step.upcoming}
 
-    def _prompt_action(self, action: DeliverFirst | NeverStarted) -> None:
+    def _prompt_action(self, action: PromptAction) -> None:
         prefill = action.prefill
         if isinstance(action, DeliverFirst):
             self.wire.append(("first_token", (prefill.sequence_id, prefill.attempt, action.drawn)))
-        else:
+        elif isinstance(action, NeverStarted):
             for stage in range(2):
                 self.wire.append(("handoff_ended", (prefill.sequence_id, prefill.attempt, stage, 2, False)))
 
     def deliver_one(self) -> None:
-        """Any message on the wire arrives (they come over different connections)."""
-        kind, arguments = self.wire.pop(self.draws.randrange(len(self.wire)))
+        """Any message on the wire arrives (they come over different connections); a pair of stages keeps its order."""
+        picked = self.wire[self.draws.randrange(len(self.wire))]
+        if picked[0] == "kv_confirmed":
+            picked = next(each for each in self.wire if each[0] == picked[0] and each[1][:3] == picked[1][:3])
+        self.wire.remove(picked)
+        kind, arguments = picked
         if kind == "prefill":
             self.prompt.prefill(*arguments)  # type: ignore[arg-type]
         elif kind == "cancel_prefill":

@@ -1,12 +1,14 @@
-"""Replicas on their way back: a token stage copies its layers out of a cache store's pool and checks them."""
+"""Replicas on their way back: a stage copies its layers out of a cache store's pool and checks them."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+
+import msgspec
 
 from common.kv.arrival import pool_checksum
 from common.kv.checksum import SpanBinding
@@ -16,7 +18,7 @@ from common.kv.link import Link, close_reading, open_link
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.staging import copy_in, landing_pool
-from common.membership import MemberRecord
+from common.membership import MemberRecord, PipelineRecord
 from common.replica_messages import Pull, replica_key
 from dejavu.errors import ProtocolError
 
@@ -89,10 +91,8 @@ class Pulls:
         plan = plan_copies(offer.layout, pull.store_blocks, landing.layout, blocks, token_range, layers)
         await link.read(landing, plan)
         self.received_bytes += plan.total_bytes
-        key = replica_key(pull.sequence_id)
-        binding = SpanBinding(landing.layout.fingerprint, key, layers, token_range, pull.token_hash)
         run = functools.partial(asyncio.get_running_loop().run_in_executor, self._executor)
-        if await run(pool_checksum, landing, blocks, binding) != pull.checksum:
+        if await run(_layer_checksums, landing, blocks, pull) != pull.checksums:
             logger.warning("the replica of %s in %s is damaged", pull.sequence_id, pull.store)
             return False
         if landing is not self._pool:
@@ -108,3 +108,19 @@ class Pulls:
             if store not in self._links:
                 self._links[store] = await open_link(offer, self._pool, executor=self._executor)
             return self._links[store], offer
+
+
+def shares(pull: Pull, record: PipelineRecord) -> Iterator[tuple[str, Pull]]:
+    """Each stage's part of a pull whose `checksums` are those of all layers: (stage's name, its pull)."""
+    for stage in record.stages:
+        if stage.layers is not None:
+            yield stage.name, msgspec.structs.replace(pull, checksums=pull.checksums[slice(*stage.layers)])
+
+
+def _layer_checksums(pool: KvPool, blocks: Sequence[int], pull: Pull) -> list[int]:
+    layout, key = pool.layout, replica_key(pull.sequence_id)
+    bindings = (
+        SpanBinding(layout.fingerprint, key, (layer, layer + 1), (0, pull.num_tokens), pull.token_hash)
+        for layer in range(*layout.layers)
+    )
+    return [pool_checksum(pool, blocks, binding) for binding in bindings]

@@ -1,0 +1,310 @@
+"""A token scheduler, cache stores and whatever is on its way between them, over pools of made-up KV."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from common.messages import Drawn, Step, pack_ids
+from common.replica_messages import Claim, Forget, HeldReplica, Locate, ReplicaItem, Replicate, replica_key
+from dejavu.params import SamplingParams
+from services.cache_store.shelf import Shelf
+from services.token_stage.replication import Replication, ToStore
+from services.token_stage.scheduler import TokenScheduler
+from services.token_stage.sequence import Action, AskStore, Fail, Produce, PullReplica
+
+BLOCK_SIZE = 4
+STORE_BLOCK_SIZE = 8
+NUM_STAGES = 2
+
+
+def next_token(tokens: list[int]) -> int:
+    return hash(tuple(tokens)) % 89 + 1
+
+
+def kv_of(tokens: list[int], position: int) -> int:
+    """What the cache of a position holds: it depends on all ids up to there."""
+    return hash(tuple(tokens[: position + 1]))
+
+
+def slot(blocks: list[int], position: int, block_size: int) -> int:
+    return blocks[position // block_size] * block_size + position % block_size
+
+
+class Store:
+    """The real shelf over a pool of made-up KV; messages are worked off in order."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.shelf = Shelf(num_blocks, STORE_BLOCK_SIZE)
+        self.pool: dict[int, int] = {}
+        self.inbox: deque[Claim | Replicate | Forget | Locate] = deque()
+
+
+class World:
+    """One colocated token pipeline, its stores, and whatever is on its way between them."""
+
+    is_colocated = True
+
+    def __init__(self, seed: int, num_blocks: int) -> None:
+        self.draws = random.Random(seed)
+        self.num_blocks = num_blocks
+        self.epoch = 0
+        self.pool: dict[int, int] = {}
+        self.stores: dict[str, Store] = {"a": Store(40), "b": Store(40)}
+        self.requests: dict[str, list[int]] = {}
+        self.max_tokens: dict[str, int] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.ended: set[str] = set()
+        self.num_restored = 0
+        self.num_refused = 0
+        self.durability: dict[str, str] = {}
+        self.term = 0
+        self.ours: dict[str, str] = {}
+        """what the driver calls a sequence, which another router may have admitted"""
+        self.away: list[str] = []
+        """requests whose router died and whose clients have not come back yet"""
+        self.num_adopted = 0
+        self.begin_epoch()
+
+    # ------------------------------------------------------------ faults
+
+    def begin_epoch(self) -> None:
+        """The pipeline died and runs again: its pool may hold anything, its messages are refused."""
+        self.epoch += 1
+        self.flying: deque[Step] = deque()
+        self.wire: list[tuple[str, tuple[object, ...]]] = []
+        self.table: dict[str, tuple[list[int], list[int]]] = {}
+        replication = Replication("token-0", self.epoch, BLOCK_SIZE, num_copies=1)
+        for name in self.stores:
+            replication.store_joined(name, was_there=True)
+        self.token = TokenScheduler(
+            epoch=self.epoch,
+            num_stages=NUM_STAGES,
+            num_layers=1,
+            num_blocks=self.num_blocks,
+            block_size=BLOCK_SIZE,
+            eos_token_ids=(),
+            chunk_tokens=16,
+            is_colocated=self.is_colocated,
+            replication=replication,
+        )
+        for name, prompt in self.requests.items():
+            if name not in self.ended and name not in self.away:
+                self.admit(name, prompt)
+
+    def lose_router(self) -> None:
+        """It had not passed on the last tokens, perhaps not even the end."""
+        self.term += 1
+        for name in self.requests:
+            was_finished = name in self.ended and len(self.outputs[name]) == self.max_tokens[name]
+            if name in self.away or (name in self.ended and not was_finished):
+                continue
+            num_lost = self.draws.randrange(4)
+            if was_finished and not num_lost:
+                continue
+            self.outputs[name] = self.outputs[name][: len(self.outputs[name]) - num_lost]
+            self.ended.discard(name)
+            self.away.append(name)
+            self.token.orphan(self.ours[name])
+
+    def come_back(self) -> None:
+        name = self.away.pop(self.draws.randrange(len(self.away)))
+        self.admit(name, self.requests[name])
+
+    def lose_store(self, name: str) -> None:
+        del self.stores[name]
+        self.wire = [(kind, a) for kind, a in self.wire if name not in a]
+        self.carry_out(self.token.store_lost(name))
+
+    def new_store(self, name: str) -> None:
+        self.stores[name] = Store(40)
+        self.token.replication.store_joined(name, was_there=False)
+
+    # ------------------------------------------------------------ requests
+
+    def submit(self, name: str, num_prompt: int, max_tokens: int) -> None:
+        self.requests[name] = [self.draws.randrange(1, 90) for _ in range(num_prompt)]
+        self.max_tokens[name] = max_tokens
+        self.outputs[name] = []
+        self.admit(name, self.requests[name])
+
+    def admit(self, name: str, prompt: list[int]) -> None:
+        durability = self.durability.setdefault(name, self.draws.choice(["async", "lag:3", "sync"]))
+        is_strict = name.endswith("s")
+        params = SamplingParams(max_tokens=self.max_tokens[name], durability=durability, durability_strict=is_strict)
+        sequence_id = f"{name}/0/{self.term}"
+        adopted = self.token.adopt(sequence_id, prompt, self.outputs[name], params)
+        if adopted is None:
+            self.ours[name] = sequence_id
+            self.carry_out(self.token.admit(sequence_id, 0, prompt, self.outputs[name], params))
+            return
+        self.ours[name], actions = adopted
+        self.num_adopted += 1
+        self.carry_out(actions, were_shown=True)
+
+    def cancel(self, name: str) -> None:
+        self.ended.add(name)
+        if name in self.away:
+            self.away.remove(name)
+        self.carry_out(self.token.cancel(self.ours[name]))
+
+    def carry_out(self, actions: Iterable[Action], *, were_shown: bool = False) -> None:
+        actions = list(actions)
+        ending = {action.sequence_id for action in actions if isinstance(action, Produce) and action.finish_reason}
+        for action in actions:
+            match action:
+                case Produce(sequence_id, index, drawn, reason):
+                    name = sequence_id.split("/")[0]
+                    tokens = self.requests[name] + self.outputs[name]
+                    assert index == len(self.outputs[name])
+                    assert drawn.token_id == next_token(tokens)
+                    is_new = sequence_id not in ending and not were_shown
+                    if is_new and self.durability[name] != "async":
+                        self.check_safe(name, tokens, 3 if self.durability[name] == "lag:3" else 0)
+                    if is_new and name.endswith("s"):
+                        self.check_strict(name, tokens)
+                    self.outputs[name].append(drawn.token_id)
+                    if reason is not None:
+                        self.ended.add(name)
+                case AskStore(sequence_id, store):
+                    sequence = self.token.restoring(sequence_id)
+                    assert sequence is not None
+                    self.to_store(self.token.replication.locate(store, sequence))
+                case PullReplica(sequence_id):
+                    for _ in range(NUM_STAGES):
+                        self.wire.append(("pull", (sequence_id,)))
+                case Fail():
+                    raise AssertionError(action)
+
+    def check_strict(self, name: str, tokens: list[int]) -> None:
+        """Nobody but a store can let a strict request go on, whatever became of the stores."""
+        assert self.token.replication.num_stores
+        if self.durability[name] != "async":
+            kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
+            assert any(found is not None and found[1] >= len(tokens) - 3 for found in kept)
+
+    def check_safe(self, name: str, tokens: list[int], max_lag: int) -> None:
+        """A token after `tokens` is delivered: a store must have nearly all KV before it, unless none had room."""
+        kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
+        is_safe = any(found is not None and found[1] >= len(tokens) - max_lag for found in kept)
+        assert is_safe or self.num_refused or not self.token.replication.num_stores
+
+    # ------------------------------------------------------------ the token pipeline
+
+    def start_steps(self) -> None:
+        while (step := self.token.next_step()) is not None:
+            self.flying.append(step)
+        for message in self.token.replication.flush():
+            self.to_store(message)
+
+    def run_step(self) -> None:
+        step = self.flying.popleft()
+        for sequence_id in step.closes:
+            del self.table[sequence_id]
+        for opened in step.opens:
+            tokens = list(memoryview(opened.token_ids).cast("i"))
+            self.table[opened.sequence_id] = (tokens, list(opened.blocks))
+        drawn: list[Drawn] = []
+        for chunk in step.chunks:
+            tokens, blocks = self.table[chunk.sequence_id]
+            blocks += chunk.new_blocks
+            if chunk.appended is not None and chunk.start == len(tokens):
+                tokens.append(chunk.appended)
+            for position in range(chunk.start):
+                assert self.pool[slot(blocks, position, BLOCK_SIZE)] == kv_of(tokens, position)
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                self.pool[slot(blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+            if chunk.draws:
+                drawn.append(Drawn(next_token(tokens)))
+                tokens.append(drawn[-1].token_id)
+        self.carry_out(self.token.step_done(step.step, drawn))
+
+    def pull(self, sequence_id: str) -> None:
+        sequence = self.token.restoring(sequence_id)
+        assert sequence is not None, "blocks were given away while a stage was pulling"
+        store = self.stores.get(sequence.source)
+        held = sequence.replica
+        if store is not None and held is not None:
+            for position in range(held.num_tokens):
+                value = store.pool[slot(held.blocks, position, STORE_BLOCK_SIZE)]
+                assert value == kv_of(sequence.tokens, position)
+                self.pool[slot(sequence.blocks, position, BLOCK_SIZE)] = value
+            self.num_restored += 1
+        self.carry_out(self.token.pulled(sequence_id, sequence.attempt, store is not None and held is not None))
+
+    # ------------------------------------------------------------ the stores
+
+    def to_store(self, message: ToStore) -> None:
+        if message[0] in self.stores:
+            self.stores[message[0]].inbox.append(message[1])
+
+    def run_store(self, name: str) -> None:
+        store = self.stores[name]
+        message = store.inbox.popleft()
+        if isinstance(message, Claim):
+            keys = store.shelf.claim("token-0", message.epoch, 0.0)
+            if keys is not None:
+                self.wire.append(("claimed", (message.epoch, name, keys)))
+        elif store.shelf.accepts("token-0", message.epoch):
+            self._serve(name, store, message)
+
+    def _serve(self, name: str, store: Store, message: Replicate | Forget | Locate) -> None:
+        match message:
+            case Replicate():
+                failed = [item.key for item in message.items if not self._keep(store, item)]
+                self.wire.append(("replicated", (message.epoch, name, message.batch, failed)))
+            case Forget(_, _, keys):
+                for key in keys:
+                    store.shelf.forget(key)
+            case Locate(_, epoch, sequence_id, attempt, ids):
+                found = store.shelf.locate(replica_key(sequence_id), ids, 0.0)
+                held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)
+                self.wire.append(("located", (epoch, sequence_id, attempt, name, held)))
+
+    def _keep(self, store: Store, item: ReplicaItem) -> bool:
+        blocks = store.shelf.make_room("token-0", item, 0.0)
+        if blocks is None:
+            self.num_refused += 1
+            return False
+        first = item.start // BLOCK_SIZE * BLOCK_SIZE
+        for position in range(item.start, item.start + item.num_tokens):
+            value = self.pool[slot(item.blocks, position - first, BLOCK_SIZE)]
+            store.pool[slot(blocks, position, STORE_BLOCK_SIZE)] = value
+        store.shelf.commit(item, np.zeros((1, item.num_tokens), dtype=np.uint64))
+        return True
+
+    # ------------------------------------------------------------ delivery
+
+    def deliver_one(self) -> None:
+        self.deliver(*self.wire.pop(self.draws.randrange(len(self.wire))))
+
+    def deliver(self, kind: str, arguments: tuple[object, ...]) -> None:
+        if kind == "pull":
+            self.pull(str(arguments[0]))
+            return
+        epoch, *rest = arguments
+        if epoch != self.epoch:
+            return
+        if kind == "claimed":
+            self.carry_out(self.token.store_claimed(*rest))  # type: ignore[arg-type]
+            return
+        if kind == "replicated":
+            self.carry_out(self.token.replicated(*rest))  # type: ignore[arg-type]
+            return
+        sequence_id, attempt, store, held = rest
+        self.carry_out(self.token.located(sequence_id, attempt, store, held))  # type: ignore[arg-type]
+
+
+def take_turn(world: World) -> None:
+    """Everything that can happen happens once; stores keep up."""
+    world.start_steps()
+    for name, store in world.stores.items():
+        while store.inbox:
+            world.run_store(name)
+    while world.wire:
+        world.deliver_one()
+    if world.flying:
+        world.run_step()

@@ -1,0 +1,250 @@
+"""A prompt pipeline dies in the middle of prompts: what had arrived comes back out of a store, on both sides."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable
+
+import pytest
+
+from common.messages import Drawn, Handoff, Prefill, Step, pack_ids
+from services.prompt_stage.scheduler import Action as PromptAction
+from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler, PullHeld
+from services.token_stage.sequence import Action, Grant, StopPrefill
+from tests.unit.replication_world import BLOCK_SIZE, STORE_BLOCK_SIZE, World, kv_of, next_token, slot
+
+NUM_PROMPT_BLOCKS = 40
+CHUNK_TOKENS = 16
+NUM_PROMPT_STAGES = 2
+
+
+class TwoPipelines(World):
+    """A prompt pipeline feeds the token pipeline; both can die."""
+
+    is_colocated = False
+
+    def __init__(self, seed: int, num_blocks: int) -> None:
+        self.prompt_epoch = 0
+        self.num_prompt_tokens = 0
+        """computed by all prompt pipelines together"""
+        self.begin_prompt_epoch()
+        super().__init__(seed, num_blocks)
+
+    def begin_prompt_epoch(self) -> None:
+        self.prompt_epoch += 1
+        self.prompt = PromptScheduler(
+            epoch=self.prompt_epoch,
+            num_stages=NUM_PROMPT_STAGES,
+            num_blocks=NUM_PROMPT_BLOCKS,
+            block_size=BLOCK_SIZE,
+            chunk_tokens=CHUNK_TOKENS,
+        )
+        self.prompt_pool: dict[int, int] = {}
+        self.prompt_flying: deque[Step] = deque()
+        self.prompt_table: dict[str, tuple[Prefill, list[int]]] = {}
+        self.prefills: dict[str, Prefill] = {}
+
+    def lose_prompt_pipeline(self) -> None:
+        self.begin_prompt_epoch()
+        self.wire = [each for each in self.wire if each[0] not in ("prefill", "cancel_prefill", "prompt_pull")]
+        self.carry_out(self.token.pipeline_replaced("prompt-0", self.prompt_epoch))
+
+    def carry_out(self, actions: Iterable[Action], *, were_shown: bool = False) -> None:
+        others: list[Action] = []
+        for action in actions:
+            match action:
+                case Grant():
+                    self.grant(action)
+                case StopPrefill(sequence_id, attempt):
+                    self.wire.append(("cancel_prefill", (self.epoch, sequence_id, attempt)))
+                case _:
+                    others.append(action)
+        super().carry_out(others, were_shown=were_shown)
+
+    def grant(self, grant: Grant) -> None:
+        name = grant.sequence_id.split("/")[0]
+        prompt = self.requests[name]
+        self.token.assign_writer(grant.sequence_id, "prompt-0", self.prompt_epoch)
+        sequence = self.token.restoring(grant.sequence_id)
+        assert sequence is not None
+        start = grant.held.num_tokens if grant.held else 0
+        handoff = Handoff("token-0", self.epoch, grant.blocks, start)
+        ids = pack_ids(prompt + grant.forced)
+        prefill = Prefill(
+            self.prompt_epoch, grant.sequence_id, grant.attempt, 0, len(prompt), ids, sequence.params, handoff,
+            grant.held_by, grant.held,
+        )  # fmt: skip
+        self.wire.append(("prefill", (self.epoch, prefill)))
+
+    # ------------------------------------------------------------ the prompt pipeline
+
+    def start_steps(self) -> None:
+        super().start_steps()
+        while (step := self.prompt.next_step()) is not None:
+            self.prompt_flying.append(step)
+        for pull in self.prompt.take_pulls():
+            for _ in range(NUM_PROMPT_STAGES):
+                self.wire.append(("prompt_pull", (self.epoch, self.prompt_epoch, pull)))
+
+    def run_prompt_step(self) -> None:
+        step = self.prompt_flying.popleft()
+        for sequence_id in step.closes:
+            self.end_writing(self.prompt_table.pop(sequence_id)[0])
+        for opened in step.opens:
+            prefill = self.prefills[opened.sequence_id]
+            self.prompt_table[opened.sequence_id] = (prefill, list(opened.blocks))
+        drawn = []
+        for chunk in step.chunks:
+            prefill, blocks = self.prompt_table[chunk.sequence_id]
+            tokens = list(memoryview(prefill.token_ids).cast("i"))
+            end = chunk.start + chunk.num_tokens
+            for position in range(chunk.start):
+                assert self.prompt_pool[slot(blocks, position, BLOCK_SIZE)] == kv_of(tokens, position)
+            for position in range(chunk.start, end):
+                self.prompt_pool[slot(blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+            self.num_prompt_tokens += chunk.num_tokens
+            self.hand_off(prefill, tokens, (max(chunk.start, prefill.handoff.start), end))
+            if chunk.draws:
+                drawn.append(Drawn(next_token(tokens)))
+        self.prompt_actions(self.prompt.step_done(step.step, drawn))
+
+    def hand_off(self, prefill: Prefill, tokens: list[int], span: tuple[int, int]) -> None:
+        handoff = prefill.handoff
+        if handoff.epoch != self.epoch or span[0] >= span[1]:
+            return
+        for position in range(*span):
+            self.pool[slot(handoff.blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+        self.wire.append(("kv_confirmed", (self.epoch, prefill.sequence_id, prefill.attempt, (0, 1), span, True)))
+
+    def end_writing(self, prefill: Prefill) -> None:
+        for stage in range(NUM_PROMPT_STAGES):
+            ended = (prefill.sequence_id, prefill.attempt, stage, NUM_PROMPT_STAGES, False)
+            self.wire.append(("handoff_ended", (prefill.handoff.epoch, *ended)))
+
+    def prompt_actions(self, actions: Iterable[PromptAction]) -> None:
+        for action in actions:
+            prefill = action.prefill
+            if isinstance(action, DeliverFirst):
+                first = (prefill.handoff.epoch, prefill.sequence_id, prefill.attempt, action.drawn)
+                self.wire.append(("first_token", first))
+            elif isinstance(action, NeverStarted):
+                self.end_writing(prefill)
+
+    def prompt_pull(self, pull: PullHeld) -> None:
+        prefill, held = pull.prefill, pull.prefill.held
+        assert held is not None
+        tokens = list(memoryview(prefill.token_ids).cast("i"))
+        store = self.stores.get(prefill.held_by)
+        is_intact = store is not None
+        for position in range(held.num_tokens if store is not None else 0):
+            assert store is not None
+            value = store.pool.get(slot(held.blocks, position, STORE_BLOCK_SIZE))
+            is_intact = is_intact and value == kv_of(tokens, position)
+            if value is not None:
+                self.prompt_pool[slot(pull.blocks, position, BLOCK_SIZE)] = value
+        self.prompt_actions(self.prompt.pulled(prefill.sequence_id, prefill.attempt, is_intact))
+
+    # ------------------------------------------------------------ delivery
+
+    def deliver_one(self) -> None:
+        picked = self.wire[self.draws.randrange(len(self.wire))]
+        kind = picked[0]
+        if kind not in ("prefill", "cancel_prefill", "prompt_pull", "kv_confirmed", "handoff_ended", "first_token"):
+            self.wire.remove(picked)
+            self.deliver(*picked)
+            return
+        if kind in ("kv_confirmed", "prefill", "cancel_prefill"):  # these keep their order
+            kinds = ("kv_confirmed",) if kind == "kv_confirmed" else ("prefill", "cancel_prefill")
+            picked = next(each for each in self.wire if each[0] in kinds)
+        self.wire.remove(picked)
+        kind, (epoch, *rest) = picked
+        if kind == "prompt_pull":
+            if rest[0] == self.prompt_epoch:
+                self.prompt_pull(rest[1])  # type: ignore[arg-type]
+        elif kind == "prefill":
+            prefill = rest[0]
+            assert isinstance(prefill, Prefill)
+            self.prefills[prefill.sequence_id] = prefill
+            self.prompt.prefill(prefill)
+        elif kind == "cancel_prefill":
+            self.prompt_actions(self.prompt.cancel(*rest))  # type: ignore[arg-type]
+        elif epoch == self.epoch:
+            self.carry_out(getattr(self.token, kind)(*rest))
+
+
+def run_one(world: TwoPipelines, draws: random.Random) -> bool:
+    """One thing that can happen happens; False: nothing can."""
+    world.start_steps()
+    choices = ["step"] * bool(world.flying) + ["prompt"] * bool(world.prompt_flying) + ["wire"] * bool(world.wire)
+    choices += [name for name, store in world.stores.items() if store.inbox]
+    if not choices:
+        return False
+    choice = draws.choice(choices)
+    if choice == "step":
+        world.run_step()
+    elif choice == "prompt":
+        world.run_prompt_step()
+    elif choice == "wire":
+        world.deliver_one()
+    else:
+        world.run_store(choice)
+    world.token.allocator.check()
+    world.prompt.allocator.check()
+    return True
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_dies_every_token_is_right(seed: int) -> None:
+    draws = random.Random(seed + 2000)
+    world = TwoPipelines(seed, num_blocks=40)
+    to_submit = [(f"r{i}", draws.randrange(1, 100), draws.randrange(1, 30)) for i in range(20)]
+    faults = draws.sample(["prompt"] * 4 + ["token"] * 2 + ["router"] * 2 + ["lose"], 6)
+    for _ in range(100_000):
+        if to_submit and draws.random() < 0.1:
+            world.submit(*to_submit.pop())
+        if faults and draws.random() < 0.01:
+            inject(world, faults.pop())
+        if world.away and draws.random() < 0.05:
+            world.come_back()
+        if not run_one(world, draws):
+            if world.away:
+                world.come_back()
+            elif not to_submit and not faults:
+                break
+    assert world.ended == set(world.requests)
+    assert world.token.allocator.num_free == 40
+    assert world.prompt.allocator.num_free == NUM_PROMPT_BLOCKS
+
+
+def inject(world: TwoPipelines, fault: str) -> None:
+    if fault == "prompt":
+        world.lose_prompt_pipeline()
+    elif fault == "token":
+        world.begin_epoch()
+    elif fault == "router":
+        world.lose_router()
+    else:
+        world.lose_store(sorted(world.stores)[0])
+
+
+@pytest.mark.parametrize("victim", ["prompt", "token"])
+def test_a_prompt_goes_on_where_it_was(victim: str) -> None:
+    """96 tokens are six chunks; whoever dies after four, at most one chunk is computed twice."""
+    world = TwoPipelines(5, num_blocks=64)
+    draws = random.Random(1)
+    world.submit("r", 96, 3)
+    while world.num_prompt_tokens < 64:
+        assert run_one(world, draws)
+    while world.wire or any(store.inbox for store in world.stores.values()):
+        world.prompt_flying.clear()  # what it computes from here on never gets anywhere
+        run_one(world, draws)
+    if victim == "token":
+        world.begin_epoch()
+    world.lose_prompt_pipeline()
+    while run_one(world, draws):
+        pass
+    assert world.ended == {"r"}
+    assert world.num_restored
+    assert world.num_prompt_tokens <= 96 + CHUNK_TOKENS
+    assert world.token.num_recomputed <= CHUNK_TOKENS
