@@ -116,6 +116,13 @@ class PromptScheduler:
             return self._close_if_idle(sequence)
         return []
 
+    def cancel_older(self, pipeline: str, epoch: int) -> list[Action]:
+        """A token pipeline runs a new epoch: what its older ones wanted would go nowhere."""
+        sequences = [*self._waiting.values(), *self._running.values()]
+        prefills = [sequence.prefill for sequence in sequences if not sequence.is_cancelled]
+        old = [p for p in prefills if p.handoff.pipeline == pipeline and p.handoff.epoch < epoch]
+        return [action for prefill in old for action in self.cancel(prefill.sequence_id, prefill.attempt)]
+
     def take_pulls(self) -> list[PullHeld]:
         """What is to be copied before the prompts that just got their blocks can begin."""
         pulls, self._pulls = self._pulls, []

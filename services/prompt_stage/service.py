@@ -83,6 +83,9 @@ class PromptStage(StageService):
         if record.role == "token_stage":
             await self._handoffs.connect(record)
             self._answer_claims()
+            if self._scheduler is not None:
+                self._carry_out(self._scheduler.cancel_older(record.pipeline, record.epoch))
+                self.pump()
 
     def _answer_claims(self) -> None:
         """Whoever claims a pipeline for an epoch hears when our links of its older ones are closed."""
@@ -167,9 +170,9 @@ class PromptStage(StageService):
                 self._pull_held(prefill, action.blocks)
                 continue
             record = self.records.get(prefill.handoff.pipeline)
-            if record is None:
+            if record is None or record.epoch != prefill.handoff.epoch:
                 continue
-            driver, epoch = record.stages[0].name, prefill.handoff.epoch
+            driver, epoch = record.stages[0].name, record.epoch
             match action:
                 case DeliverFirst(_, drawn):
                     self.peers.send(driver, FirstToken(epoch, prefill.sequence_id, prefill.attempt, drawn))

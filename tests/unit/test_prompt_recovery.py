@@ -31,6 +31,12 @@ class TwoPipelines(World):
         self.begin_prompt_epoch()
         super().__init__(seed, num_blocks)
 
+    def begin_epoch(self) -> None:
+        pulls = [each for each in getattr(self, "wire", []) if each[0] == "prompt_pull"]
+        super().begin_epoch()
+        self.wire += pulls
+        self.prompt_actions(self.prompt.cancel_older("token-0", self.epoch))
+
     def begin_prompt_epoch(self) -> None:
         self.prompt_epoch += 1
         self.prompt = PromptScheduler(
