@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import fault_hooks
 from dejavu import AsyncClient, SamplingParams
 from dejavu.errors import DejavuError
 from loadtest.faults import FAULTS, Fault
@@ -63,7 +64,7 @@ async def _run_fault(name: str, options: argparse.Namespace, document: dict[str,
     runs = document["faults"].setdefault(name, {"what": fault.what, "arguments": fault.arguments, "runs": []})["runs"]
     model = ["--model", options.model] if options.model else []
     arguments = [*fault.arguments, *model, "--dtype", "float32"]
-    async with running_system(arguments) as endpoint, AsyncClient(endpoint) as client:
+    async with running_system(arguments, {fault_hooks.VARIABLE: "1"}) as endpoint, AsyncClient(endpoint) as client:
         num_services = len((await client.status())["services"])
         work = _workload(options.seed)
         expected = await _undisturbed(client, work)
@@ -117,14 +118,15 @@ async def _run_once(
     longest_s: float,
 ) -> dict[str, Any]:
     before = await client.status()
-    streams = [Stream(s.name, [token_id for _, _, token_id in s.tokens]) for s in expected]
-    tasks = [asyncio.create_task(_follow(client, stream, *each)) for stream, each in zip(streams, work, strict=True)]
+    streams, ending = _begin(client, work, expected)
     await asyncio.sleep(longest_s * draws.uniform(0.0, 0.7))
     fault_at_s = time.monotonic()
     struck = await fault.strike(before, draws)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(RUN_LIMIT_S):
-            await asyncio.gather(*tasks)
+    await _within_limit(ending)
+    while time.monotonic() < fault_at_s + fault.lasts_s:
+        more, ending = _begin(client, work, expected)
+        await _within_limit(ending)
+        streams += more
     after = await _quiet(client)
     history = History(streams, before, after, struck, fault_at_s, fault.max_recomputed_tokens)
     anomalies = check(history)
@@ -136,6 +138,22 @@ async def _run_once(
         "recomputed_tokens": recomputed_tokens(before, after),
         "anomalies": [[anomaly.name, anomaly.where, anomaly.detail] for anomaly in anomalies],
     }
+
+
+def _begin(
+    client: AsyncClient, work: Sequence[tuple[list[int], SamplingParams]], expected: Sequence[Stream]
+) -> tuple[list[Stream], asyncio.Future[Any]]:
+    """All streams once; the future ends when all have."""
+    streams = [Stream(s.name, [token_id for _, _, token_id in s.tokens]) for s in expected]
+    return streams, asyncio.gather(
+        *(_follow(client, stream, *each) for stream, each in zip(streams, work, strict=True))
+    )
+
+
+async def _within_limit(ending: asyncio.Future[Any]) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(RUN_LIMIT_S):
+            await ending
 
 
 async def _quiet(client: AsyncClient) -> dict[str, Any]:

@@ -146,16 +146,22 @@ def _predict(runs: dict[str, list[dict[str, Any]]], num_stages: int) -> dict[str
 async def _oversubscribe(
     base: list[str], layout: PoolLayout, arguments: argparse.Namespace, vocab_size: int
 ) -> dict[str, Any]:
-    """Many more requests than the device holds, with and without a device that holds them all."""
+    """Many more requests than the device holds: without a host tier, with it, and on a device that holds them all."""
     num_requests = arguments.admitted * arguments.batch
     workload = _fixed(256, 64, num_requests, vocab_size)
     setting = Setting(layout, workload, arguments.batch)
     runs = {}
-    for mode in ("all fit", "auto"):
+    for mode in ("without", "auto", "all fit"):
         runs[mode] = await _run([*base, *setting.options(mode)], workload, vocab_size, 0)
         print(f"{num_requests} requests, {arguments.batch} fit, {mode}: {_line(runs[mode])}", flush=True)
-    ratio = runs["auto"]["output_tokens_per_s"] / runs["all fit"]["output_tokens_per_s"]
-    return {"num_requests": num_requests, "fitting": arguments.batch, "of_the_best": round(ratio, 3), "runs": runs}
+    rates = {mode: run["output_tokens_per_s"] for mode, run in runs.items()}
+    return {
+        "num_requests": num_requests,
+        "fitting": arguments.batch,
+        "of_the_same_device_without": round(rates["auto"] / rates["without"], 3),
+        "of_a_device_for_all": round(rates["auto"] / rates["all fit"], 3),
+        "runs": runs,
+    }
 
 
 def _workloads(arguments: argparse.Namespace, vocab_size: int) -> list[tuple[Workload, int]]:
