@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 
 MIN_LIMIT_S = 1.0
 FIRST_LIMIT_S = 60.0
@@ -20,6 +22,16 @@ class StepClock:
         self._waiting: deque[int] = deque()
         self._started_s = 0.0
         self._asked_s: float | None = None
+        self._is_excused = False
+
+    @contextlib.contextmanager
+    def excused(self) -> Iterator[None]:
+        """The compute thread waits for somebody else, who has a deadline of his own: that is no step which is stuck."""
+        self._is_excused = True
+        try:
+            yield
+        finally:
+            self._is_excused = False
 
     def submitted(self, num_tokens: int, now_s: float) -> None:
         """A step was queued; the thread works on the oldest."""
@@ -37,7 +49,7 @@ class StepClock:
         times a second; a gap between two questions is time in which the whole process stood still."""
         gap_s = 0.0 if self._asked_s is None else now_s - self._asked_s
         self._asked_s = now_s
-        if gap_s > STANDSTILL_S:
+        if gap_s > STANDSTILL_S or self._is_excused:
             self._started_s = min(now_s, self._started_s + gap_s)
         if not self._waiting:
             return 0.0

@@ -105,7 +105,8 @@ class PromptStage(StageService):
             handoffs.submit(spans, local_layer)
 
         def on_close(sequence: StageSequence) -> None:
-            ended = handoffs.close(sequence)
+            with self._clock.excused():  # a token stage that died holds up its writer for a while
+                ended = handoffs.close(sequence)
             if ended is not None and sequence.opened.handoff is not None:
                 pipeline = sequence.opened.handoff.pipeline
                 self.loop.call_soon_threadsafe(handoffs.tell_driver, pipeline, ended)
