@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "fp8": 1}
 """Bytes per element of the dtypes a pool can have."""
+QUANTISED = ("int8", "fp8")
+"""Dtypes to travel and to be stored as, not to compute with: each head of a token is codes and their scale."""
+SCALE_BYTES = 4
 
 
 class PoolLayout(msgspec.Struct, frozen=True):
@@ -52,8 +55,8 @@ class PoolLayout(msgspec.Struct, frozen=True):
 
     @property
     def head_bytes(self) -> int:
-        """One head of one token: the smallest piece there is."""
-        return self.head_dim * self.itemsize
+        """One head of one token, with its scale if it is quantised: the smallest piece there is."""
+        return self.head_dim * self.itemsize + (SCALE_BYTES if self.dtype in QUANTISED else 0)
 
     @property
     def slot_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from common.kv.layout import PoolLayout
+from common.kv.layout import QUANTISED, PoolLayout
 
 if TYPE_CHECKING:
     # who only keeps and passes on KV does without torch: it costs seconds and hundreds of megabytes
@@ -81,7 +81,7 @@ class KvPool:
 
     def layer(self, local_layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the pool's n-th layer, views [num_blocks, block_size, num_kv_heads,
-        head_dim]."""
+        head_dim]. Raises `TypeError` for a pool of quantised elements."""
         if self._layers is None:
             self._layers = _layer_views(self.arena, self.layout)
         return self._layers[local_layer]
@@ -128,7 +128,8 @@ def map_memory(fd: int | None, num_bytes: int) -> mmap.mmap:
 def _layer_views(arena: torch.Tensor, layout: PoolLayout) -> list[tuple[torch.Tensor, torch.Tensor]]:
     import torch
 
-    dtype = getattr(torch, layout.dtype)
-    assert isinstance(dtype, torch.dtype)
+    dtype = getattr(torch, layout.dtype, None)
+    if layout.dtype in QUANTISED or not isinstance(dtype, torch.dtype):
+        raise TypeError(f"nobody computes with a pool of {layout.dtype}")
     shape = (layout.num_layers, 2, layout.num_blocks, layout.block_size, layout.num_kv_heads, layout.head_dim)
     return [(layer[0], layer[1]) for layer in arena.view(dtype).view(shape)]

@@ -18,18 +18,20 @@ import numpy as np
 import torch
 
 from common.kv.arrival import pool_checksum
-from common.kv.checksum import SpanBinding
+from common.kv.checksum import SpanBinding, hash_tokens
 from common.kv.copies import copy_pieces
 from common.kv.errors import LinkRefused
 from common.kv.geometry import CopyPlan, Range, plan_copies, route
 from common.kv.layout import PoolLayout
 from common.kv.link import Link
 from common.kv.pool import KvPool
+from common.kv.quantise import convert
 from dejavu.errors import DejavuError
 
 MAX_IN_FLIGHT = 4
 """Pieces of one `stream_out` that are packed or under way at a time."""
 MAX_PIECE_BYTES = 64 << 20
+ID_BYTES = 4
 Result = TypeVar("Result")
 
 
@@ -137,9 +139,9 @@ async def stream_out(pool: KvPool, spans: Sequence[SequenceSpan], peers: Sequenc
     """Sends every part of the spans (any batch of sequences) to each peer that owns layers and heads of it. The
     result, one entry per piece, goes to the peers' `stream_in`.
 
-    Peers that differ in their element type get converted values. Raises `LinkError`; `ValueError` where no
-    peer, or more than one, owns a layer and head that this pool has. At most `MAX_IN_FLIGHT` pieces are under
-    way; the first error cancels the others, which end before it is raised.
+    Peers that differ in their element type get converted values; int8 and fp8 travel with a scale per head. Raises
+    `LinkError`; `ValueError` where no peer, or more than one, owns a layer and head that this pool has. At most
+    `MAX_IN_FLIGHT` pieces are under way; the first error cancels the others, which end before it is raised.
     """
     room = asyncio.Semaphore(MAX_IN_FLIGHT)
 
@@ -157,27 +159,53 @@ async def stream_out(pool: KvPool, spans: Sequence[SequenceSpan], peers: Sequenc
 
 
 async def stream_in(
-    pool: KvPool, blocks: Sequence[int], sequence_id: str, region: Region, pieces: AsyncIterable[Piece]
+    pool: KvPool,
+    blocks: Sequence[int],
+    sequence_id: str,
+    region: Region,
+    pieces: AsyncIterable[Piece],
+    *,
+    token_ids: bytes,
+    landing: tuple[KvPool, Sequence[int]] | None = None,
 ) -> None:
     """Returns once the whole region has arrived and was found intact. Pieces of other sequences are passed
-    over. Raises `KvDamaged` for a piece that does not match our memory, or if `pieces` end too early."""
+    over. `token_ids` (int32, little-endian, from token 0 on) are those that the KV must belong to.
+
+    With `landing` the pieces arrive in that pool's blocks, whose elements are the ones that travel (int8, say), and go
+    from there into ours, as ours. Raises `KvDamaged` for a piece that does not match our memory or our ids, or if
+    `pieces` end too early."""
+    arrived, table = landing or (pool, blocks)
     (start, end), (first, last), (low, high) = region.token_range, region.layer_range, region.head_range
     missing = np.ones((last - first, high - low, end - start), dtype=bool)
     async for piece in pieces:
         binding, heads = piece.binding, piece.head_range
         if binding.sequence_id != sequence_id:
             continue
-        ours = msgspec.structs.replace(binding, fingerprint=pool.layout.fingerprint)
-        try:
-            found = await _to_the_end(asyncio.to_thread(pool_checksum, pool, blocks, ours, heads))
-        except ValueError as error:
-            raise KvDamaged(f"{pool.name} cannot hold a piece of {sequence_id}: {error}") from error
-        if found != piece.checksum:
-            raise KvDamaged(f"{pool.name}: {sequence_id} {piece.region} is not what was sent")
+        await _verify(arrived, table, piece, token_ids)
         missing[_within(binding.layer_range, first), _within(heads, low), _within(binding.token_range, start)] = False
         if not missing.any():
-            return
-    raise KvDamaged(f"{pool.name}: {int(missing.sum())} parts of {sequence_id} {region} never came")
+            break
+    if missing.any():
+        raise KvDamaged(f"{arrived.name}: {int(missing.sum())} parts of {sequence_id} {region} never came")
+    if landing is not None:
+        await scatter(await gather(arrived, table, region), region, pool, blocks)
+
+
+async def _verify(pool: KvPool, blocks: Sequence[int], piece: Piece, token_ids: bytes) -> None:
+    expected = msgspec.structs.replace(
+        piece.binding,
+        fingerprint=pool.layout.fingerprint,
+        token_hash=hash_tokens(token_ids[: ID_BYTES * piece.binding.token_range[1]]),
+    )
+    what = f"{piece.binding.sequence_id} {piece.region}"
+    if piece.binding.token_hash != expected.token_hash:
+        raise KvDamaged(f"{pool.name}: {what} belongs to other tokens than ours")
+    try:
+        found = await _to_the_end(asyncio.to_thread(pool_checksum, pool, blocks, expected, piece.head_range))
+    except ValueError as error:
+        raise KvDamaged(f"{pool.name} cannot hold a piece of {what}: {error}") from error
+    if found != piece.checksum:
+        raise KvDamaged(f"{pool.name}: {what} is not what was sent")
 
 
 def _parts(pool: KvPool, span: SequenceSpan, peers: Sequence[Peer]) -> list[tuple[int, Region]]:
@@ -227,8 +255,8 @@ def _packed_pool(like: PoolLayout, region: Region) -> KvPool:
 def _converted(packed: KvPool, dtype: str) -> KvPool:
     """The same values as other elements, rounded to nearest."""
     layout = msgspec.structs.replace(packed.layout, dtype=dtype)
-    values = packed.arena.view(getattr(torch, packed.layout.dtype)).to(getattr(torch, dtype))
-    return KvPool(layout, values.view(torch.uint8), None, packed.name)
+    heads = packed.arena.view(-1, packed.layout.head_bytes)
+    return KvPool(layout, convert(heads, packed.layout.dtype, dtype).reshape(-1), None, packed.name)
 
 
 def _within(inner: Range, start: int) -> slice:

@@ -1,9 +1,11 @@
-"""Fewer bits for KV on the wire: int8 or fp8 (e4m3) with a float32 scale per token and head. Pure; what it gives
-does not depend on the element type of either pool."""
+"""KV as other elements; among them int8 and fp8 (e4m3) with a float32 scale per token and head, which halve or
+quarter what travels and what a store keeps. Pure; what it gives does not depend on the element type of either pool."""
 
 from __future__ import annotations
 
 import torch
+
+from common.kv.layout import QUANTISED, SCALE_BYTES
 
 WIRE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -34,3 +36,23 @@ def max_error(values: torch.Tensor, wire: str) -> torch.Tensor:
     """Bound of the error of each head [..., 1]: half the largest step between two codes."""
     largest = values.to(torch.float32).abs().amax(dim=-1, keepdim=True)
     return largest * (0.5 / 127 if wire == "int8" else 2.0**-4) * (1 + 1e-5) + 1e-37
+
+
+def convert(heads: torch.Tensor, dtype: str, to: str) -> torch.Tensor:
+    """Bytes uint8 [heads x bytes of a head] of a packed buffer, from elements of `dtype` to elements of `to`, rounded
+    to nearest. Raises `ValueError` as `quantise` does."""
+    if dtype == to:
+        return heads
+    values = _unpacked(heads, dtype)
+    if to not in QUANTISED:
+        return values.to(getattr(torch, to)).view(torch.uint8)
+    codes, scales = quantise(values, to)
+    return torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], dim=1)
+
+
+def _unpacked(heads: torch.Tensor, dtype: str) -> torch.Tensor:
+    if dtype not in QUANTISED:
+        values: torch.Tensor = heads.view(getattr(torch, dtype))
+        return values
+    codes, scales = heads[:, :-SCALE_BYTES].contiguous(), heads[:, -SCALE_BYTES:].contiguous()
+    return restore(codes.view(WIRE_DTYPES[dtype]), scales.view(torch.float32), torch.float32)

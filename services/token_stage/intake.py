@@ -102,15 +102,14 @@ class Intake(SequenceTable):
     def kv_confirmed(
         self, sequence_id: str, attempt: int, layers: tuple[int, int], tokens: tuple[int, int], intact: bool
     ) -> list[Action]:
-        """A stage verified (or found corrupt) these tokens of these layers of a hand-off. Each pair of stages does so
-        in order."""
+        """A stage verified (or found corrupt) these tokens of these layers of a hand-off. Of each layer they come in
+        order."""
         sequence = self._current(sequence_id, attempt)
         if sequence is None or sequence.requeue:
             return []
-        if not intact or tokens[0] != sequence.confirmed.get(layers, sequence.num_restored):
+        if not intact or not sequence.confirm(layers, tokens):
             return self._restart(sequence)
-        sequence.confirmed[layers] = tokens[1]
-        num_computed = sequence.num_handed_off(self._num_layers)
+        num_computed = min(sequence.confirmed)
         if num_computed > sequence.num_computed:
             sequence.num_computed = num_computed
             self.replication.computed(sequence)
@@ -224,7 +223,8 @@ class Intake(SequenceTable):
     def _go_on_behind(self, sequence: Sequence, held: HeldReplica) -> list[Action]:
         """What a replica lacks is computed here, unless it is so much that it would hold up the others."""
         start = min(held.num_tokens, len(sequence.tokens) - 1)
-        sequence.num_computed = sequence.num_scheduled = sequence.num_restored = start
+        sequence.num_computed = sequence.num_scheduled = start
+        sequence.confirmed = [start] * self._num_layers
         self.num_recoveries += 1
         self.num_recomputed += max(0, sequence.num_lost - start)
         self.replication.restored(sequence, sequence.source)
@@ -272,10 +272,10 @@ class Intake(SequenceTable):
         sequence.attempt += 1
         sequence.blocks = blocks
         sequence.num_lost = max(sequence.num_computed, len(sequence.tokens) if sequence.num_output else 0)
-        sequence.num_scheduled = sequence.num_restored = sequence.num_computed = 0
+        sequence.num_scheduled = sequence.num_computed = 0
         sequence.first, sequence.num_writers = None, None
         sequence.ended_writers.clear()
-        sequence.confirmed.clear()
+        sequence.confirmed = [0] * self._num_layers
         store = self.replication.holder(sequence, is_continued=sequence.num_output > 0)
         if store is not None:
             sequence.source = store

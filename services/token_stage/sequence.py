@@ -58,12 +58,10 @@ class Sequence:
     """its router is gone: it pauses with its blocks until the next router asks for it"""
     num_in_flight: int = 0
     is_open: bool = False
-    num_restored: int = 0
-    """so many tokens came out of a store in this attempt"""
     num_lost: int = 0
     """so many had KV in the attempt before, or in an earlier epoch"""
-    confirmed: dict[tuple[int, int], int] = field(default_factory=dict)
-    """by range of layers: up to which token the hand-off was verified"""
+    confirmed: list[int] = field(default_factory=list)
+    """up to which token each layer is here, of what is handed off"""
     first: Drawn | None = None
     ended_writers: set[int] = field(default_factory=set)
     num_writers: int | None = None
@@ -84,10 +82,13 @@ class Sequence:
         """Whether anybody may still read or write its blocks."""
         return bool(self.num_in_flight or self.num_reads or self.num_pulls or self.awaits_writers)
 
-    def num_handed_off(self, num_layers: int) -> int:
-        """So many tokens' KV is here for all layers, counting those that came out of a store."""
-        is_whole = sum(last - first for first, last in self.confirmed) == num_layers
-        return min(self.confirmed.values()) if is_whole else self.num_restored
+    def confirm(self, layers: tuple[int, int], tokens: tuple[int, int]) -> bool:
+        """These tokens of these layers are here. False: some before them are not."""
+        first, last = layers
+        if any(end != tokens[0] for end in self.confirmed[first:last]):
+            return False
+        self.confirmed[first:last] = [tokens[1]] * (last - first)
+        return True
 
     @property
     def num_output(self) -> int:

@@ -17,7 +17,7 @@ from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, Fail, Grant, Produce, StopPrefill
 from services.token_stage.swapping import DeviceTier
 
-NUM_LAYERS = 2
+NUM_LAYERS = 3
 BLOCK_SIZE = 4
 EOS = 0
 
@@ -131,8 +131,10 @@ class Pipelines:
             if pipeline == "prompt":
                 sequence_id, attempt = self.opened[chunk.sequence_id]
                 tokens_done = (chunk.start, chunk.start + chunk.num_tokens)
-                for layer in range(NUM_LAYERS):
-                    self.wire.append(("kv_confirmed", (sequence_id, attempt, (layer, layer + 1), tokens_done, True)))
+                # neighbouring layers that were written together are confirmed together
+                cuts = [0, *(layer for layer in range(1, NUM_LAYERS) if self.draws.random() < 0.5), NUM_LAYERS]
+                for layers in zip(cuts, cuts[1:], strict=False):
+                    self.wire.append(("kv_confirmed", (sequence_id, attempt, layers, tokens_done, True)))
             if chunk.draws:
                 assert chunk.start + chunk.num_tokens == len(tokens)
                 drawn.append(Drawn(next_token(tokens)))
@@ -170,7 +172,7 @@ class Pipelines:
         """Any message on the wire arrives (they come over different connections); a pair of stages keeps its order."""
         picked = self.wire[self.draws.randrange(len(self.wire))]
         if picked[0] == "kv_confirmed":
-            picked = next(each for each in self.wire if each[0] == picked[0] and each[1][:3] == picked[1][:3])
+            picked = next(each for each in self.wire if each[0] == picked[0] and each[1][:2] == picked[1][:2])
         self.wire.remove(picked)
         kind, arguments = picked
         if kind == "prefill":

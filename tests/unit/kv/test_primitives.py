@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from common.kv.checksum import hash_tokens
 from common.kv.copies import copy_pieces
 from common.kv.geometry import CopyPlan, Range, plan_copies
 from common.kv.layout import PoolLayout
 from common.kv.link import open_link
 from common.kv.pool import Bytes, KvPool
 from common.kv.primitives import KvDamaged, Peer, Piece, Region, SequenceSpan, gather, scatter, stream_in, stream_out
+from common.kv.quantise import WIRE_DTYPES, max_error
 from common.kv.server import PoolServer
 from tests.unit.kv.reference import NUM_HEADS, NUM_LAYERS, ReferenceCache, layout, random_pair, table
 
+HASH = hash_tokens(b"")
 ALL_LAYERS, ALL_HEADS = (0, NUM_LAYERS), (0, NUM_HEADS)
 
 
@@ -97,14 +100,16 @@ async def _stream_between_random_models(seed: int) -> None:
             np.zeros(one.total_bytes, dtype=np.uint8),
         )
         spans = [
-            SequenceSpan(str(at), (0, length), one.layers, tables[at], [blocks[at] for _, blocks in peers], b"hash")
+            SequenceSpan(str(at), (0, length), one.layers, tables[at], [blocks[at] for _, blocks in peers], HASH)
             for at, length in enumerate(lengths)
         ]
         pieces += await stream_out(pool_of(one, memory), spans, links)
     for index, (one, tables) in enumerate(peers):
         to, own = pool_of(one, memories[index]), [piece for piece in pieces if piece.peer_index == index]
         for at, length in enumerate(lengths):
-            await stream_in(to, tables[at], str(at), Region((0, length), one.layers, one.heads), each(own))
+            await stream_in(
+                to, tables[at], str(at), Region((0, length), one.layers, one.heads), each(own), token_ids=b""
+            )
         expected = [cache.written_to(one, blocks) for cache, blocks in zip(caches, tables, strict=True)]
         assert np.array_equal(memories[index], sum(expected[1:], expected[0])), f"seed {seed}"
 
@@ -134,11 +139,11 @@ async def test_long_spans_and_other_element_types(dtype: str, tokens: Range) -> 
     theirs = layout(num_blocks=100, block_size=16, dtype=dtype)
     source, destination = KvPool.create(ours, name="ours"), KvPool.create(theirs, name="theirs")
     source.arena.view(torch.float32).normal_(generator=torch.Generator().manual_seed(1))
-    span = SequenceSpan("long", tokens, (0, 4), range(399, -1, -1), [range(100)], b"hash")
+    span = SequenceSpan("long", tokens, (0, 4), range(399, -1, -1), [range(100)], HASH)
     link = LocalLink(destination.memory)
     pieces = await stream_out(source, [span], [Peer(link, theirs)])
     region = Region(tokens, (0, 4), ours.heads)
-    await stream_in(destination, range(100), "long", region, each(pieces))
+    await stream_in(destination, range(100), "long", region, each(pieces), token_ids=b"")
     got = (await gather(destination, range(100), region)).arena.view(getattr(torch, dtype))
     sent = (await gather(source, range(399, -1, -1), region)).arena.view(torch.float32)
     assert torch.equal(got, sent.to(getattr(torch, dtype))) and got.abs().sum() > 0
@@ -148,18 +153,20 @@ async def test_damage_and_absence_are_errors() -> None:
     ours = layout()
     source, destination = KvPool.create(ours), KvPool.create(ours)
     source.memory[:] = 7
-    span = SequenceSpan("one", (0, 9), (0, 4), [0, 1, 2], [[4, 5, 6]], b"hash")
+    span = SequenceSpan("one", (0, 9), (0, 4), [0, 1, 2], [[4, 5, 6]], HASH)
     pieces = await stream_out(source, [span], [Peer(LocalLink(destination.memory), ours)])
     region = Region((0, 9), (0, 4), ours.heads)
     with pytest.raises(KvDamaged, match="never came"):
-        await stream_in(destination, [4, 5, 6], "other", region, each(pieces))
-    claimed = msgspec.structs.replace(pieces[0].binding, token_hash=b"other")
+        await stream_in(destination, [4, 5, 6], "other", region, each(pieces), token_ids=b"")
+    claimed = msgspec.structs.replace(pieces[0].binding, token_range=(0, 8))
+    with pytest.raises(KvDamaged, match="belongs to other tokens"):
+        await stream_in(destination, [4, 5, 6], "one", region, each(pieces), token_ids=b"1234")
     with pytest.raises(KvDamaged, match="not what was sent"):
         wrong = msgspec.structs.replace(pieces[0], binding=claimed)
-        await stream_in(destination, [4, 5, 6], "one", region, each([wrong]))
+        await stream_in(destination, [4, 5, 6], "one", region, each([wrong]), token_ids=b"")
     destination.layer(2)[1][5, 1, 0, 3] += 1
     with pytest.raises(KvDamaged, match="not what was sent"):
-        await stream_in(destination, [4, 5, 6], "one", region, each(pieces))
+        await stream_in(destination, [4, 5, 6], "one", region, each(pieces), token_ids=b"")
 
 
 async def test_few_pieces_are_in_flight_and_cancelling_leaves_none() -> None:
@@ -185,9 +192,9 @@ async def test_over_a_real_link() -> None:
     source.memory[:] = np.random.default_rng(0).integers(0, 256, ours.total_bytes, dtype=np.uint8)
     server = await PoolServer.start(destination, "127.0.0.1", "first")
     link = await open_link(server.offer, source)
-    span = SequenceSpan("one", (0, 32), (0, 4), range(8), [range(16)], b"hash")
+    span = SequenceSpan("one", (0, 32), (0, 4), range(8), [range(16)], HASH)
     pieces = await stream_out(source, [span], [Peer(link, theirs)])
-    await stream_in(destination, range(16), "one", Region((0, 32), (0, 4), ours.heads), each(pieces))
+    await stream_in(destination, range(16), "one", Region((0, 32), (0, 4), ours.heads), each(pieces), token_ids=b"")
     straight = np.zeros(theirs.total_bytes, dtype=np.uint8)
     copy_pieces(plan_copies(ours, range(8), theirs, range(16), (0, 32), (0, 4)), source.memory, straight)
     assert np.array_equal(destination.memory, straight)
@@ -201,3 +208,29 @@ def test_a_model_with_a_hole_is_refused() -> None:
     span = SequenceSpan("one", (0, 4), (0, 4), [0], [[0]], b"")
     with pytest.raises(ValueError, match="do not own"):
         asyncio.run(stream_out(KvPool.create(ours), [span], [half]))
+
+
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_few_bits_travel_between_pools_of_any_type(wire: str, dtype: str) -> None:
+    """The receiver lets the pieces land as they travel; what it then has is off by no more than the codes are apart."""
+    for seed in range(50):
+        generator = random.Random(seed)
+        length = generator.randint(1, 100)
+        ours, theirs = layout(num_blocks=50), layout(num_blocks=120, block_size=1, dtype=dtype)
+        travels = layout(num_blocks=8, block_size=16, dtype=wire)
+        source, landing, pool = KvPool.create(ours), KvPool.create(travels), KvPool.create(theirs)
+        source.arena.view(torch.float32).normal_(generator=torch.Generator().manual_seed(seed))
+        blocks, own, land = table(generator, 50, 25), table(generator, 120, length), table(generator, 8, 7)
+        span = SequenceSpan("one", (0, length), ours.layers, blocks, [land], HASH)
+        pieces = await stream_out(source, [span], [Peer(LocalLink(landing.memory), travels)])
+        region = Region((0, length), ours.layers, ours.heads)
+        await stream_in(pool, own, "one", region, each(pieces), token_ids=b"", landing=(landing, land))
+        sent = (await gather(source, blocks, region)).arena.view(torch.float32).view(-1, ours.head_dim)
+        got = (await gather(pool, own, region, "float32")).arena.view(torch.float32).view(-1, ours.head_dim)
+        allowed = max_error(sent, wire)
+        rounding = 2.0**-8 * (sent.abs() + allowed) if dtype == "bfloat16" else 0.0
+        assert bool(((got - sent).abs() <= allowed + rounding).all())
+        assert not torch.equal(got, sent)
+    with pytest.raises(TypeError, match="nobody computes"):
+        landing.layer(0)
