@@ -63,7 +63,11 @@ class Ladder:
         for layer in range(*LAYERS):
             for _ in range(4):
                 torch.mm(values, self._weights)
-            if is_beside:
+            if is_beside and tokens == self._prompt:
+                self._writer.submit(span, layer)
+        if is_beside and tokens != self._prompt:
+            # a token's layers are small: they leave together, while the next token is computed
+            for layer in range(*LAYERS):
                 self._writer.submit(span, layer)
         if level >= 0 and not is_beside:
             await self._write(tokens, is_naive=level == 0)

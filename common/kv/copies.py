@@ -11,6 +11,8 @@ from common.kv.pool import Bytes
 
 _MIN_DIRECT_BYTES = 4096
 """From here on a copy per piece is cheaper than gathering and scattering many at once."""
+_FEW_PIECES = 8
+"""Below this plain numbers are faster than arrays."""
 _BATCH_BYTES = 256 << 10
 """So much is gathered before it is scattered: it stays in the processor's cache in between."""
 
@@ -18,10 +20,14 @@ _BATCH_BYTES = 256 << 10
 def copy_pieces(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
     """Copies all pieces. The interpreter lock is released within big pieces and within batches of small
     ones."""
+    if len(plan) < _FEW_PIECES:
+        for start, to, num_bytes in zip(*_as_lists(plan), strict=True):
+            destination[to : to + num_bytes] = source[start : start + num_bytes]
+        return
     for num_bytes in np.unique(plan.num_bytes).tolist():
         same_size = plan.num_bytes == num_bytes
         from_offsets, to_offsets = plan.source_offset[same_size], plan.destination_offset[same_size]
-        if num_bytes >= _MIN_DIRECT_BYTES or len(from_offsets) < 8:
+        if num_bytes >= _MIN_DIRECT_BYTES or len(from_offsets) < _FEW_PIECES:
             for start, to in zip(from_offsets.tolist(), to_offsets.tolist(), strict=True):
                 destination[to : to + num_bytes] = source[start : start + num_bytes]
         else:
@@ -30,6 +36,10 @@ def copy_pieces(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
 
 def check_pieces(offsets: Int64, num_bytes: Int64, total_bytes: int) -> None:
     """Raises `ValueError` where a piece would lie outside of a pool of `total_bytes`."""
+    if len(offsets) < _FEW_PIECES:
+        few = zip(offsets.tolist(), num_bytes.tolist(), strict=True)
+        if all(start >= 0 <= count and start + count <= total_bytes for start, count in few):
+            return
     ends = offsets + num_bytes
     # each part alone as well, since a sum of hostile numbers may wrap around
     for numbers in (offsets, num_bytes, ends):
@@ -73,6 +83,10 @@ def split(plan: CopyPlan, max_bytes: int) -> Iterator[CopyPlan]:
 def packed(num_bytes: Int64) -> Int64:
     """Offsets of pieces that lie one after the other."""
     return np.cumsum(num_bytes) - num_bytes
+
+
+def _as_lists(plan: CopyPlan) -> tuple[list[int], list[int], list[int]]:
+    return plan.source_offset.tolist(), plan.destination_offset.tolist(), plan.num_bytes.tolist()
 
 
 def _copy_small(num_bytes: int, source: Bytes, from_offsets: Int64, destination: Bytes, to_offsets: Int64) -> None:

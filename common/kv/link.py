@@ -48,14 +48,22 @@ class Link(Protocol):
 
 
 async def open_link(
-    offer: GrantOffer, pool: KvPool, *, executor: Executor | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+    offer: GrantOffer,
+    pool: KvPool,
+    *,
+    travels_as: str | None = None,
+    executor: Executor | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Link:
     """The best link from `pool` into what is offered (see `choice.choose_links`).
 
     `timeout_s` is the deadline of the handshake and of every later write. `executor` runs the copies of a
-    shared-memory link; without one they run in the calling thread. Raises `LinkRefused` at once, naming both
+    shared-memory link; without one they run in the calling thread. `travels_as` says which elements will be
+    written, where `stream_out` converts them on the way (int8, say). Raises `LinkRefused` at once, naming both
     sides, where they do not fit; `LinkTimeout`; `LinkLost`.
     """
+    if travels_as is not None:
+        pool = pool.seen_as(travels_as)
     if offer.protocol != PROTOCOL_VERSION:
         raise LinkRefused(f"{pool.name} speaks KV protocol {PROTOCOL_VERSION}, {offer.name} {offer.protocol}")
     reason = misfit(pool.name, pool.layout, offer.name, offer.layout)

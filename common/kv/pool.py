@@ -8,6 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -85,6 +86,10 @@ class KvPool:
         if self._layers is None:
             self._layers = _layer_views(self.arena, self.layout)
         return self._layers[local_layer]
+
+    def seen_as(self, dtype: str) -> KvPool:
+        """What a peer is shown of a pool whose spans are converted on their way out; its memory is not laid out so."""
+        return KvPool(msgspec.structs.replace(self.layout, dtype=dtype), self._arena, None, self.name)
 
     def close(self) -> None:
         """Lets go of the memory, which lives on until the last view of it is gone. Idempotent."""

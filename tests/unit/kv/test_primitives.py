@@ -13,6 +13,7 @@ import torch
 
 from common.kv.checksum import hash_tokens
 from common.kv.copies import copy_pieces
+from common.kv.errors import LinkRefused
 from common.kv.geometry import CopyPlan, Range, plan_copies
 from common.kv.layout import PoolLayout
 from common.kv.link import open_link
@@ -234,3 +235,24 @@ async def test_few_bits_travel_between_pools_of_any_type(wire: str, dtype: str) 
         assert not torch.equal(got, sent)
     with pytest.raises(TypeError, match="nobody computes"):
         landing.layer(0)
+
+
+async def test_few_bits_over_a_real_link() -> None:
+    ours, travels = layout(), layout(dtype="int8")
+    source, landing, pool = (
+        KvPool.create(ours, name="ours"),
+        KvPool.create(travels, name="landing"),
+        KvPool.create(ours),
+    )
+    source.arena.view(torch.float32).normal_(generator=torch.Generator().manual_seed(1))
+    server = await PoolServer.start(landing, "127.0.0.1", "first")
+    with pytest.raises(LinkRefused, match="dtype of ours is float32, of landing it is int8"):
+        await open_link(server.offer, source)
+    link = await open_link(server.offer, source, travels_as="int8")
+    span = SequenceSpan("one", (0, 32), ours.layers, range(8), [range(8)], HASH)
+    pieces = await stream_out(source, [span], [Peer(link, travels)])
+    region = Region((0, 32), ours.layers, ours.heads)
+    await stream_in(pool, range(8), "one", region, each(pieces), token_ids=b"", landing=(landing, range(8)))
+    assert torch.allclose(pool.arena.view(torch.float32), source.arena.view(torch.float32), atol=0.02)
+    await link.aclose()
+    await server.aclose()

@@ -1,0 +1,197 @@
+"""What streaming costs the compute: `python -m loadtest.kv_overhead --json FILE --model DIR`.
+
+A model prefills prompts and generates tokens in this process, alone, and while all of the new KV goes into the pool of
+another process: a prompt layer by layer as it is computed; the tokens of a step, all sequences and layers in one write,
+while the next step is computed. Once with
+one compute thread, so that the copy has a core of its own, and once with as many as there are cores, so that it has
+none. Time counts until the last byte has arrived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.kv.checksum import slot_digests
+from common.kv.geometry import Int64, plan_slots
+from common.kv.link import Link, open_link
+from common.kv.offer import GrantOffer
+from common.kv.pool import KvPool
+from common.kv.server import PoolServer
+from common.kv.stream import HandoffSpan, HandoffWriter
+from loadtest.machine import describe_machine
+from loadtest.one_stage import BLOCK_SIZE, OneStage, greedy
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    arguments = _parser().parse_args()
+    stage = OneStage(arguments.model, arguments.dtype, arguments.batch, arguments.prompt_tokens + arguments.tokens)
+    if arguments.serve:
+        asyncio.run(_serve(stage))
+        return 0
+    cells: list[dict[str, Any]] = []
+    with _owner() as offer:
+        for num_threads in sorted({1, len(os.sched_getaffinity(0))}):
+            torch.set_num_threads(num_threads)
+            cells.append({"compute_threads": num_threads, **asyncio.run(_measure(stage, offer, arguments))})
+            print(cells[-1], flush=True)
+    document: dict[str, Any] = {
+        "machine": describe_machine(),
+        "model": Path(arguments.model).name,
+        "dtype": stage.spec.dtype,
+    }
+    document["options"], document["cells"] = vars(arguments), cells
+    Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+async def _serve(stage: OneStage) -> None:
+    server = await PoolServer.start(KvPool.create(stage.pool.layout, name="owner"), "127.0.0.1", "overhead")
+    print(server.offer.encode(), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.aclose()
+
+
+@contextmanager
+def _owner() -> Iterator[GrantOffer]:
+    command = [sys.executable, "-m", "loadtest.kv_overhead", *sys.argv[1:], "--serve"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        yield GrantOffer.decode(process.stdout.readline())
+        process.stdin.close()
+
+
+async def _measure(stage: OneStage, offer: GrantOffer, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every way once per round, so that a disturbance hits both."""
+    writer = await HandoffWriter.start(stage.pool, lambda arrival: None)
+    await writer.connect("owner", [offer])
+    link = await open_link(offer, stage.pool)
+    run = _Run(stage, writer, _TokenStream(stage, link), arguments)
+    times: dict[str, list[float]] = {}
+    for round_number in range(arguments.rounds + 1):
+        for way, is_streaming in (("alone", False), ("streaming", True)):
+            for phase, work in (("prefill", run.prefill), ("decode", run.decode)):
+                started_s = time.perf_counter()
+                await asyncio.to_thread(work, is_streaming)
+                if is_streaming:
+                    await run.drain(is_prompt=phase == "prefill")
+                if round_number:
+                    times.setdefault(f"{phase} {way}", []).append(time.perf_counter() - started_s)
+    await writer.aclose()
+    await link.aclose()
+    medians = {name: statistics.median(of) for name, of in times.items()}
+    return {
+        "median_s": {name: round(one_s, 4) for name, one_s in medians.items()},
+        "prefill_overhead": round(medians["prefill streaming"] / medians["prefill alone"] - 1, 4),
+        "decode_overhead": round(medians["decode streaming"] / medians["decode alone"] - 1, 4),
+        "all_s": {name: [round(one_s, 4) for one_s in of] for name, of in times.items()},
+    }
+
+
+class _TokenStream:
+    """What steps add to the pool goes to the same slots of the owner's; what waits goes together."""
+
+    def __init__(self, stage: OneStage, link: Link) -> None:
+        self._stage, self._link = stage, link
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[Int64] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def submit(self, slots: Int64) -> None:
+        """From any thread: these slots of our pool are new."""
+        self._loop.call_soon_threadsafe(self._enter, slots)
+
+    async def drain(self) -> None:
+        """Returns when everything has arrived."""
+        await asyncio.sleep(0)  # what was submitted has been entered then
+        if self._task is not None:
+            await self._task
+
+    def _enter(self, slots: Int64) -> None:
+        self._waiting.append(slots)
+        if self._task is None or self._task.done():
+            self._task = self._loop.create_task(self._send())
+
+    async def _send(self) -> None:
+        pool, layout = self._stage.pool, self._stage.pool.layout
+        while self._waiting:
+            slots = np.concatenate(self._waiting)
+            self._waiting = []
+            await self._link.write(pool, plan_slots(layout, slots, layout, slots, layout.layers, layout.heads))
+            slot_digests(pool.memory, layout, slots, layout.layers, layout.heads)
+
+
+class _Run:
+    """The model's work of one round."""
+
+    def __init__(
+        self, stage: OneStage, writer: HandoffWriter, tokens: _TokenStream, arguments: argparse.Namespace
+    ) -> None:
+        self._stage, self._writer, self._tokens = stage, writer, tokens
+        self._num_steps = arguments.tokens
+        self._prompts = [stage.prompt(arguments.prompt_tokens, seed) for seed in range(arguments.batch)]
+        self._first = [0] * len(self._prompts)
+        self._attempt = 0
+
+    def prefill(self, is_streaming: bool) -> None:
+        self._attempt += 1
+        for index, prompt in enumerate(self._prompts):
+            span = self._span(index, (0, len(prompt)))
+            on_layer = functools.partial(self._writer.submit, span) if is_streaming else None
+            self._first[index] = greedy(self._stage.prefill(index, prompt, on_layer))[0]
+
+    def decode(self, is_streaming: bool) -> None:
+        self._attempt += 1
+        tokens = list(self._first)
+        for step in range(self._num_steps):
+            positions = [len(prompt) + step for prompt in self._prompts]
+            tokens = greedy(self._stage.step(tokens, positions))
+            if is_streaming:
+                slots = [self._stage.blocks(index)[0] * BLOCK_SIZE + at for index, at in enumerate(positions)]
+                self._tokens.submit(np.array(slots))
+
+    async def drain(self, *, is_prompt: bool) -> None:
+        """Returns when everything has arrived. Raises `LinkError`."""
+        await self._tokens.drain()
+        for index in range(len(self._prompts) if is_prompt else 0):
+            error = await asyncio.wrap_future(self._writer.drain(str(index), self._attempt))
+            if error is not None:
+                raise error
+
+    def _span(self, index: int, tokens: tuple[int, int]) -> HandoffSpan:
+        blocks = self._stage.blocks(index)
+        return HandoffSpan(str(index), self._attempt, "owner", tokens, blocks, blocks, b"")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "loadtest.kv_overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", required=True, metavar="FILE")
+    parser.add_argument("--model", default="models/tiny", metavar="DIR")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=64, help="steps of decode")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
