@@ -1,5 +1,8 @@
-"""Faults on demand, so that tests can see what happens then. Without `DEJAVU_FAULT_HOOKS=1` in the environment there
-are none, and the signals do what they always do."""
+"""Signals that make a process fail in ways that no other process could bring about, for tests of detection.
+
+They are there only where the environment says so when the process starts. Without them SIGUSR1 and SIGUSR2 end a
+process, as they do everywhere.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,21 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 VARIABLE = "DEJAVU_FAULT_HOOKS"
-LOOP_SIGNAL = signal.SIGUSR1
-"""The event loop stands still."""
-STEP_SIGNAL = signal.SIGUSR2
-"""The compute thread stands still."""
-STUCK_S = 10.0
+STALL_S = 10.0
+STUCK_LOOP = signal.SIGUSR1
+STUCK_STEP = signal.SIGUSR2
 
 
-def hook_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Lets `LOOP_SIGNAL` hold up the event loop."""
-    if os.environ.get(VARIABLE) == "1":
-        loop.add_signal_handler(LOOP_SIGNAL, _stand_still)
+def install_fault_hook(loop: asyncio.AbstractEventLoop, number: signal.Signals, fail: Callable[[], None]) -> bool:
+    """From now on the signal calls `fail()` on the event loop. False, and nothing changes, unless the environment has
+    DEJAVU_FAULT_HOOKS=1."""
+    if os.environ.get(VARIABLE) != "1":
+        return False
+    loop.add_signal_handler(number, fail)
+    return True
 
 
-def hook_compute(loop: asyncio.AbstractEventLoop, submit: Callable[[Callable[[], None]], None]) -> None:
-    """Lets `STEP_SIGNAL` hold up whatever `submit` hands functions to."""
-    if os.environ.get(VARIABLE) == "1":
-        loop.add_signal_handler(STEP_SIGNAL, submit, _stand_still)
-
-
-def _stand_still() -> None:
-    logger.warning("standing still for %g s: somebody asked for it", STUCK_S)
-    time.sleep(STUCK_S)
+def stall() -> None:
+    """The thread that calls it does nothing for ten seconds."""
+    logger.warning("stalled for %g s, as asked by a fault hook", STALL_S)
+    time.sleep(STALL_S)

@@ -2,214 +2,156 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import mmap
-import os
-import random
-import signal
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from common.fault_hooks import LOOP_SIGNAL, STEP_SIGNAL
+from common.fault_hooks import STUCK_LOOP, STUCK_STEP, VARIABLE
+from loadtest.history import recomputed_tokens
+from loadtest.strikes import (
+    STOPPED_S,
+    Status,
+    Strike,
+    both,
+    damage_stores,
+    kill,
+    kill_etcd,
+    kill_token_stages,
+    kill_twice,
+    limit_files,
+    poke,
+    stop,
+    stop_etcd,
+)
 
-Status = Mapping[str, Any]
-Strike = Callable[[Status, random.Random], Awaitable[list[str]]]
-"""Does it; returns the names of the services that were struck."""
-
-STOPPED_S = 10.0
-OUTAGE_S = 60.0
-CORRUPTION_STRIDE_BYTES = 4096
+DEFAULT_OUTAGE_S = 15.0
+LEASE_S = 5.0
+"""After so long it shows whom a lapsed lease was held against."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`max_recomputed_tokens` is per stream; None: no bound."""
+    """How the system is started, what is done to it, and what must come of it."""
 
     what: str
     strike: Strike
     arguments: tuple[str, ...] = ()
     max_recomputed_tokens: int | None = None
+    """per stream; None: no bound"""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    earliest: float = 0.0
+    """share of a run without a fault that must be over before the strike"""
     lasts_s: float = 0.0
-    """streams are run again and again until it is over"""
-
-
-def _pick(status: Status, draws: random.Random, role: str, state: str) -> Mapping[str, Any]:
-    found = [s for s in status["services"] if s["role"] == role and s["state"] == state]
-    if not found:
-        raise LookupError(f"no {role} is {state}")
-    picked: Mapping[str, Any] = draws.choice(found)
-    return picked
-
-
-def _signal(number: int, role: str, state: str = "active") -> Strike:
-    async def strike(status: Status, draws: random.Random) -> list[str]:
-        victim = _pick(status, draws, role, state)
-        os.kill(victim["pid"], number)
-        return [str(victim["name"])]
-
-    return strike
-
-
-def _kill(role: str, state: str = "active") -> Strike:
-    return _signal(signal.SIGKILL, role, state)
-
-
-def _stop(role: str, state: str = "active") -> Strike:
-    async def strike(status: Status, draws: random.Random) -> list[str]:
-        victim = _pick(status, draws, role, state)
-        os.kill(victim["pid"], signal.SIGSTOP)
-        asyncio.get_running_loop().call_later(STOPPED_S, _continue, victim["pid"])
-        return [str(victim["name"])]
-
-    return strike
-
-
-async def _kill_both_tokens(status: Status, draws: random.Random) -> list[str]:
-    victims = [s for s in status["services"] if s["role"] == "token_stage" and s["state"] == "active"]
-    for victim in victims:
-        await asyncio.sleep(0.2 * draws.random())
-        os.kill(victim["pid"], signal.SIGKILL)
-    return [str(victim["name"]) for victim in victims]
-
-
-async def _kill_successor(status: Status, draws: random.Random) -> list[str]:
-    """A token stage, and then the standby that is taking its place."""
-    first = _pick(status, draws, "token_stage", "active")
-    spares = [s for s in status["services"] if s["role"] == "standby" and s["name"].startswith(first["name"])]
-    os.kill(first["pid"], signal.SIGKILL)
-    await asyncio.sleep(0.4 * draws.random())
-    os.kill(spares[0]["pid"], signal.SIGKILL)
-    return [str(first["name"]), str(spares[0]["name"])]
-
-
-async def _corrupt_store(status: Status, draws: random.Random) -> list[str]:
-    """Flips bytes all over a store's memory, then kills a token stage, whose KV must come back."""
-    store = _pick(status, draws, "cache_store", "active")
-    for entry in Path(f"/proc/{store['pid']}/fd").iterdir():
-        if not os.readlink(entry).startswith("/memfd:"):
-            continue
-        with entry.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-            for position in range(0, len(memory), CORRUPTION_STRIDE_BYTES):
-                memory[position] ^= 0xFF
-    return await _kill("token_stage")(status, draws)
-
-
-def _continue(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it was killed meanwhile
-        os.kill(pid, signal.SIGCONT)
-
-
-def _both(first: Strike, second: Strike, pause_s: float = 0.0) -> Strike:
-    async def strike(status: Status, draws: random.Random) -> list[str]:
-        struck = await first(status, draws)
-        await asyncio.sleep(pause_s * draws.random())
-        return struck + await second(status, draws)
-
-    return strike
-
-
-async def _kill_etcd(status: Status, draws: random.Random) -> list[str]:
-    os.kill(_etcd_of(status), signal.SIGKILL)
-    return []
-
-
-async def _stop_etcd(status: Status, draws: random.Random) -> list[str]:
-    pid = _etcd_of(status)
-    os.kill(pid, signal.SIGSTOP)
-    asyncio.get_running_loop().call_later(OUTAGE_S, _continue, pid)
-    return []
-
-
-def _etcd_of(status: Status) -> int:
-    """The pid of the one that belongs to the same `serve` as the first service."""
-    parent = _parent(status["services"][0]["pid"])
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or _parent(int(entry.name)) != parent:
-            continue
-        if b"--listen-client-urls" in (entry / "cmdline").read_bytes():
-            return int(entry.name)
-    raise LookupError("this system's etcd is not a process of its own here")
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, IndexError):
-        return 0
+    """until then streams are run again and again"""
+    shows: Callable[[Status, Status], bool] = lambda before, after: True
+    """whether `status` before and after says that the fault has come to pass where it should"""
 
 
 CHUNK_TOKENS = 256
 """`--chunk-size` of `dejavu serve`"""
 TWO_STAGES = ("--prompt-stages", "2", "--token-stages", "2")
-FAULTS: dict[str, Fault] = {
-    "token-kill": Fault(
-        "kill -9 of a token stage, a standby is there", _kill("token_stage"), (*TWO_STAGES, "--standbys", "1"), 4
-    ),
-    "token-kill-alone": Fault("kill -9 of a token stage, no standby", _kill("token_stage"), TWO_STAGES, 4),
-    "prompt-kill": Fault(
-        "kill -9 of a prompt stage", _kill("prompt_stage"), (*TWO_STAGES, "--standbys", "1"), CHUNK_TOKENS
-    ),
-    "prompt-stop": Fault(
-        f"SIGSTOP of a prompt stage, SIGCONT {STOPPED_S:g} s later",
-        _stop("prompt_stage"),
-        ("--standbys", "1"),
-        CHUNK_TOKENS,
-    ),
-    "token-stop": Fault(
-        f"SIGSTOP of a token stage, SIGCONT {STOPPED_S:g} s later", _stop("token_stage"), ("--standbys", "1"), 4
-    ),
-    "token-stop-no-kill": Fault(
-        "the same, and nobody kills the stopped one: it wakes up",
-        _stop("token_stage"),
-        ("--standbys", "1", "--no-kill"),
-        4,
-    ),
-    "store-kill": Fault("kill -9 of a cache store", _kill("cache_store"), ("--cache-stores", "2"), 0),
-    "router-kill": Fault("kill -9 of the leading router", _kill("router", "leader"), ("--routers", "2"), 0),
-    "router-stop": Fault(
-        f"SIGSTOP of the leading router, SIGCONT {STOPPED_S:g} s later",
-        _stop("router", "leader"),
-        ("--routers", "2"),
-        0,
-    ),
-    "stuck-loop": Fault(
-        "the event loop of a token stage stands still", _signal(LOOP_SIGNAL, "token_stage"), ("--standbys", "1"), 4
-    ),
-    "stuck-step": Fault(
-        "the compute thread of a token stage stands still",
-        _signal(STEP_SIGNAL, "token_stage"),
-        ("--standbys", "1"),
-        4,
-    ),
-    "etcd-kill": Fault("kill -9 of etcd, which is started again", _kill_etcd, (), 0),
-    "etcd-outage": Fault(f"etcd stands still for {OUTAGE_S:g} s", _stop_etcd, (), 0, OUTAGE_S),
-    "two-tokens": Fault(
-        "kill -9 of both token stages within 0.4 s", _kill_both_tokens, (*TWO_STAGES, "--standbys", "1")
-    ),
-    "token-and-prompt": Fault(
-        "kill -9 of a token and a prompt stage within 0.5 s",
-        _both(_kill("token_stage"), _kill("prompt_stage"), 0.5),
-        (*TWO_STAGES, "--standbys", "1"),
-    ),
-    "successor": Fault(
-        "kill -9 of a token stage, and within 0.4 s of the standby that takes its place",
-        _kill_successor,
-        (*TWO_STAGES, "--standbys", "1"),
-    ),
-    "store-corrupt": Fault(
-        "a store's memory is damaged all over, then kill -9 of a token stage", _corrupt_store, ("--standbys", "1")
-    ),
-    "token-and-store": Fault(
-        "kill -9 of a token stage and a store within 0.5 s",
-        _both(_kill("token_stage"), _kill("cache_store"), 0.5),
-        ("--standbys", "1", "--cache-stores", "2"),
-    ),
-    "token-and-router": Fault(
-        "kill -9 of a token stage and the leading router within 0.5 s",
-        _both(_kill("token_stage"), _kill("router", "leader"), 0.5),
-        ("--standbys", "1", "--routers", "2"),
-    ),
-}
+STANDBY = ("--standbys", "1")
+HOOKS = {VARIABLE: "1"}
+
+
+def known_faults(outage_s: float = DEFAULT_OUTAGE_S) -> dict[str, Fault]:
+    """By name; `outage_s` is for how long etcd is away."""
+    return _deaths() | _silences() | _pairs() | _surroundings(outage_s)
+
+
+def _deaths() -> dict[str, Fault]:
+    return {
+        "token-kill": Fault(
+            "kill -9 of a token stage, a standby is there", kill("token_stage"), (*TWO_STAGES, *STANDBY), 4
+        ),
+        "token-kill-alone": Fault("kill -9 of a token stage, no standby", kill("token_stage"), TWO_STAGES, 4),
+        "prompt-kill": Fault("kill -9 of a prompt stage", kill("prompt_stage"), (*TWO_STAGES, *STANDBY), CHUNK_TOKENS),
+        "store-kill": Fault("kill -9 of a cache store", kill("cache_store"), ("--cache-stores", "2"), 0),
+        "router-kill": Fault("kill -9 of the leading router", kill("router", "leader"), ("--routers", "2"), 0),
+        "etcd-kill": Fault("kill -9 of etcd, which is started again", kill_etcd, (), 0),
+    }
+
+
+def _silences() -> dict[str, Fault]:
+    stopped = f"SIGSTOP of a {{}}, SIGCONT {STOPPED_S:g} s later"
+    return {
+        "token-stop": Fault(stopped.format("token stage"), stop("token_stage"), STANDBY, 4),
+        "token-stop-no-kill": Fault(
+            "the same, and nobody kills the stopped one: it wakes up",
+            stop("token_stage"),
+            (*STANDBY, "--no-kill"),
+            4,
+            lasts_s=STOPPED_S + LEASE_S,
+        ),
+        "prompt-stop": Fault(stopped.format("prompt stage"), stop("prompt_stage"), STANDBY, CHUNK_TOKENS),
+        "router-stop": Fault(stopped.format("leading router"), stop("router", "leader"), ("--routers", "2"), 0),
+        "stuck-loop": Fault(
+            "the event loop of a token stage does nothing for 10 s",
+            poke("token_stage", STUCK_LOOP),
+            STANDBY,
+            4,
+            environment=HOOKS,
+        ),
+        "stuck-step": Fault(
+            "a step of a token stage takes 10 s", poke("token_stage", STUCK_STEP), STANDBY, 4, environment=HOOKS
+        ),
+    }
+
+
+def _pairs() -> dict[str, Fault]:
+    return {
+        "two-tokens": Fault("kill -9 of both token stages at once", kill_token_stages, (*TWO_STAGES, *STANDBY)),
+        "token-and-prompt": Fault(
+            "kill -9 of a token stage and a prompt stage within 0.5 s",
+            both(kill("token_stage"), kill("prompt_stage"), 0.5),
+            (*TWO_STAGES, *STANDBY),
+        ),
+        "token-and-store": Fault(
+            "kill -9 of a token stage and a store within 0.5 s",
+            both(kill("token_stage"), kill("cache_store"), 0.5),
+            (*STANDBY, "--cache-stores", "2"),
+        ),
+        "token-and-router": Fault(
+            "kill -9 of a token stage and the leading router within 0.5 s",
+            both(kill("token_stage"), kill("router", "leader"), 0.5),
+            (*STANDBY, "--routers", "2"),
+        ),
+        "second-during-recovery": Fault(
+            "kill -9 of a token stage, and of its standby once the death is noticed",
+            kill_twice,
+            (*TWO_STAGES, *STANDBY),
+        ),
+    }
+
+
+def _surroundings(outage_s: float) -> dict[str, Fault]:
+    return {
+        "etcd-outage": Fault(
+            f"etcd answers nobody for {outage_s:g} s",
+            stop_etcd(outage_s),
+            (*TWO_STAGES, *STANDBY, "--routers", "2"),
+            0,
+            lasts_s=outage_s + 2 * LEASE_S,
+        ),
+        "store-corrupt": Fault(
+            "all copies in the store are damaged, then a token stage is killed",
+            both(damage_stores, kill("token_stage")),
+            (*TWO_STAGES, *STANDBY),
+            earliest=0.3,
+            # whole sequences, for nothing of theirs was of use
+            shows=lambda before, after: recomputed_tokens(before, after) > 0,
+        ),
+        "disk-full": Fault(
+            "the store's disk refuses to take more, and a token stage is killed",
+            both(limit_files(STOPPED_S), kill("token_stage"), 4.0),
+            (*STANDBY, "--disk-memory", "1G"),
+            4,
+            shows=lambda before, after: _disk_count(after, "full") > _disk_count(before, "full"),
+        ),
+    }
+
+
+def _disk_count(status: Status, name: str) -> int:
+    return sum(service["disk"][name] for service in status["services"] if service.get("disk"))
+
+
+FAULTS = known_faults()

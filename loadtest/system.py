@@ -20,14 +20,14 @@ class DidNotStart(Exception):
 
 @contextlib.asynccontextmanager
 async def running_system(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> AsyncIterator[str]:
-    """Runs `dejavu serve --port 0 ARGUMENTS` with `environment` added to ours; yields the clients' endpoint. Raises
+    """Runs `dejavu serve --port 0 ARGUMENTS`, with additions to its environment; yields the clients' endpoint. Raises
     `DidNotStart`."""
     with tempfile.TemporaryDirectory(prefix="dejavu-load-") as folder:
         log = Path(folder, "serve.log")
         with log.open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "dejavu", "serve", "--port", "0", "--state-dir", folder, *arguments,
-                stdout=asyncio.subprocess.PIPE, stderr=errors, env={**os.environ, **(environment or {})},
+                stdout=asyncio.subprocess.PIPE, stderr=errors, env=os.environ | (environment or {}),
             )  # fmt: skip
         assert process.stdout is not None
         try:
