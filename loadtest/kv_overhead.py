@@ -1,8 +1,8 @@
 """What streaming costs the compute: `python -m loadtest.kv_overhead --json FILE --model DIR`.
 
 A model prefills prompts and generates tokens in this process, alone, and while all of the new KV goes into the pool of
-another process: a prompt layer by layer as it is computed; the tokens of a step, all sequences and layers in one write,
-while the next step is computed. Once with
+another process: a prompt is written there layer by layer as it is computed, by a thread of this process; the tokens of
+a step are read by the other process, all sequences and layers at once, while the next step is computed. Once with
 one compute thread, so that the copy has a core of its own, and once with as many as there are cores, so that it has
 none. Time counts until the last byte has arrived.
 """
@@ -45,10 +45,10 @@ def main() -> int:
         asyncio.run(_serve(stage))
         return 0
     cells: list[dict[str, Any]] = []
-    with _owner() as offer:
+    with _owner() as owner:
         for num_threads in sorted({1, len(os.sched_getaffinity(0))}):
             torch.set_num_threads(num_threads)
-            cells.append({"compute_threads": num_threads, **asyncio.run(_measure(stage, offer, arguments))})
+            cells.append({"compute_threads": num_threads, **asyncio.run(_measure(stage, owner, arguments))})
             print(cells[-1], flush=True)
     document: dict[str, Any] = {
         "machine": describe_machine(),
@@ -61,27 +61,68 @@ def main() -> int:
 
 
 async def _serve(stage: OneStage) -> None:
-    server = await PoolServer.start(KvPool.create(stage.pool.layout, name="owner"), "127.0.0.1", "overhead")
+    """The other process: its pool is written to, and it reads new tokens out of the compute's pool as it is told to."""
+    pool = KvPool.create(stage.pool.layout, name="owner")
+    server = await PoolServer.start(pool, "127.0.0.1", "overhead")
     print(server.offer.encode(), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
+    link: Link | None = None
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        told = json.loads(line)
+        if "offer" in told:
+            link = await open_link(GrantOffer.decode(told["offer"]), pool)
+            print("open", flush=True)
+        elif "slots" in told and link is not None:
+            await _read(link, pool, np.array(told["slots"]))
+        else:
+            print("drained", flush=True)
     await server.aclose()
 
 
+async def _read(link: Link, pool: KvPool, slots: Int64) -> None:
+    layout = pool.layout
+    await link.read(pool, plan_slots(layout, slots, layout, slots, layout.layers, layout.heads))
+    slot_digests(pool.memory, layout, slots, layout.layers, layout.heads)
+
+
+class Owner:
+    """The other process as this one sees it; `tell` may be called from any thread."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.offer = GrantOffer.decode(self._answer())
+
+    def tell(self, **what: Any) -> None:
+        """Gives it something to do."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+
+    def ask(self, **what: Any) -> None:
+        """The same; returns when it and all before it is done."""
+        self.tell(**what)
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
 @contextmanager
-def _owner() -> Iterator[GrantOffer]:
+def _owner() -> Iterator[Owner]:
     command = [sys.executable, "-m", "loadtest.kv_overhead", *sys.argv[1:], "--serve"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdin is not None
-        yield GrantOffer.decode(process.stdout.readline())
+        yield Owner(process)
+        assert process.stdin is not None
         process.stdin.close()
 
 
-async def _measure(stage: OneStage, offer: GrantOffer, arguments: argparse.Namespace) -> dict[str, Any]:
+async def _measure(stage: OneStage, owner: Owner, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every way once per round, so that a disturbance hits both."""
     writer = await HandoffWriter.start(stage.pool, lambda arrival: None)
-    await writer.connect("owner", [offer])
-    link = await open_link(offer, stage.pool)
-    run = _Run(stage, writer, _TokenStream(stage, link), arguments)
+    await writer.connect("owner", [owner.offer])
+    server = await PoolServer.start(stage.pool, "127.0.0.1", "overhead")
+    await asyncio.to_thread(owner.ask, offer=server.offer.encode())
+    run = _Run(stage, writer, owner, arguments)
     times: dict[str, list[float]] = {}
     for round_number in range(arguments.rounds + 1):
         for way, is_streaming in (("alone", False), ("streaming", True)):
@@ -93,7 +134,7 @@ async def _measure(stage: OneStage, offer: GrantOffer, arguments: argparse.Names
                 if round_number:
                     times.setdefault(f"{phase} {way}", []).append(time.perf_counter() - started_s)
     await writer.aclose()
-    await link.aclose()
+    await server.aclose()
     medians = {name: statistics.median(of) for name, of in times.items()}
     return {
         "median_s": {name: round(one_s, 4) for name, one_s in medians.items()},
@@ -103,46 +144,11 @@ async def _measure(stage: OneStage, offer: GrantOffer, arguments: argparse.Names
     }
 
 
-class _TokenStream:
-    """What steps add to the pool goes to the same slots of the owner's; what waits goes together."""
-
-    def __init__(self, stage: OneStage, link: Link) -> None:
-        self._stage, self._link = stage, link
-        self._loop = asyncio.get_running_loop()
-        self._waiting: list[Int64] = []
-        self._task: asyncio.Task[None] | None = None
-
-    def submit(self, slots: Int64) -> None:
-        """From any thread: these slots of our pool are new."""
-        self._loop.call_soon_threadsafe(self._enter, slots)
-
-    async def drain(self) -> None:
-        """Returns when everything has arrived."""
-        await asyncio.sleep(0)  # what was submitted has been entered then
-        if self._task is not None:
-            await self._task
-
-    def _enter(self, slots: Int64) -> None:
-        self._waiting.append(slots)
-        if self._task is None or self._task.done():
-            self._task = self._loop.create_task(self._send())
-
-    async def _send(self) -> None:
-        pool, layout = self._stage.pool, self._stage.pool.layout
-        while self._waiting:
-            slots = np.concatenate(self._waiting)
-            self._waiting = []
-            await self._link.write(pool, plan_slots(layout, slots, layout, slots, layout.layers, layout.heads))
-            slot_digests(pool.memory, layout, slots, layout.layers, layout.heads)
-
-
 class _Run:
     """The model's work of one round."""
 
-    def __init__(
-        self, stage: OneStage, writer: HandoffWriter, tokens: _TokenStream, arguments: argparse.Namespace
-    ) -> None:
-        self._stage, self._writer, self._tokens = stage, writer, tokens
+    def __init__(self, stage: OneStage, writer: HandoffWriter, owner: Owner, arguments: argparse.Namespace) -> None:
+        self._stage, self._writer, self._owner = stage, writer, owner
         self._num_steps = arguments.tokens
         self._prompts = [stage.prompt(arguments.prompt_tokens, seed) for seed in range(arguments.batch)]
         self._first = [0] * len(self._prompts)
@@ -163,11 +169,11 @@ class _Run:
             tokens = greedy(self._stage.step(tokens, positions))
             if is_streaming:
                 slots = [self._stage.blocks(index)[0] * BLOCK_SIZE + at for index, at in enumerate(positions)]
-                self._tokens.submit(np.array(slots))
+                self._owner.tell(slots=slots)
 
     async def drain(self, *, is_prompt: bool) -> None:
         """Returns when everything has arrived. Raises `LinkError`."""
-        await self._tokens.drain()
+        await asyncio.to_thread(self._owner.ask, drain=True)
         for index in range(len(self._prompts) if is_prompt else 0):
             error = await asyncio.wrap_future(self._writer.drain(str(index), self._attempt))
             if error is not None:

@@ -132,6 +132,10 @@ class Intake(SequenceTable):
         self._release_if_untouched(sequence)
         return [*actions, *self._grant_waiting()]
 
+    def is_granted(self, sequence_id: str, attempt: int) -> bool:
+        """Whether the sequence still wants the prefill of this attempt."""
+        return self._current(sequence_id, attempt) is not None
+
     def assign_writer(self, sequence_id: str, pipeline: str, epoch: int) -> None:
         """Notes which prompt pipeline (at which epoch) was asked to prefill a granted sequence."""
         self._sequences[sequence_id].writer = (pipeline, epoch)

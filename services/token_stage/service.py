@@ -9,22 +9,19 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, assert_never
 
-from common.kv.arrival import verify_arrival
 from common.kv.checksum import hash_tokens
 from common.kv.server import PoolServer
-from common.membership import MemberRecord
+from common.membership import MemberRecord, PipelineRecord
 from common.messages import (
     Admit,
     CancelPrefill,
     CancelSequence,
     FirstToken,
-    Handoff,
     HandoffEnded,
     KvArrived,
     KvConfirmed,
     Orphans,
     PipelineReady,
-    Prefill,
     ProducedToken,
     SequenceFailed,
     StageInboxMessage,
@@ -41,7 +38,9 @@ from common.stage.options import StageOptions
 from common.stage.pulls import Pulls, shares
 from common.stage.role import Sender
 from common.stage.service import StageService
+from services.token_stage.arrivals import Arrivals
 from services.token_stage.audience import Audience
+from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import (
@@ -70,14 +69,12 @@ class TokenStage(StageService):
         super().__init__(options, spec)
         self._scheduler: TokenScheduler | None = None
         self._audience = Audience()
-        self._prompt_ready: dict[str, PipelineReady] = {}
-        """what each prompt pipeline last said of itself"""
+        self._prompts = PromptPipelines()
         self._totals = Counter[str]()
         """what the drivers of older epochs counted"""
-        self._received_bytes = 0
-        self._corrupt_arrivals = 0
         self._server: PoolServer | None = None
         self._pulls: Pulls
+        self._arrivals: Arrivals
         self._verifier = ThreadPoolExecutor(1, thread_name_prefix="verify")
 
     # ------------------------------------------------------------ the stage's part
@@ -85,6 +82,7 @@ class TokenStage(StageService):
     async def open_pool(self) -> dict[str, str]:
         self._server = await PoolServer.start(self.pool, self.options.host, self.incarnation)
         self._pulls = Pulls(self.pool, self._verifier, self._pulled)
+        self._arrivals = Arrivals(self.pool, self._verifier, self._tell_driver)
         return {"kv_offer": self._server.offer.encode()}
 
     async def close_pool(self) -> None:
@@ -92,33 +90,6 @@ class TokenStage(StageService):
         self._verifier.shutdown(wait=True, cancel_futures=True)
         if self._server is not None:
             await self._server.aclose()
-
-    def _kv_arrived(self, arrived: KvArrived) -> None:
-        """Verifies a hand-off off the event loop and confirms it to the driver."""
-        if not self.accepts(arrived.epoch):
-            return
-        future = self._verifier.submit(verify_arrival, self.pool, arrived)
-        loop = self.loop
-        future.add_done_callback(
-            lambda done: None if done.cancelled() else loop.call_soon_threadsafe(self._verified, arrived, done.result())
-        )
-
-    def _verified(self, arrived: KvArrived, intact: bool) -> None:
-        num_layers = arrived.layers[1] - arrived.layers[0]
-        self._received_bytes += self.pool.layout.bytes_per_token_layer * arrived.num_tokens * num_layers
-        if not intact:
-            self._corrupt_arrivals += 1
-            logger.warning("corrupt KV for %s, attempt %d", arrived.sequence_id, arrived.attempt)
-        confirmed = KvConfirmed(
-            arrived.epoch,
-            arrived.sequence_id,
-            arrived.attempt,
-            arrived.layers,
-            arrived.start,
-            arrived.num_tokens,
-            intact,
-        )
-        self._tell_driver(confirmed)
 
     def _pulled(self, pull: Pull, intact: bool) -> None:
         self._tell_driver(Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact))
@@ -162,6 +133,7 @@ class TokenStage(StageService):
         self._totals = self._counts()
         self._scheduler = None
         self._audience.clear()
+        self._prompts.forget_waiting()
 
     def next_step(self) -> Step | None:
         return None if self._scheduler is None else self._scheduler.next_step()
@@ -179,7 +151,8 @@ class TokenStage(StageService):
 
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
         if isinstance(message, KvArrived):
-            self._kv_arrived(message)
+            if self.accepts(message.epoch):
+                self._arrivals.verify(message)
             return
         if isinstance(message, Pull):
             if self.accepts(message.epoch):
@@ -188,11 +161,11 @@ class TokenStage(StageService):
         scheduler = self._scheduler
         if scheduler is None:
             if isinstance(message, PipelineReady):
-                self._prompt_ready[message.pipeline] = message
+                self._prompts.reported(message)
             return
         match message:
             case PipelineReady(pipeline, epoch):
-                self._prompt_ready[pipeline] = message
+                self._prompts.reported(message)
                 self._carry_out(scheduler.pipeline_replaced(pipeline, epoch))
             case Admit():
                 if self.accepts(message.epoch):
@@ -307,35 +280,26 @@ class TokenStage(StageService):
             self._audience.leave(sequence_id)
 
     def _request_prefill(self, admit: Admit, grant: Grant) -> None:
-        """Sends the grant and the work to the prompt pipeline the router chose, or to any other that is there."""
-        record = self.records.get(admit.prompt_pipeline) or next(
-            (record for record in self.records.values() if record.role == "prompt_stage"), None
-        )
-        if record is None or self._scheduler is None:
+        """Sends the grant and the work to a prompt pipeline."""
+        scheduler = self._scheduler
+        record = self._prompts.pick(grant, admit.prompt_pipeline, self.records)
+        if record is None or scheduler is None:
             return
-        # one that is being replaced has not said yet that it is ready; then it is asked again when it does
-        ready = self._prompt_ready.get(record.pipeline)
-        epoch = 0 if ready is None else ready.epoch
-        num_tokens = (len(admit.prompt) + 4 * len(grant.forced)) // 4
-        if ready is not None and num_tokens > ready.capacity_tokens:
-            self._carry_out(
-                self._scheduler.refuse(grant.sequence_id, too_long_again(num_tokens, ready.capacity_tokens))
-            )
+        pipeline = record.pipeline
+        num_tokens = len(admit.prompt) // 4 + len(grant.forced)
+        capacity = self._prompts.capacity_tokens(pipeline)
+        if capacity is not None and num_tokens > capacity:
+            self._carry_out(scheduler.refuse(grant.sequence_id, too_long_again(num_tokens, capacity)))
             return
-        self._scheduler.assign_writer(grant.sequence_id, record.pipeline, epoch)
-        prefill = Prefill(
-            epoch,
-            grant.sequence_id,
-            grant.attempt,
-            admit.choice,
-            len(admit.prompt) // 4,
-            admit.prompt + pack_ids(grant.forced),
-            admit.params,
-            Handoff(self.options.pipeline, self.epoch, grant.blocks, grant.held.num_tokens if grant.held else 0),
-            grant.held_by,
-            grant.held,
-        )
+        scheduler.assign_writer(grant.sequence_id, pipeline, self._prompts.epoch(pipeline))
+        prefill = self._prompts.prefill(pipeline, admit, grant, (self.options.pipeline, self.epoch))
         self.peers.send(record.stages[0].name, prefill)
+
+    async def pipeline_published(self, record: PipelineRecord) -> None:
+        if record.role == "prompt_stage" and self._scheduler is not None:
+            waiting = self._prompts.take_waiting()
+            self._carry_out(g for g in waiting if self._scheduler.is_granted(g.sequence_id, g.attempt))
+            self.pump()
 
     def _ask_store(self, sequence_id: str, store: str) -> None:
         sequence = None if self._scheduler is None else self._scheduler.restoring(sequence_id)
@@ -377,7 +341,7 @@ class TokenStage(StageService):
     def role_stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = {
             "kv_blocks": self.kv_blocks() if self._scheduler is None else self._scheduler.kv_blocks(),
-            "handoff": {"received_bytes": self._received_bytes, "corrupt": self._corrupt_arrivals},
+            "handoff": self._arrivals.stats(),
         }
         if self._scheduler is not None:
             lag_tokens = self._scheduler.replication.lag_tokens()

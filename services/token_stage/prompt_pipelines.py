@@ -1,0 +1,63 @@
+"""Which prompt pipeline a token driver asks for a prompt (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.membership import PipelineRecord
+from common.messages import Admit, Handoff, PipelineReady, Prefill, pack_ids
+from services.token_stage.sequence import Grant
+
+
+class PromptPipelines:
+    """What is known of them, and the grants that none was there for yet."""
+
+    def __init__(self) -> None:
+        self._ready: dict[str, PipelineReady] = {}
+        """what each last said of itself"""
+        self._waiting: list[Grant] = []
+
+    def reported(self, ready: PipelineReady) -> None:
+        self._ready[ready.pipeline] = ready
+
+    def pick(self, grant: Grant, wanted: str, records: Mapping[str, PipelineRecord]) -> PipelineRecord | None:
+        """The one the router chose, or any other that is there; None: the grant waits for `take_waiting`."""
+        others = (record for record in records.values() if record.role == "prompt_stage")
+        record = records.get(wanted) or next(others, None)
+        if record is None:
+            self._waiting.append(grant)
+        return record
+
+    def take_waiting(self) -> list[Grant]:
+        """The grants that can be tried again now that a pipeline was published."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    def forget_waiting(self) -> None:
+        self._waiting.clear()
+
+    def capacity_tokens(self, pipeline: str) -> int | None:
+        """How long a prompt it can compute; None: it has not said that it is ready."""
+        ready = self._ready.get(pipeline)
+        return None if ready is None else ready.capacity_tokens
+
+    def epoch(self, pipeline: str) -> int:
+        """0 for one that has not said that it is ready: it refuses, and is asked again when it does."""
+        ready = self._ready.get(pipeline)
+        return 0 if ready is None else ready.epoch
+
+    def prefill(self, pipeline: str, admit: Admit, grant: Grant, handoff: tuple[str, int]) -> Prefill:
+        """The work for it; `handoff` names the token pipeline and its epoch."""
+        start = 0 if grant.held is None else grant.held.num_tokens
+        return Prefill(
+            self.epoch(pipeline),
+            grant.sequence_id,
+            grant.attempt,
+            admit.choice,
+            len(admit.prompt) // 4,
+            admit.prompt + pack_ids(grant.forced),
+            admit.params,
+            Handoff(*handoff, grant.blocks, start),
+            grant.held_by,
+            grant.held,
+        )

@@ -1,0 +1,34 @@
+"""A grant finds a prompt pipeline, if not now then when one is published."""
+
+from __future__ import annotations
+
+from common.membership import PipelineRecord
+from common.messages import Admit, PipelineReady, pack_ids, unpack_ids
+from dejavu.params import SamplingParams
+from services.token_stage.prompt_pipelines import PromptPipelines
+from services.token_stage.sequence import Grant
+
+RECORD = PipelineRecord("prompt-1", "prompt_stage", 4, ())
+TOKENS = PipelineRecord("token-0", "token_stage", 5, ())
+ADMIT = Admit(5, "r/0/t", 0, pack_ids([1, 2, 3]), b"", SamplingParams(), "prompt-0")
+GRANT = Grant("r/0/t", 2, [7], [9])
+
+
+def test_who_finds_nobody_waits_for_the_first_that_comes() -> None:
+    prompts = PromptPipelines()
+    assert prompts.pick(GRANT, "prompt-0", {"token-0": TOKENS}) is None
+    assert prompts.take_waiting() == [GRANT]
+    assert prompts.take_waiting() == []
+    assert prompts.pick(GRANT, "prompt-0", {"token-0": TOKENS, "prompt-1": RECORD}) is RECORD
+    assert prompts.take_waiting() == []
+
+
+def test_one_that_is_not_ready_is_asked_at_an_epoch_that_it_refuses() -> None:
+    prompts = PromptPipelines()
+    assert prompts.capacity_tokens("prompt-1") is None
+    assert prompts.prefill("prompt-1", ADMIT, GRANT, ("token-0", 5)).epoch == 0
+    prompts.reported(PipelineReady("prompt-1", 4, 100))
+    prefill = prompts.prefill("prompt-1", ADMIT, GRANT, ("token-0", 5))
+    assert (prefill.epoch, prefill.attempt, prefill.num_prompt_tokens) == (4, 2, 3)
+    assert unpack_ids(prefill.token_ids) == [1, 2, 3, 9]
+    assert (prefill.handoff.epoch, prefill.handoff.blocks, prefill.handoff.start) == (5, [7], 0)
