@@ -14,6 +14,7 @@ from typing import Any
 
 import uvloop
 
+from common.fault_hooks import STUCK_LOOP, install_fault_hook, stall
 from common.loop_monitor import run_measured
 from common.process import die_with_parent, set_affinity
 from dejavu.errors import DejavuError
@@ -57,6 +58,7 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, 
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, stop.set)
         loop.add_signal_handler(signal.SIGINT, lambda: None)
+        install_fault_hook(loop, STUCK_LOOP, stall)
         await serve(stop)
 
     try:

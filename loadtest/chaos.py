@@ -20,15 +20,20 @@ from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
 from dejavu.errors import DejavuError
-from loadtest.faults import FAULTS, Fault
-from loadtest.history import History, Stream, check, recomputed_tokens
+from loadtest.faults import DEFAULT_OUTAGE_S, FAULTS, Fault, known_faults
+from loadtest.history import Anomaly, History, Stream, check, recomputed_tokens
 from loadtest.machine import describe_machine
+from loadtest.strikes import Scene
 from loadtest.system import running_system
 
 NUM_STREAMS = 16
 NUM_TOKENS = 300
 RUN_LIMIT_S = 120.0
 QUIET_LIMIT_S = 30.0
+LATE_S = 1.0
+"""after the strike"""
+
+Work = list[tuple[list[int], SamplingParams]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,15 +60,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs of each fault (5)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and moments (0)")
     parser.add_argument("--model", metavar="DIR", help="checkpoint (default: the shipped one)")
+    parser.add_argument(
+        "--outage-s",
+        type=float,
+        default=DEFAULT_OUTAGE_S,
+        metavar="S",
+        help=f"for how long etcd-outage lasts ({DEFAULT_OUTAGE_S:g})",
+    )
     return parser.parse_args(argv)
 
 
 async def _run_fault(name: str, options: argparse.Namespace, document: dict[str, Any], file: Path) -> None:
-    fault = FAULTS[name]
-    runs = document["faults"].setdefault(name, {"what": fault.what, "arguments": fault.arguments, "runs": []})["runs"]
+    fault = known_faults(options.outage_s)[name]
+    about = {"what": fault.what, "arguments": fault.arguments, "environment": fault.environment}
+    runs = document["faults"].setdefault(name, about | {"runs": []})["runs"]
     model = ["--model", options.model] if options.model else []
     arguments = [*fault.arguments, *model, "--dtype", "float32"]
-    async with running_system(arguments) as endpoint, AsyncClient(endpoint) as client:
+    async with running_system(arguments, fault.environment) as endpoint, AsyncClient(endpoint) as client:
         num_services = len((await client.status())["services"])
         work = _workload(options.seed)
         expected = await _undisturbed(client, work)
@@ -77,7 +90,7 @@ async def _run_fault(name: str, options: argparse.Namespace, document: dict[str,
             _say(f"{name} {len(runs)}: {_line(runs[-1])}")
 
 
-def _workload(seed: int) -> list[tuple[list[int], SamplingParams]]:
+def _workload(seed: int) -> Work:
     """Greedy and seeded streams with prompts of 8 to 400 tokens."""
     draws = random.Random(seed)
     work = []
@@ -90,7 +103,7 @@ def _workload(seed: int) -> list[tuple[list[int], SamplingParams]]:
     return work
 
 
-async def _undisturbed(client: AsyncClient, work: Sequence[tuple[list[int], SamplingParams]]) -> list[Stream]:
+async def _undisturbed(client: AsyncClient, work: Work) -> list[Stream]:
     streams = [Stream(str(index), []) for index in range(len(work))]
     await asyncio.gather(*(_follow(client, s, *each) for s, each in zip(streams, work, strict=True)))
     for stream in streams:
@@ -111,23 +124,28 @@ async def _follow(client: AsyncClient, stream: Stream, prompt: list[int], params
 async def _run_once(
     client: AsyncClient,
     fault: Fault,
-    work: Sequence[tuple[list[int], SamplingParams]],
+    work: Work,
     expected: Sequence[Stream],
     draws: random.Random,
     longest_s: float,
 ) -> dict[str, Any]:
     before = await client.status()
     streams = [Stream(s.name, [token_id for _, _, token_id in s.tokens]) for s in expected]
+    late = [Stream(f"{s.name} again", list(s.expected)) for s in streams[: fault.num_late_streams]]
     tasks = [asyncio.create_task(_follow(client, stream, *each)) for stream, each in zip(streams, work, strict=True)]
-    await asyncio.sleep(longest_s * draws.uniform(0.0, 0.7))
+    await asyncio.sleep(longest_s * draws.uniform(fault.earliest, 0.7))
     fault_at_s = time.monotonic()
-    struck = await fault.strike(before, draws)
+    struck = await fault.strike(Scene(client, before, draws))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RUN_LIMIT_S):
-            await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks, _follow_late(client, late, work))
+    await asyncio.sleep(max(0.0, fault_at_s + fault.lasts_s - time.monotonic()))
+    streams += late
     after = await _quiet(client)
     history = History(streams, before, after, struck, fault_at_s, fault.max_recomputed_tokens)
     anomalies = check(history)
+    if not fault.shows(before, after):
+        anomalies.append(Anomaly("without effect", "", "status does not show the fault"))
     detected = [e["at_monotonic_s"] for e in after["events"] if e["kind"] == "detected" and e["service"] in struck]
     return {
         "struck": struck,
@@ -136,6 +154,12 @@ async def _run_once(
         "recomputed_tokens": recomputed_tokens(before, after),
         "anomalies": [[anomaly.name, anomaly.where, anomaly.detail] for anomaly in anomalies],
     }
+
+
+async def _follow_late(client: AsyncClient, streams: Sequence[Stream], work: Work) -> None:
+    if streams:
+        await asyncio.sleep(LATE_S)
+        await asyncio.gather(*(_follow(client, s, *each) for s, each in zip(streams, work, strict=False)))
 
 
 async def _quiet(client: AsyncClient) -> dict[str, Any]:

@@ -2,120 +2,156 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import random
-import signal
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-Status = Mapping[str, Any]
-Strike = Callable[[Status, random.Random], Awaitable[list[str]]]
-"""Does it; returns the names of the services that were struck."""
+from common.fault_hooks import STUCK_LOOP, STUCK_STEP, VARIABLE
+from loadtest.history import recomputed_tokens
+from loadtest.strikes import (
+    STOPPED_S,
+    Status,
+    Strike,
+    both,
+    damage_stores,
+    kill,
+    kill_etcd,
+    kill_token_stages,
+    kill_twice,
+    limit_files,
+    poke,
+    stop,
+    stop_etcd,
+)
 
-STOPPED_S = 10.0
+DEFAULT_OUTAGE_S = 15.0
+LEASE_S = 5.0
+"""After so long it shows whom a lapsed lease was held against."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`max_recomputed_tokens` is per stream; None: no bound."""
+    """How the system is started, what is done to it, and what must come of it."""
 
     what: str
     strike: Strike
     arguments: tuple[str, ...] = ()
     max_recomputed_tokens: int | None = None
-
-
-def _pick(status: Status, draws: random.Random, role: str, state: str) -> Mapping[str, Any]:
-    found = [s for s in status["services"] if s["role"] == role and s["state"] == state]
-    if not found:
-        raise LookupError(f"no {role} is {state}")
-    picked: Mapping[str, Any] = draws.choice(found)
-    return picked
-
-
-def _kill(role: str, state: str = "active") -> Strike:
-    async def strike(status: Status, draws: random.Random) -> list[str]:
-        victim = _pick(status, draws, role, state)
-        os.kill(victim["pid"], signal.SIGKILL)
-        return [str(victim["name"])]
-
-    return strike
-
-
-def _stop(role: str) -> Strike:
-    async def strike(status: Status, draws: random.Random) -> list[str]:
-        victim = _pick(status, draws, role, "active")
-        os.kill(victim["pid"], signal.SIGSTOP)
-        asyncio.get_running_loop().call_later(STOPPED_S, _continue, victim["pid"])
-        return [str(victim["name"])]
-
-    return strike
-
-
-def _continue(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it was killed meanwhile
-        os.kill(pid, signal.SIGCONT)
-
-
-def _both(first: Strike, second: Strike, pause_s: float = 0.0) -> Strike:
-    async def strike(status: Status, draws: random.Random) -> list[str]:
-        struck = await first(status, draws)
-        await asyncio.sleep(pause_s * draws.random())
-        return struck + await second(status, draws)
-
-    return strike
-
-
-async def _kill_etcd(status: Status, draws: random.Random) -> list[str]:
-    """The one that belongs to the same `serve` as the first service."""
-    parent = _parent(status["services"][0]["pid"])
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or _parent(int(entry.name)) != parent:
-            continue
-        if b"--listen-client-urls" in (entry / "cmdline").read_bytes():
-            os.kill(int(entry.name), signal.SIGKILL)
-            return []
-    raise LookupError("this system's etcd is not a process of its own here")
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, IndexError):
-        return 0
+    """per stream; None: no bound"""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    earliest: float = 0.0
+    """share of a run without a fault that must be over before the strike"""
+    lasts_s: float = 0.0
+    """the history is looked at no sooner"""
+    num_late_streams: int = 0
+    """of the streams so many are asked for once more, after the strike"""
+    shows: Callable[[Status, Status], bool] = lambda before, after: True
+    """whether `status` before and after says that the fault has come to pass where it should"""
 
 
 TWO_STAGES = ("--prompt-stages", "2", "--token-stages", "2")
-FAULTS: dict[str, Fault] = {
-    "token-kill": Fault(
-        "kill -9 of a token stage, a standby is there", _kill("token_stage"), (*TWO_STAGES, "--standbys", "1"), 4
-    ),
-    "token-kill-alone": Fault("kill -9 of a token stage, no standby", _kill("token_stage"), TWO_STAGES, 4),
-    "prompt-kill": Fault("kill -9 of a prompt stage", _kill("prompt_stage"), (*TWO_STAGES, "--standbys", "1"), 4),
-    "token-stop": Fault(
-        f"SIGSTOP of a token stage, SIGCONT {STOPPED_S:g} s later", _stop("token_stage"), ("--standbys", "1"), 4
-    ),
-    "token-stop-no-kill": Fault(
-        "the same, and nobody kills the stopped one: it wakes up",
-        _stop("token_stage"),
-        ("--standbys", "1", "--no-kill"),
-        4,
-    ),
-    "store-kill": Fault("kill -9 of a cache store", _kill("cache_store"), ("--cache-stores", "2"), 0),
-    "router-kill": Fault("kill -9 of the leading router", _kill("router", "leader"), ("--routers", "2"), 4),
-    "etcd-kill": Fault("kill -9 of etcd, which is started again", _kill_etcd, (), 0),
-    "token-and-store": Fault(
-        "kill -9 of a token stage and a store within 0.5 s",
-        _both(_kill("token_stage"), _kill("cache_store"), 0.5),
-        ("--standbys", "1", "--cache-stores", "2"),
-    ),
-    "token-and-router": Fault(
-        "kill -9 of a token stage and the leading router within 0.5 s",
-        _both(_kill("token_stage"), _kill("router", "leader"), 0.5),
-        ("--standbys", "1", "--routers", "2"),
-    ),
-}
+STANDBY = ("--standbys", "1")
+HOOKS = {VARIABLE: "1"}
+
+
+def known_faults(outage_s: float = DEFAULT_OUTAGE_S) -> dict[str, Fault]:
+    """By name; `outage_s` is for how long etcd is away."""
+    return _deaths() | _silences() | _pairs() | _surroundings(outage_s)
+
+
+def _deaths() -> dict[str, Fault]:
+    return {
+        "token-kill": Fault(
+            "kill -9 of a token stage, a standby is there", kill("token_stage"), (*TWO_STAGES, *STANDBY), 4
+        ),
+        "token-kill-alone": Fault("kill -9 of a token stage, no standby", kill("token_stage"), TWO_STAGES, 4),
+        "prompt-kill": Fault("kill -9 of a prompt stage", kill("prompt_stage"), (*TWO_STAGES, *STANDBY), 4),
+        "store-kill": Fault("kill -9 of a cache store", kill("cache_store"), ("--cache-stores", "2"), 0),
+        "router-kill": Fault("kill -9 of the leading router", kill("router", "leader"), ("--routers", "2"), 4),
+        "etcd-kill": Fault("kill -9 of etcd, which is started again", kill_etcd, (), 0),
+    }
+
+
+def _silences() -> dict[str, Fault]:
+    stopped = f"SIGSTOP of a {{}} stage, SIGCONT {STOPPED_S:g} s later"
+    return {
+        "token-stop": Fault(stopped.format("token"), stop("token_stage"), STANDBY, 4),
+        "token-stop-no-kill": Fault(
+            "the same, and nobody kills the stopped one: it wakes up",
+            stop("token_stage"),
+            (*STANDBY, "--no-kill"),
+            4,
+            lasts_s=STOPPED_S + LEASE_S,
+        ),
+        "prompt-stop": Fault(stopped.format("prompt"), stop("prompt_stage"), STANDBY, 4),
+        "stuck-loop": Fault(
+            "the event loop of a token stage does nothing for 10 s",
+            poke("token_stage", STUCK_LOOP),
+            STANDBY,
+            4,
+            environment=HOOKS,
+        ),
+        "stuck-step": Fault(
+            "a step of a token stage takes 10 s", poke("token_stage", STUCK_STEP), STANDBY, 4, environment=HOOKS
+        ),
+    }
+
+
+def _pairs() -> dict[str, Fault]:
+    return {
+        "two-tokens": Fault("kill -9 of both token stages at once", kill_token_stages, (*TWO_STAGES, *STANDBY)),
+        "token-and-prompt": Fault(
+            "kill -9 of a token stage and a prompt stage within 0.5 s",
+            both(kill("token_stage"), kill("prompt_stage"), 0.5),
+            (*TWO_STAGES, *STANDBY),
+        ),
+        "token-and-store": Fault(
+            "kill -9 of a token stage and a store within 0.5 s",
+            both(kill("token_stage"), kill("cache_store"), 0.5),
+            (*STANDBY, "--cache-stores", "2"),
+        ),
+        "token-and-router": Fault(
+            "kill -9 of a token stage and the leading router within 0.5 s",
+            both(kill("token_stage"), kill("router", "leader"), 0.5),
+            (*STANDBY, "--routers", "2"),
+        ),
+        "second-during-recovery": Fault(
+            "kill -9 of a token stage, and of its standby once the death is noticed",
+            kill_twice,
+            (*TWO_STAGES, *STANDBY),
+        ),
+    }
+
+
+def _surroundings(outage_s: float) -> dict[str, Fault]:
+    return {
+        "etcd-outage": Fault(
+            f"etcd answers nobody for {outage_s:g} s; some streams begin meanwhile",
+            stop_etcd(outage_s),
+            (*TWO_STAGES, *STANDBY, "--routers", "2"),
+            0,
+            lasts_s=outage_s + 2 * LEASE_S,
+            num_late_streams=4,
+        ),
+        "store-corrupt": Fault(
+            "all copies in the store are damaged, then a token stage is killed",
+            both(damage_stores, kill("token_stage")),
+            (*TWO_STAGES, *STANDBY),
+            earliest=0.3,
+            # whole sequences, for nothing of theirs was of use
+            shows=lambda before, after: recomputed_tokens(before, after) > 0,
+        ),
+        "disk-full": Fault(
+            "the store's disk refuses to take more, and a token stage is killed",
+            both(limit_files(STOPPED_S), kill("token_stage"), 4.0),
+            (*STANDBY, "--disk-memory", "1G"),
+            4,
+            shows=lambda before, after: _disk_count(after, "full") > _disk_count(before, "full"),
+        ),
+    }
+
+
+def _disk_count(status: Status, name: str) -> int:
+    return sum(service["disk"][name] for service in status["services"] if service.get("disk"))
+
+
+FAULTS = known_faults()

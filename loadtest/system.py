@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 START_LIMIT_S = 180.0
@@ -18,14 +19,15 @@ class DidNotStart(Exception):
 
 
 @contextlib.asynccontextmanager
-async def running_system(arguments: Sequence[str]) -> AsyncIterator[str]:
-    """Runs `dejavu serve --port 0 ARGUMENTS`; yields the clients' endpoint. Raises `DidNotStart`."""
+async def running_system(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> AsyncIterator[str]:
+    """Runs `dejavu serve --port 0 ARGUMENTS`, with additions to its environment; yields the clients' endpoint. Raises
+    `DidNotStart`."""
     with tempfile.TemporaryDirectory(prefix="dejavu-load-") as folder:
         log = Path(folder, "serve.log")
         with log.open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "dejavu", "serve", "--port", "0", "--state-dir", folder, *arguments,
-                stdout=asyncio.subprocess.PIPE, stderr=errors,
+                stdout=asyncio.subprocess.PIPE, stderr=errors, env=os.environ | (environment or {}),
             )  # fmt: skip
         assert process.stdout is not None
         try:

@@ -19,6 +19,7 @@ import torch
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
+from common.fault_hooks import STUCK_STEP, install_fault_hook, stall
 from common.kv.pool import KvPool
 from common.loop_monitor import LoopMonitor
 from common.membership import (
@@ -88,6 +89,7 @@ class StageService(StageRole):
         self._stop = stop
         self._crash = self.loop.create_future()
         self.compute = ComputeThread(self.loop, self._on_crash)
+        install_fault_hook(self.loop, STUCK_STEP, lambda: self.compute.submit(stall, lambda _: None))
         self.inbox = await Inbox.bind(f"tcp://{self.options.host}:*", self._on_frames)
         self._runner = await asyncio.to_thread(self._load)
         details = await self.open_pool()

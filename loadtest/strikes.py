@@ -1,0 +1,204 @@
+"""What can be done to a running system. A strike finds its victims by `status`, as anybody could."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import random
+import resource
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dejavu import AsyncClient
+
+Status = Mapping[str, Any]
+Service = Mapping[str, Any]
+
+STOPPED_S = 10.0
+SIGHTING_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A system under load just before the strike; `status` is from before the load."""
+
+    client: AsyncClient
+    status: Status
+    draws: random.Random
+
+
+Strike = Callable[[Scene], Awaitable[list[str]]]
+"""Does it; returns the names of the services that were struck."""
+
+
+def kill(role: str, state: str = "active") -> Strike:
+    """kill -9 of one of them."""
+    return _signal(role, state, signal.SIGKILL)
+
+
+def poke(role: str, number: signal.Signals) -> Strike:
+    """A signal for which the service has a fault hook."""
+    return _signal(role, "active", number)
+
+
+def stop(role: str) -> Strike:
+    """SIGSTOP; SIGCONT after ten seconds."""
+
+    async def strike(scene: Scene) -> list[str]:
+        victim = _pick(scene, role, "active")
+        os.kill(victim["pid"], signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(STOPPED_S, _continue, victim["pid"])
+        return [str(victim["name"])]
+
+    return strike
+
+
+def both(first: Strike, second: Strike, pause_s: float = 0.0) -> Strike:
+    """One, and the other up to `pause_s` later."""
+
+    async def strike(scene: Scene) -> list[str]:
+        struck = await first(scene)
+        await asyncio.sleep(pause_s * scene.draws.random())
+        return struck + await second(scene)
+
+    return strike
+
+
+async def kill_token_stages(scene: Scene) -> list[str]:
+    """All stages of all token pipelines at once."""
+    victims = _find(scene.status, "token_stage", "active")
+    for victim in victims:
+        os.kill(victim["pid"], signal.SIGKILL)
+    return [str(victim["name"]) for victim in victims]
+
+
+async def kill_twice(scene: Scene) -> list[str]:
+    """A token stage, and what takes its place as soon as the death has been noticed."""
+    first = _pick(scene, "token_stage", "active")
+    at_s = time.monotonic()
+    os.kill(first["pid"], signal.SIGKILL)
+    place = (first["pipeline"], first["stage_index"])
+    async with asyncio.timeout(SIGHTING_LIMIT_S):
+        while not _is_noticed(status := await scene.client.status(), first["name"], at_s):
+            pass
+    heir = next(
+        service
+        for service in status["services"]
+        if (service["pipeline"], service["stage_index"]) == place and service["incarnation"] != first["incarnation"]
+    )
+    os.kill(heir["pid"], signal.SIGKILL)
+    return [str(first["name"]), str(heir["name"])]
+
+
+async def kill_etcd(scene: Scene) -> list[str]:
+    """The one that belongs to the same `serve` as the services."""
+    os.kill(_etcd_pid(scene.status), signal.SIGKILL)
+    return []
+
+
+def stop_etcd(outage_s: float) -> Strike:
+    """SIGSTOP of etcd, so that it answers nobody; SIGCONT after the outage."""
+
+    async def strike(scene: Scene) -> list[str]:
+        pid = _etcd_pid(scene.status)
+        os.kill(pid, signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(outage_s, _continue, pid)
+        return []
+
+    return strike
+
+
+async def damage_stores(scene: Scene) -> list[str]:
+    """Flips the bits of a byte in every page that the stores have written to."""
+    for store in _find(scene.status, "cache_store", "active"):
+        with _pool_memory(store) as memory:
+            pages = np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE]
+            pages[pages != 0] ^= 0xFF
+            del pages
+    return []
+
+
+def limit_files(seconds: float) -> Strike:
+    """The stores' files cannot grow any more (RLIMIT_FSIZE), as on a full disk; they can again after so long."""
+
+    async def strike(scene: Scene) -> list[str]:
+        for store in _find(scene.status, "cache_store", "active"):
+            before = resource.prlimit(store["pid"], resource.RLIMIT_FSIZE)
+            resource.prlimit(store["pid"], resource.RLIMIT_FSIZE, (0, before[1]))
+            asyncio.get_running_loop().call_later(seconds, _lift_limit, store["pid"], before)
+        return []
+
+    return strike
+
+
+def _signal(role: str, state: str, number: signal.Signals) -> Strike:
+    async def strike(scene: Scene) -> list[str]:
+        victim = _pick(scene, role, state)
+        os.kill(victim["pid"], number)
+        return [str(victim["name"])]
+
+    return strike
+
+
+def _find(status: Status, role: str, state: str) -> list[Service]:
+    found = [s for s in status["services"] if s["role"] == role and s["state"] == state]
+    if not found:
+        raise LookupError(f"no {role} is {state}")
+    return found
+
+
+def _pick(scene: Scene, role: str, state: str) -> Service:
+    return scene.draws.choice(_find(scene.status, role, state))
+
+
+def _is_noticed(status: Status, name: str, since_s: float) -> bool:
+    return any(
+        event["kind"] == "detected" and event["service"] == name and event["at_monotonic_s"] >= since_s
+        for event in status["events"]
+    )
+
+
+def _continue(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it was killed meanwhile
+        os.kill(pid, signal.SIGCONT)
+
+
+def _lift_limit(pid: int, limits: tuple[int, int]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+
+
+@contextlib.contextmanager
+def _pool_memory(store: Service) -> Iterator[mmap.mmap]:
+    """The memory of a store's pool, found as a debugger would. Raises `LookupError`."""
+    for entry in Path(f"/proc/{store['pid']}/fd").iterdir():
+        if os.readlink(entry).startswith(f"/memfd:{store['name']} "):
+            with entry.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+                yield memory
+            return
+    raise LookupError(f"{store['name']} has no memory of this name")
+
+
+def _etcd_pid(status: Status) -> int:
+    parent = _parent(status["services"][0]["pid"])
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or _parent(int(entry.name)) != parent:
+            continue
+        if b"--listen-client-urls" in (entry / "cmdline").read_bytes():
+            return int(entry.name)
+    raise LookupError("this system's etcd is not a process of its own here")
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return 0
