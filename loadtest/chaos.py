@@ -22,9 +22,9 @@ from dejavu import AsyncClient
 from loadtest.faults import DEFAULT_OUTAGE_S, FAULTS, Fault, known_faults
 from loadtest.history import Anomaly, History, Stream, check, recomputed_tokens
 from loadtest.machine import describe_machine
+from loadtest.partition import is_inside, run_inside
 from loadtest.streams import Work, expecting, follow, make_work, quiet, run_undisturbed, settled
 from loadtest.strikes import Scene
-from loadtest.system import running_system
 
 NUM_STREAMS = 16
 NUM_TOKENS = 300
@@ -39,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = Path(options.json)
     document = json.loads(file.read_text()) if file.exists() else {"machine": describe_machine(), "faults": {}}
     for name in options.fault or FAULTS:
-        asyncio.run(_run_fault(name, options, document, file))
+        if FAULTS[name].is_apart and not is_inside():
+            file.write_text(json.dumps(document, indent=1) + "\n")
+            run_inside(_arguments(name, options))
+            document = json.loads(file.read_text())
+        else:
+            asyncio.run(_run_fault(name, options, document, file))
     num_anomalies = sum(len(run["anomalies"]) for fault in document["faults"].values() for run in fault["runs"])
     _say(f"{num_anomalies} anomalies; everything is in {file}")
     return 1 if num_anomalies else 0
@@ -67,18 +72,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _arguments(name: str, options: argparse.Namespace) -> list[str]:
+    """Of another process, for this fault alone."""
+    model = ["--model", options.model] if options.model else []
+    command = ["-m", "loadtest.chaos", "--json", options.json, "--fault", name, *model]
+    return [*command, "--runs", str(options.runs), "--seed", str(options.seed), "--outage-s", str(options.outage_s)]
+
+
 async def _run_fault(name: str, options: argparse.Namespace, document: dict[str, Any], file: Path) -> None:
     fault = known_faults(options.outage_s)[name]
     about = {"what": fault.what, "arguments": fault.arguments, "environment": fault.environment}
     runs = document["faults"].setdefault(name, about | {"runs": []})["runs"]
     model = ["--model", options.model] if options.model else []
     arguments = [*fault.arguments, *model, "--dtype", "float32"]
-    async with running_system(arguments, fault.environment) as endpoint, AsyncClient(endpoint) as client:
+    async with fault.system(arguments, fault.environment) as endpoint, AsyncClient(endpoint) as client:
         num_services = len((await client.status())["services"])
         work = make_work(options.seed, NUM_STREAMS, NUM_TOKENS)
         expected = await run_undisturbed(client, work)
         longest_s = max(stream.tokens[-1][0] for stream in expected) - min(s.tokens[0][0] for s in expected)
         for _ in range(options.runs):
+            if fault.prepare is not None:
+                await fault.prepare(client)
             draws = random.Random(f"{options.seed}/{name}/{len(runs)}")
             runs.append(await _run_once(client, fault, work, expected, draws, longest_s))
             await settled(client, num_services)
