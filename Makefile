@@ -2,7 +2,7 @@
 python := .venv/bin/python
 sources := dejavu common services deploy loadtest models tests
 
-.PHONY: demo serve test test-layouts leaks kv-kills chaos check format gpu-check setup clean
+.PHONY: demo serve test test-layouts leaks kv-kills chaos soak check format gpu-check setup clean
 
 demo: setup ## start the system, stream a completion, show where it ran
 	@$(python) -m deploy.demo
@@ -38,6 +38,9 @@ kv-kills: setup ## kill either side of a KV transfer 1,000 times (options: make 
 
 chaos: setup ## real faults under real streams (options: make chaos ARGS="--fault token-kill --runs 30")
 	@$(python) -m loadtest.chaos --json chaos.json $(ARGS)
+
+soak: setup ## full load for half an hour, in which nothing may be taken for dead (options: make soak ARGS="--minutes 5")
+	@$(python) -m loadtest.soak --json soak.json $(ARGS)
 
 setup:
 	@deploy/setup.sh

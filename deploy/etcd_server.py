@@ -1,4 +1,4 @@
-"""A private etcd of one node on loopback, for one machine and tests. Real clusters bring their own."""
+"""A private etcd of one node for one machine and tests. Real clusters bring their own."""
 
 from __future__ import annotations
 
@@ -61,15 +61,16 @@ class EtcdServer:
     a context manager. The methods block; after `spawn()`, `wait_healthy()` may run in another thread.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, host: str = "127.0.0.1") -> None:
         self._data_dir = data_dir
+        self._host = host
         self._client_port, self._peer_port = _free_ports(2)
         self._log = data_dir / "etcd.log"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._client_port}"
+        return f"http://{self._host}:{self._client_port}"
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -145,7 +146,7 @@ class EtcdServer:
         ]
 
     def _is_healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._client_port, timeout=1.0)
+        connection = http.client.HTTPConnection(self._host, self._client_port, timeout=1.0)
         try:
             connection.request("GET", "/health")
             return b"true" in connection.getresponse().read()

@@ -18,20 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dejavu import AsyncClient, SamplingParams
-from dejavu.errors import DejavuError
+from dejavu import AsyncClient
 from loadtest.faults import DEFAULT_OUTAGE_S, FAULTS, Fault, known_faults
 from loadtest.history import Anomaly, History, Stream, check, recomputed_tokens
 from loadtest.machine import describe_machine
+from loadtest.partition import is_inside, run_inside
+from loadtest.streams import Work, expecting, follow, make_work, quiet, run_undisturbed, settled
 from loadtest.strikes import Scene
-from loadtest.system import running_system
 
 NUM_STREAMS = 16
 NUM_TOKENS = 300
 RUN_LIMIT_S = 120.0
-QUIET_LIMIT_S = 30.0
-
-Work = list[tuple[list[int], SamplingParams]]
+LATE_S = 1.0
+"""after the strike"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = Path(options.json)
     document = json.loads(file.read_text()) if file.exists() else {"machine": describe_machine(), "faults": {}}
     for name in options.fault or FAULTS:
-        asyncio.run(_run_fault(name, options, document, file))
+        if FAULTS[name].is_apart and not is_inside():
+            file.write_text(json.dumps(document, indent=1) + "\n")
+            run_inside(_arguments(name, options))
+            document = json.loads(file.read_text())
+        else:
+            asyncio.run(_run_fault(name, options, document, file))
     num_anomalies = sum(len(run["anomalies"]) for fault in document["faults"].values() for run in fault["runs"])
     _say(f"{num_anomalies} anomalies; everything is in {file}")
     return 1 if num_anomalies else 0
@@ -68,55 +72,33 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _arguments(name: str, options: argparse.Namespace) -> list[str]:
+    """Of another process, for this fault alone."""
+    model = ["--model", options.model] if options.model else []
+    command = ["-m", "loadtest.chaos", "--json", options.json, "--fault", name, *model]
+    return [*command, "--runs", str(options.runs), "--seed", str(options.seed), "--outage-s", str(options.outage_s)]
+
+
 async def _run_fault(name: str, options: argparse.Namespace, document: dict[str, Any], file: Path) -> None:
     fault = known_faults(options.outage_s)[name]
     about = {"what": fault.what, "arguments": fault.arguments, "environment": fault.environment}
     runs = document["faults"].setdefault(name, about | {"runs": []})["runs"]
     model = ["--model", options.model] if options.model else []
     arguments = [*fault.arguments, *model, "--dtype", "float32"]
-    async with running_system(arguments, fault.environment) as endpoint, AsyncClient(endpoint) as client:
+    async with fault.system(arguments, fault.environment) as endpoint, AsyncClient(endpoint) as client:
         num_services = len((await client.status())["services"])
-        work = _workload(options.seed)
-        expected = await _undisturbed(client, work)
+        work = make_work(options.seed, NUM_STREAMS, NUM_TOKENS)
+        expected = await run_undisturbed(client, work)
         longest_s = max(stream.tokens[-1][0] for stream in expected) - min(s.tokens[0][0] for s in expected)
         for _ in range(options.runs):
+            if fault.prepare is not None:
+                await fault.prepare(client)
             draws = random.Random(f"{options.seed}/{name}/{len(runs)}")
             runs.append(await _run_once(client, fault, work, expected, draws, longest_s))
-            await _settled(client, num_services)
+            await settled(client, num_services)
             document["faults"][name]["summary"] = _summary(runs)
             file.write_text(json.dumps(document, indent=1) + "\n")
             _say(f"{name} {len(runs)}: {_line(runs[-1])}")
-
-
-def _workload(seed: int) -> Work:
-    """Greedy and seeded streams with prompts of 8 to 400 tokens."""
-    draws = random.Random(seed)
-    work = []
-    for index in range(NUM_STREAMS):
-        prompt = [draws.randrange(3, 1000) for _ in range(draws.choice((8, 40, 90, 180, 400)))]
-        temperature = 0.0 if index % 2 == 0 else 0.8
-        work.append(
-            (prompt, SamplingParams(temperature=temperature, seed=index, max_tokens=NUM_TOKENS, ignore_eos=True))
-        )
-    return work
-
-
-async def _undisturbed(client: AsyncClient, work: Work) -> list[Stream]:
-    streams = [Stream(str(index), []) for index in range(len(work))]
-    await asyncio.gather(*(_follow(client, s, *each) for s, each in zip(streams, work, strict=True)))
-    for stream in streams:
-        if stream.ended != "finished":
-            raise RuntimeError(f"stream {stream.name} without a fault: {stream.ended}")
-    return streams
-
-
-async def _follow(client: AsyncClient, stream: Stream, prompt: list[int], params: SamplingParams) -> None:
-    try:
-        async for token in client.stream(prompt, params):
-            stream.tokens.append((time.monotonic(), token.index, token.id))
-        stream.ended = "finished"
-    except DejavuError as error:
-        stream.ended = f"{type(error).__name__}: {error}"
 
 
 async def _run_once(
@@ -128,16 +110,17 @@ async def _run_once(
     longest_s: float,
 ) -> dict[str, Any]:
     before = await client.status()
-    streams, ending = _begin(client, work, expected)
+    streams = expecting(expected)
+    ending = _all(client, streams, work)
     await asyncio.sleep(longest_s * draws.uniform(fault.earliest, 0.7))
     fault_at_s = time.monotonic()
     struck = await fault.strike(Scene(client, before, draws))
     await _within_limit(ending)
     while time.monotonic() < fault_at_s + fault.lasts_s:
-        more, ending = _begin(client, work, expected)
-        await _within_limit(ending)
+        more = expecting(expected)
+        await _within_limit(_all(client, more, work))
         streams += more
-    after = await _quiet(client)
+    after = await quiet(client)
     history = History(streams, before, after, struck, fault_at_s, fault.max_recomputed_tokens)
     anomalies = check(history)
     if not fault.shows(before, after):
@@ -152,37 +135,15 @@ async def _run_once(
     }
 
 
-def _begin(
-    client: AsyncClient, work: Work, expected: Sequence[Stream]
-) -> tuple[list[Stream], asyncio.Future[list[None]]]:
-    """All streams once; the future ends when all have."""
-    streams = [Stream(s.name, [token_id for _, _, token_id in s.tokens]) for s in expected]
-    return streams, asyncio.gather(*(_follow(client, s, *each) for s, each in zip(streams, work, strict=True)))
+def _all(client: AsyncClient, streams: Sequence[Stream], work: Work) -> asyncio.Future[list[None]]:
+    """Ends when all of them have."""
+    return asyncio.gather(*(follow(client, s, *each) for s, each in zip(streams, work, strict=True)))
 
 
 async def _within_limit(ending: asyncio.Future[list[None]]) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(RUN_LIMIT_S):
             await ending
-
-
-async def _quiet(client: AsyncClient) -> dict[str, Any]:
-    """The status once nothing is live and all blocks are back, or after the limit."""
-    deadline_s = time.monotonic() + QUIET_LIMIT_S
-    while True:
-        status = await client.status()
-        blocks = [service["kv_blocks"] for service in status["services"] if "kv_blocks" in service]
-        is_quiet = not status["live"]["sequences"] and all(b["free"] == b["total"] for b in blocks)
-        if is_quiet or time.monotonic() > deadline_s:
-            return status
-        await asyncio.sleep(0.1)
-
-
-async def _settled(client: AsyncClient, num_services: int) -> None:
-    """Returns when all services are back: every run begins with a healthy system."""
-    async with asyncio.timeout(RUN_LIMIT_S):
-        while len((await client.status())["services"]) < num_services:  # noqa: ASYNC110 - nothing tells us
-            await asyncio.sleep(0.1)
 
 
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

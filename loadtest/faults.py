@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from common.fault_hooks import STUCK_LOOP, STUCK_STEP, VARIABLE
+from dejavu import AsyncClient
 from loadtest.history import recomputed_tokens
+from loadtest.partition import PARTITION_S, cut_off, divided_system, move_far
 from loadtest.strikes import (
     STOPPED_S,
     Status,
@@ -22,6 +25,7 @@ from loadtest.strikes import (
     stop,
     stop_etcd,
 )
+from loadtest.system import running_system
 
 DEFAULT_OUTAGE_S = 15.0
 LEASE_S = 5.0
@@ -44,6 +48,11 @@ class Fault:
     """until then streams are run again and again"""
     shows: Callable[[Status, Status], bool] = lambda before, after: True
     """whether `status` before and after says that the fault has come to pass where it should"""
+    is_apart: bool = False
+    """needs namespaces of its own (`loadtest.partition`)"""
+    system: Callable[[Sequence[str], Mapping[str, str]], AbstractAsyncContextManager[str]] = running_system
+    prepare: Callable[[AsyncClient], Awaitable[None]] | None = None
+    """before every run"""
 
 
 CHUNK_TOKENS = 256
@@ -146,6 +155,15 @@ def _surroundings(outage_s: float) -> dict[str, Fault]:
             (*STANDBY, "--disk-memory", "1G"),
             4,
             shows=lambda before, after: _disk_count(after, "full") > _disk_count(before, "full"),
+        ),
+        "partition": Fault(
+            f"for {PARTITION_S:g} s no packet reaches or leaves a token stage, then all do again",
+            cut_off,
+            max_recomputed_tokens=4,
+            lasts_s=PARTITION_S + LEASE_S,
+            is_apart=True,
+            system=divided_system,
+            prepare=move_far,
         ),
     }
 

@@ -1,172 +1,82 @@
-"""What a failure costs: `python -m loadtest.recovery --json FILE`.
+"""`python -m loadtest.recovery --json FILE`: what a failure costs the streams, by how the system recovers from it.
 
-All requests are sent at once; when a share of all tokens has been delivered, a token stage is killed (SIGKILL). The
-same is done with KV replicas and a warm standby, with replicas and a respawned process, with everything recomputed
-(`--recovery replay`), and as systems without replication do it: everything is started again and the clients send
-what had not finished once more. The cumulative latency (the sum over all requests, each from its first submission to
-its last token) is compared with a run without a failure, as the paper does (its figure: 1.24x against 1.91x).
+All streams begin together on one prompt stage and two token stages. When a share of all tokens has been delivered, a
+token stage is killed (kill -9). Compared are ways to go on: from replicas with and without a standby, computing
+everything again with one, and what there is without any of it: the whole system is killed, started again, and clients
+ask once more.
+
+*Cumulative latency* is the sum over all streams of the time from asking to the last token, here as a ratio to the run
+without a failure on the same system just before. The *longest gap* is that of any stream without a token that it had
+not seen yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
-import random
 import signal
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from loadtest.history import Stream, check_stream
 from loadtest.machine import describe_machine
+from loadtest.streams import Work, cancelled, expecting, follow, make_work, run_undisturbed, settled
+from loadtest.strikes import parent_of
 from loadtest.system import running_system
 
-STAGES = ("--token-stages", "2")
-MODES: dict[str, tuple[str, ...]] = {
-    "no failure": (*STAGES, "--standbys", "1"),
-    "standby": (*STAGES, "--standbys", "1"),
-    "respawn": STAGES,
-    "replay": (*STAGES, "--standbys", "1", "--recovery", "replay"),
-    "restart everything": STAGES,
+LAYOUT = ("--prompt-stages", "1", "--token-stages", "2", "--dtype", "float32")
+VICTIM = ("token-0", 1)
+"""pipeline and stage"""
+POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a system recovers."""
+
+    what: str
+    arguments: tuple[str, ...]
+    is_restarted: bool = False
+
+
+WAYS = {
+    "standby": Way("replicas, a standby takes over", ("--standbys", "1")),
+    "alone": Way("replicas, the stage is started again", ()),
+    "replay": Way("everything is computed again, a standby takes over", ("--standbys", "1", "--recovery", "replay")),
+    "restart": Way("everything is started again, clients ask again", ("--cache-stores", "0"), is_restarted=True),
 }
 
 
-@dataclass(slots=True)
-class Request:
-    """One request and the times of its tokens; a restarted one begins again."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one run of all streams, in seconds."""
 
-    prompt: list[int]
-    params: SamplingParams
-    sent_at_s: float = 0.0
-    token_times_s: list[float] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    is_finished: bool = False
-
-    @property
-    def latency_s(self) -> float:
-        return self.token_times_s[-1] - self.sent_at_s
-
-    @property
-    def longest_gap_s(self) -> float:
-        times = self.token_times_s
-        return max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)
+    cumulative_s: float
+    total_s: float
+    longest_gap_s: float
 
 
-def main() -> int:
-    """Runs all modes in turn; exit code 0 where all delivered the same tokens."""
-    arguments = _parser().parse_args()
-    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
-    expected: list[list[int]] | None = None
-    num_wrong = 0
-    for repetition in range(arguments.repetitions):
-        for mode in MODES:
-            requests, fault_at_s = asyncio.run(_run(mode, arguments, repetition))
-            tokens = [request.token_ids for request in requests]
-            expected = expected or tokens
-            num_wrong += sum(one != other for one, other in zip(tokens, expected, strict=True))
-            runs[mode].append(_figures(requests, fault_at_s))
-            print(f"{mode}: {runs[mode][-1]}", flush=True)
-            _write(arguments, runs, num_wrong)
-    return 1 if num_wrong else 0
+class Wrong(Exception):
+    """A stream did not deliver what it should have; the message says which."""
 
 
-async def _run(mode: str, arguments: argparse.Namespace, repetition: int) -> tuple[list[Request], float | None]:
-    requests = _requests(arguments)
-    options = ["--model", arguments.model, "--dtype", arguments.dtype, *MODES[mode]]
-    num_tokens = int(arguments.at * arguments.streams * arguments.tokens)
-    async with running_system(options) as endpoint, AsyncClient(endpoint) as client:
-        await client.generate(requests[0].prompt, SamplingParams(max_tokens=8, temperature=0.0))
-        streams = [asyncio.create_task(_follow(client, request)) for request in requests]
-        if mode == "no failure":
-            await asyncio.gather(*streams)
-            return requests, None
-        status = await client.status()
-        while sum(len(request.token_ids) for request in requests) < num_tokens:
-            await asyncio.sleep(0.002)
-        fault_at_s = time.monotonic()
-        if mode != "restart everything":
-            os.kill(_victim(status, random.Random(repetition)), signal.SIGKILL)
-            await asyncio.gather(*streams)
-            return requests, fault_at_s
-        for stream in streams:
-            stream.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
-        _kill_everything(status)
-    async with _again(options) as client:
-        unfinished = [request for request in requests if not request.is_finished]
-        for request in unfinished:
-            request.token_ids.clear()
-        await asyncio.gather(*(_follow(client, request, is_again=True) for request in unfinished))
-    return requests, fault_at_s
-
-
-@contextlib.asynccontextmanager
-async def _again(options: list[str]) -> AsyncIterator[AsyncClient]:
-    async with running_system(options) as endpoint, AsyncClient(endpoint) as client:
-        yield client
-
-
-async def _follow(client: AsyncClient, request: Request, *, is_again: bool = False) -> None:
-    if not is_again:
-        request.sent_at_s = time.monotonic()
-    async for token in client.stream(request.prompt, request.params):
-        request.token_times_s.append(time.monotonic())
-        request.token_ids.append(token.id)
-    request.is_finished = True
-
-
-def _requests(arguments: argparse.Namespace) -> list[Request]:
-    draws = random.Random(arguments.seed)
-    params = SamplingParams(max_tokens=arguments.tokens, temperature=0.0, ignore_eos=True)
-    lengths = [draws.randrange(arguments.prompt // 2, 3 * arguments.prompt // 2) for _ in range(arguments.streams)]
-    return [Request([draws.randrange(3, 1000) for _ in range(length)], params) for length in lengths]
-
-
-def _victim(status: dict[str, Any], draws: random.Random) -> int:
-    stages = [s for s in status["services"] if s["role"] == "token_stage" and s["state"] == "active"]
-    return int(draws.choice(stages)["pid"])
-
-
-def _kill_everything(status: dict[str, Any]) -> None:
-    """The parent of all services; they die with it."""
-    pid = status["services"][0]["pid"]
-    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(parent, signal.SIGKILL)
-    for service in status["services"]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(service["pid"], signal.SIGKILL)
-
-
-def _figures(requests: list[Request], fault_at_s: float | None) -> dict[str, Any]:
-    first_s = min(request.sent_at_s for request in requests)
-    last_s = max(request.token_times_s[-1] for request in requests)
-    return {
-        "cumulative_latency_s": round(sum(request.latency_s for request in requests), 3),
-        "makespan_s": round(last_s - first_s, 3),
-        "longest_gap_s": round(max(request.longest_gap_s for request in requests), 3),
-        "fault_after_s": None if fault_at_s is None else round(fault_at_s - first_s, 3),
-    }
-
-
-def _write(arguments: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], num_wrong: int) -> None:
-    medians = {mode: statistics.median(run["cumulative_latency_s"] for run in of) for mode, of in runs.items() if of}
-    base = medians["no failure"]
-    document = {
-        "machine": describe_machine(),
-        "model": Path(arguments.model).name,
-        "workload": {name: getattr(arguments, name) for name in ("streams", "prompt", "tokens", "at", "seed", "dtype")},
-        "streams_with_other_tokens": num_wrong,
-        "cumulative_latency_ratio": {mode: round(median / base, 3) for mode, median in medians.items()},
-        "runs": runs,
-    }
-    Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; raises `Wrong` where a stream suffered more than delay."""
+    options = _parser().parse_args(argv)
+    document: dict[str, Any] = {"machine": describe_machine(), **_conditions(options), "ways": {}}
+    for name in options.way or WAYS:
+        document["ways"][name] = asyncio.run(_measure(WAYS[name], options))
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+        _say(f"{name}: {document['ways'][name]['summary']}")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,15 +84,136 @@ def _parser() -> argparse.ArgumentParser:
         "loadtest.recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go")
-    parser.add_argument("--model", default="models/tiny", metavar="DIR")
-    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--streams", type=int, default=16, help="requests, all at once")
-    parser.add_argument("--prompt", type=int, default=300, help="mean tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=300, help="tokens of each stream")
-    parser.add_argument("--at", type=float, default=0.7, help="share of all tokens after which the stage is killed")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--way", action="append", choices=list(WAYS), help="only this one; may be repeated")
+    parser.add_argument("--streams", type=int, default=16, metavar="N", help="at once (16)")
+    parser.add_argument("--tokens", type=int, default=300, metavar="N", help="of each stream (300)")
+    parser.add_argument("--share", type=float, default=0.5, help="of all tokens, delivered when the stage dies (0.5)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="failures for each way (3)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the prompts (0)")
     return parser
+
+
+def _conditions(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "layout": LAYOUT,
+        "num_streams": options.streams,
+        "num_tokens": options.tokens,
+        "share": options.share,
+        "seed": options.seed,
+    }
+
+
+async def _measure(way: Way, options: argparse.Namespace) -> dict[str, Any]:
+    work = make_work(options.seed, options.streams, options.tokens)
+    num_before = int(options.share * options.streams * options.tokens)
+    runs: list[tuple[Outcome, Outcome]] = []
+    if way.is_restarted:
+        for _ in range(options.runs):
+            runs += await _measure_system(way, work, num_before, 1)
+    else:
+        runs += await _measure_system(way, work, num_before, options.runs)
+    return {"what": way.what, "arguments": way.arguments, "runs": [_figures(*run) for run in runs], **_summary(runs)}
+
+
+async def _measure_system(way: Way, work: Work, num_before: int, num_runs: int) -> list[tuple[Outcome, Outcome]]:
+    """Starts one; (without, with) a failure, as often as asked for."""
+    arguments = [*LAYOUT, *way.arguments]
+    runs = []
+    async with running_system(arguments) as endpoint, AsyncClient(endpoint) as client:
+        num_services = len((await client.status())["services"])
+        await run_undisturbed(client, work)  # the first run of a system is slower
+        for _ in range(num_runs):
+            asked_at_s = time.monotonic()
+            undisturbed = await run_undisturbed(client, work)
+            without = _outcome(undisturbed, asked_at_s)
+            streams = expecting(undisturbed)
+            asked_at_s = time.monotonic()
+            if way.is_restarted:
+                await _with_failure(client, streams, work, num_before, lambda tasks: _kill_all(client, tasks))
+                async with running_system(arguments) as second, AsyncClient(second) as again:
+                    await _all_again(again, streams, work)
+            else:
+                await _with_failure(client, streams, work, num_before, lambda _: _kill_stage(client))
+                await settled(client, num_services)
+            _check(streams)
+            runs.append((without, _outcome(streams, asked_at_s)))
+    return runs
+
+
+async def _with_failure(
+    client: AsyncClient,
+    streams: list[Stream],
+    work: Work,
+    num_before: int,
+    fail: Callable[[list[asyncio.Task[None]]], Awaitable[None]],
+) -> None:
+    """Returns when all streams have ended, or `fail(their tasks)` has ended them."""
+    tasks = [asyncio.create_task(follow(client, stream, *each)) for stream, each in zip(streams, work, strict=True)]
+    while sum(len(stream.tokens) for stream in streams) < num_before:
+        await asyncio.sleep(POLL_S)
+    await fail(tasks)
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _kill_stage(client: AsyncClient) -> None:
+    services = (await client.status())["services"]
+    victim = next(s for s in services if (s["pipeline"], s["stage_index"]) == VICTIM and s["state"] == "active")
+    os.kill(victim["pid"], signal.SIGKILL)
+
+
+async def _kill_all(client: AsyncClient, tasks: list[asyncio.Task[None]]) -> None:
+    """Kills `dejavu serve`, with which everything dies; nobody waits for it."""
+    services = (await client.status())["services"]
+    os.kill(parent_of(services[0]["pid"]), signal.SIGKILL)
+    await cancelled(tasks)
+
+
+async def _all_again(client: AsyncClient, streams: Sequence[Stream], work: Work) -> None:
+    """Those that had not ended begin anew; of what comes only tokens that are new to them are noted."""
+    unfinished = [(stream, *each) for stream, each in zip(streams, work, strict=True) if stream.ended != "finished"]
+    await asyncio.gather(*(_follow_anew(client, *each) for each in unfinished))
+
+
+async def _follow_anew(client: AsyncClient, stream: Stream, prompt: list[int], params: SamplingParams) -> None:
+    anew = Stream(stream.name, stream.expected)
+    await follow(client, anew, prompt, params)
+    stream.tokens += anew.tokens[len(stream.tokens) :]
+    stream.ended = anew.ended
+
+
+def _check(streams: Sequence[Stream]) -> None:
+    anomalies = [anomaly for stream in streams for anomaly in check_stream(stream)]
+    if anomalies:
+        raise Wrong(f"{len(anomalies)} anomalies, the first: {anomalies[0]}")
+
+
+def _outcome(streams: Sequence[Stream], asked_at_s: float) -> Outcome:
+    ends = [stream.tokens[-1][0] - asked_at_s for stream in streams]
+    return Outcome(sum(ends), max(ends), max(stream.longest_gap_s(asked_at_s) for stream in streams))
+
+
+def _figures(without: Outcome, failed: Outcome) -> dict[str, float]:
+    return {
+        "cumulative_without_s": round(without.cumulative_s, 3),
+        "cumulative_s": round(failed.cumulative_s, 3),
+        "cumulative_ratio": round(failed.cumulative_s / without.cumulative_s, 3),
+        "total_without_s": round(without.total_s, 3),
+        "total_s": round(failed.total_s, 3),
+        "longest_gap_without_s": round(without.longest_gap_s, 3),
+        "longest_gap_s": round(failed.longest_gap_s, 3),
+    }
+
+
+def _summary(runs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, dict[str, float]]:
+    """Of each figure the median; of ratio and gap also the worst."""
+    each = [_figures(*run) for run in runs]
+    medians = {name: round(statistics.median(run[name] for run in each), 3) for name in each[0]}
+    worst = {f"{name}_max": max(run[name] for run in each) for name in ("cumulative_ratio", "longest_gap_s")}
+    return {"summary": medians | worst}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -188,16 +188,17 @@ def _pool_memory(store: Service) -> Iterator[mmap.mmap]:
 
 
 def _etcd_pid(status: Status) -> int:
-    parent = _parent(status["services"][0]["pid"])
+    parent = parent_of(status["services"][0]["pid"])
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or _parent(int(entry.name)) != parent:
+        if not entry.name.isdigit() or parent_of(int(entry.name)) != parent:
             continue
         if b"--listen-client-urls" in (entry / "cmdline").read_bytes():
             return int(entry.name)
     raise LookupError("this system's etcd is not a process of its own here")
 
 
-def _parent(pid: int) -> int:
+def parent_of(pid: int) -> int:
+    """0 where there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, IndexError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from common.kv.staging import mark_work
 __all__ = ["Arrival", "HandoffSpan", "HandoffWriter"]
 
 MAX_WAITING_JOBS = 4096
+MAX_FORGOTTEN = 64
 Result = TypeVar("Result")
 
 
@@ -57,6 +60,7 @@ class HandoffWriter:
         self._thread = threading.Thread(target=self._loop.run_forever, name="kv-copier", daemon=True)
         self._lanes: dict[str, list[Lane]] = {}
         self._early: dict[str, _Early] = {}
+        self._forgotten: deque[str] = deque(maxlen=MAX_FORGOTTEN)
         self._progress: dict[tuple[str, int], _Progress] = {}
         self._lock = threading.Lock()
         self._room = threading.Semaphore(MAX_WAITING_JOBS)
@@ -75,7 +79,7 @@ class HandoffWriter:
     async def connect(self, destination: str, offers: Sequence[GrantOffer]) -> None:
         """Opens the way into a pipeline's pools, one offer per stage in order; ways to pools it had before
         and that are not offered again are closed, with what still waited for them (`[]`: forget the
-        pipeline).
+        pipeline, and fail at once what comes for it later).
 
         Raises the first `LinkError`; the way is tried again when it is needed.
         """
@@ -161,8 +165,12 @@ class HandoffWriter:
             before.pop(offer) if offer in before else self._new_lane(index, offer) for index, offer in enumerate(offers)
         ]
         self._lanes[destination] = lanes
-        if not lanes:
+        if lanes:
+            with contextlib.suppress(ValueError):
+                self._forgotten.remove(destination)
+        else:
             del self._lanes[destination]
+            self._forgotten.append(destination)
         self._end_early(destination)
         await asyncio.gather(*(lane.aclose() for lane in before.values()))
         return lanes
@@ -179,6 +187,8 @@ class HandoffWriter:
             self._fail(job)
         elif destination in self._early:
             self._early[destination].jobs.append(job)
+        elif destination in self._forgotten:
+            self._fail(job)  # whoever waits for it to be connected waits in vain, and a step with him
         else:
             deadline = self._loop.call_later(self._timeout_s, self._end_early, destination)
             self._early[destination] = _Early([job], deadline)

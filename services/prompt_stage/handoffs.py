@@ -78,8 +78,8 @@ class Handoffs:
         for work in step.chunks:
             sequence = sequences[work.sequence_id]
             handoff = sequence.opened.handoff
-            if handoff is None:
-                continue
+            if handoff is None or handoff.epoch < self.epoch_of(handoff.pipeline):
+                continue  # nobody waits for it
             start, end = max(work.start, handoff.start), work.start + work.num_tokens
             if start >= end:
                 continue  # the token stages have it already

@@ -122,6 +122,17 @@ async def test_jobs_wait_for_a_pipeline_that_is_about_to_be_connected() -> None:
         assert all(s.verified())
 
 
+async def test_what_comes_for_a_forgotten_pipeline_fails_at_once() -> None:
+    async with scene("shm", timeout_s=60.0) as s:
+        await s.writer.connect("token-0", s.offers)
+        await s.writer.connect("token-0", [])
+        s.writer.submit(span(), 0)
+        assert isinstance(await drained(s.writer), LinkLost)
+        await s.writer.connect("token-0", s.offers)
+        s.writer.submit(span(), 1)
+        assert await drained(s.writer) is None
+
+
 async def test_nobody_to_write_to() -> None:
     async with scene("shm", timeout_s=0.1) as s:
         s.writer.submit(span(), 0)
