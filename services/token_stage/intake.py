@@ -261,6 +261,8 @@ class Intake(SequenceTable):
                 continue
             needed = self._blocks_for(len(sequence.tokens) + 1)
             reserve = self._num_decoding // 4 if len(self._sequences) > len(self._waiting) else 0
+            while self.allocator.num_free < needed + reserve and self._requeue_orphan():
+                pass
             if self.allocator.num_free < needed + reserve:
                 break
             expected = self._blocks_for(sequence.num_prompt + sequence.params.max_tokens)

@@ -167,8 +167,9 @@ class TokenScheduler(Intake):
         `needy`; False: there is none (then an older one, or one in flight, will make room)."""
         if any(sequence.is_leaving and sequence.blocks for sequence in self._sequences.values()):
             return False  # blocks come back as soon as nobody reads them any more
-        orphans = (s for s in self._sequences.values() if s.is_orphan and s.phase is Phase.DECODING)
-        victim = next(orphans, None) or max(self._ready.values(), key=lambda s: s.arrival, default=None)
+        if self._requeue_orphan():
+            return True
+        victim = max(self._ready.values(), key=lambda sequence: sequence.arrival, default=None)
         if victim is None:
             return False
         if victim is needy and len(self._sequences) - len(self._waiting) == 1:

@@ -141,6 +141,14 @@ class SequenceTable:
         sequence.requeue = True
         self._release_if_untouched(sequence)
 
+    def _requeue_orphan(self) -> bool:
+        """Takes its blocks from a sequence that nobody reads at present; False: there is none."""
+        decoding = (s for s in self._sequences.values() if s.phase is Phase.DECODING and not s.requeue)
+        orphan = next((sequence for sequence in decoding if sequence.is_orphan), None)
+        if orphan is not None:
+            self._requeue(orphan)
+        return orphan is not None
+
     def _end(self, sequence: Sequence, *, is_superseded: bool = False) -> list[Action]:
         if sequence.phase is Phase.ENDED:
             return []

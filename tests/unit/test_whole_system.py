@@ -208,6 +208,13 @@ class WholeSystem(TwoPipelines):
         elif isinstance(message, TokensProduced):
             requests.tokens_produced(message)
 
+    def let_time_pass(self) -> None:
+        """What waits for a clock happens: nobody is waited for any longer."""
+        self.router.requests.stop_awaiting()
+        for sequence_id in self.token.orphans():
+            self.carry_out(self.token.cancel(sequence_id))
+            self.audience.leave(sequence_id)
+
     def one_of_ours(self) -> bool:
         """Something between clients, routers and the driver happens; False: nothing can."""
         ways = [
@@ -254,7 +261,7 @@ def simulate(seed: int) -> WholeSystem:
             inject(world, faults.pop())
         happened = world.one_of_ours() if draws.random() < 0.5 else run_one(world, draws)
         if not happened and not world.one_of_ours() and not run_one(world, draws):
-            world.router.requests.stop_awaiting()
+            world.let_time_pass()
             if not world.to_driver and not to_submit and not faults:
                 break
     for name, client in world.clients.items():
