@@ -69,12 +69,15 @@ class Wrong(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; raises `Wrong` where a stream suffered more than delay."""
+    """Returns 0; raises `Wrong` where a stream suffered more than delay. Ways that are in the file already stay there,
+    unless they are measured again."""
     options = _parser().parse_args(argv)
-    document: dict[str, Any] = {"machine": describe_machine(), **_conditions(options), "ways": {}}
+    file = Path(options.json)
+    document: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"ways": {}}
     for name in options.way or WAYS:
-        document["ways"][name] = asyncio.run(_measure(WAYS[name], options))
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+        about = {"machine": describe_machine(), **_conditions(options)}
+        document["ways"][name] = about | asyncio.run(_measure(WAYS[name], options))
+        file.write_text(json.dumps(document, indent=1) + "\n")
         _say(f"{name}: {document['ways'][name]['summary']}")
     return 0
 
@@ -205,9 +208,10 @@ def _figures(without: Outcome, failed: Outcome) -> dict[str, float]:
 
 
 def _summary(runs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, dict[str, float]]:
-    """Of each figure the median; of ratio and gap also the worst."""
+    """Of each figure the median, the ratio that of medians; of ratio and gap also the worst."""
     each = [_figures(*run) for run in runs]
     medians = {name: round(statistics.median(run[name] for run in each), 3) for name in each[0]}
+    medians["cumulative_ratio"] = round(medians["cumulative_s"] / medians["cumulative_without_s"], 3)
     worst = {f"{name}_max": max(run[name] for run in each) for name in ("cumulative_ratio", "longest_gap_s")}
     return {"summary": medians | worst}
 
