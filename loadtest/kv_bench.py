@@ -14,12 +14,10 @@ import functools
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,8 @@ from common.kv.geometry import CopyPlan, plan_copies, plan_slots
 from common.kv.layout import PoolLayout
 from common.kv.link import GrantOffer, Link, open_link
 from common.kv.pool import Bytes, KvPool
-from common.kv.server import PoolServer
 from common.kv.stream import HandoffSpan, HandoffWriter
+from loadtest.kv_owner import owner
 from loadtest.machine import describe_machine
 
 LAYOUT = PoolLayout(
@@ -54,37 +52,15 @@ Way = Callable[[], Awaitable[None]]
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser("loadtest.kv_bench", description=__doc__)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", required=True)
     parser.add_argument("--rounds", type=int, default=7, help="measurements per cell; each tries every way once")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve:
-        asyncio.run(_serve())
-        return 0
-    if not arguments.json:
-        parser.error("--json FILE is missing")
     results: dict[str, Any] = {"machine": describe_machine(), "options": vars(arguments)}
-    with bench_owner() as offer:
-        results |= asyncio.run(_measure(offer, arguments.rounds))
+    with owner(LAYOUT) as other:
+        results |= asyncio.run(_measure(other.offer, arguments.rounds))
     _show(results)
     Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
-
-
-async def _serve() -> None:
-    server = await PoolServer.start(KvPool.create(LAYOUT, name="owner"), "127.0.0.1", "bench")
-    print(server.offer.encode(), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    await server.aclose()
-
-
-@contextmanager
-def bench_owner() -> Iterator[GrantOffer]:
-    command = [sys.executable, "-m", "loadtest.kv_bench", "--serve"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdin is not None
-        yield GrantOffer.decode(process.stdout.readline())
-        process.stdin.close()
 
 
 async def _measure(offer: GrantOffer, num_rounds: int) -> dict[str, Any]:

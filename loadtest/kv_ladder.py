@@ -2,7 +2,8 @@
 
 A prompt and some tokens are computed (matrix products stand in for a model) while their KV goes into a pool of
 another process, checksums included: 0 naive, one copy per (layer, token, head), after the compute; 1 one buffered
-write, after the compute; 2 the prompt layer by layer beside the compute; 3 the tokens beside the compute too.
+write, after the compute; 2 the prompt layer by layer beside the compute, by a thread; 3 the tokens beside the compute
+too: the other process reads them, as a cache store does.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import torch
 
 from common.kv.checksum import SpanBinding, span_checksum
 from common.kv.geometry import CopyPlan, Range, plan_copies
-from common.kv.link import GrantOffer, Link, open_link
+from common.kv.link import Link, open_link
 from common.kv.pool import KvPool
 from common.kv.primitives import flush
+from common.kv.server import PoolServer
 from common.kv.stream import HandoffSpan, HandoffWriter
-from loadtest.kv_bench import LAYOUT, bench_owner
+from loadtest.kv_bench import LAYOUT
+from loadtest.kv_owner import Owner, owner
 from loadtest.machine import describe_machine
 
 LAYERS = (0, 8)
@@ -37,8 +40,10 @@ NAMES = {-1: "no streaming", 0: "naive", 1: "buffered", 2: "+ layer by layer", 3
 class Ladder:
     """One run per call of `run`; level -1 streams nothing."""
 
-    def __init__(self, source: KvPool, link: Link, writer: HandoffWriter, prompt_tokens: int, num_steps: int) -> None:
-        self._source, self._link, self._writer = source, link, writer
+    def __init__(
+        self, source: KvPool, link: Link, writer: HandoffWriter, other: Owner, prompt_tokens: int, num_steps: int
+    ) -> None:
+        self._source, self._link, self._writer, self._other = source, link, writer, other
         self._prompt = (0, prompt_tokens)
         self._steps = [(token, token + 1) for token in range(prompt_tokens, prompt_tokens + num_steps)]
         self._weights = torch.randn(1024, 1024)
@@ -55,6 +60,8 @@ class Ladder:
             error = await asyncio.wrap_future(self._writer.drain("ladder", self._attempt))
             if error is not None:
                 raise error
+        if level >= 3:
+            self._other.drain()
         return time.perf_counter() - started_s
 
     async def _phase(self, level: int, tokens: Range, is_beside: bool) -> None:
@@ -66,9 +73,7 @@ class Ladder:
             if is_beside and tokens == self._prompt:
                 self._writer.submit(span, layer)
         if is_beside and tokens != self._prompt:
-            # a token's layers are small: they leave together, while the next token is computed
-            for layer in range(*LAYERS):
-                self._writer.submit(span, layer)
+            self._other.read([tokens[0]])
         if level >= 0 and not is_beside:
             await self._write(tokens, is_naive=level == 0)
 
@@ -92,13 +97,15 @@ def _tiny(plan: CopyPlan) -> list[CopyPlan]:
     ]
 
 
-async def measure(offer: GrantOffer, num_rounds: int, prompt_tokens: int, num_steps: int) -> list[dict[str, Any]]:
+async def measure(other: Owner, num_rounds: int, prompt_tokens: int, num_steps: int) -> list[dict[str, Any]]:
     """Every level once per round; the first round only warms up."""
     source = KvPool.create(LAYOUT, name="writer")
-    link = await open_link(offer, source)
+    link = await open_link(other.offer, source)
+    server = await PoolServer.start(source, "127.0.0.1", "bench")
+    await asyncio.to_thread(other.reads_from, server)
     writer = await HandoffWriter.start(source, lambda arrival: None)
-    await writer.connect("bench", [offer])
-    ladder = Ladder(source, link, writer, prompt_tokens, num_steps)
+    await writer.connect("bench", [other.offer])
+    ladder = Ladder(source, link, writer, other, prompt_tokens, num_steps)
     taken_s: dict[int, list[float]] = {level: [] for level in NAMES}
     for round_number in range(num_rounds + 1):
         for level, times in taken_s.items():
@@ -107,6 +114,7 @@ async def measure(offer: GrantOffer, num_rounds: int, prompt_tokens: int, num_st
                 times.append(one_s)
     await writer.aclose()
     await link.aclose()
+    await server.aclose()
     medians = {level: statistics.median(times) for level, times in taken_s.items()}
     return [
         {
@@ -133,8 +141,8 @@ def main() -> int:
     machine = describe_machine()
     machine["command"] = ["python", "-m", "loadtest.kv_ladder", "--rounds", str(arguments.rounds)]
     load_before = os.getloadavg()
-    with bench_owner() as offer:
-        levels = asyncio.run(measure(offer, arguments.rounds, arguments.prompt_tokens, arguments.steps))
+    with owner(LAYOUT) as other:
+        levels = asyncio.run(measure(other, arguments.rounds, arguments.prompt_tokens, arguments.steps))
     options = {"prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps, "layers": LAYERS}
     results = {"machine": machine, "load_average": load_before, "options": options, "levels": levels}
     for one in levels:

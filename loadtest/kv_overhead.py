@@ -15,24 +15,16 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from common.kv.checksum import slot_digests
-from common.kv.geometry import Int64, plan_slots
-from common.kv.link import Link, open_link
-from common.kv.offer import GrantOffer
-from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.kv.stream import HandoffSpan, HandoffWriter
+from loadtest.kv_owner import Owner, owner
 from loadtest.machine import describe_machine
 from loadtest.one_stage import BLOCK_SIZE, OneStage, greedy
 
@@ -41,14 +33,11 @@ def main() -> int:
     """Runs the benchmark."""
     arguments = _parser().parse_args()
     stage = OneStage(arguments.model, arguments.dtype, arguments.batch, arguments.prompt_tokens + arguments.tokens)
-    if arguments.serve:
-        asyncio.run(_serve(stage))
-        return 0
     cells: list[dict[str, Any]] = []
-    with _owner() as owner:
+    with owner(stage.pool.layout) as other:
         for num_threads in sorted({1, len(os.sched_getaffinity(0))}):
             torch.set_num_threads(num_threads)
-            cells.append({"compute_threads": num_threads, **asyncio.run(_measure(stage, owner, arguments))})
+            cells.append({"compute_threads": num_threads, **asyncio.run(_measure(stage, other, arguments))})
             print(cells[-1], flush=True)
     document: dict[str, Any] = {
         "machine": describe_machine(),
@@ -60,69 +49,13 @@ def main() -> int:
     return 0
 
 
-async def _serve(stage: OneStage) -> None:
-    """The other process: its pool is written to, and it reads new tokens out of the compute's pool as it is told to."""
-    pool = KvPool.create(stage.pool.layout, name="owner")
-    server = await PoolServer.start(pool, "127.0.0.1", "overhead")
-    print(server.offer.encode(), flush=True)
-    link: Link | None = None
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        told = json.loads(line)
-        if "offer" in told:
-            link = await open_link(GrantOffer.decode(told["offer"]), pool)
-            print("open", flush=True)
-        elif "slots" in told and link is not None:
-            await _read(link, pool, np.array(told["slots"]))
-        else:
-            print("drained", flush=True)
-    await server.aclose()
-
-
-async def _read(link: Link, pool: KvPool, slots: Int64) -> None:
-    layout = pool.layout
-    await link.read(pool, plan_slots(layout, slots, layout, slots, layout.layers, layout.heads))
-    slot_digests(pool.memory, layout, slots, layout.layers, layout.heads)
-
-
-class Owner:
-    """The other process as this one sees it; `tell` may be called from any thread."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.offer = GrantOffer.decode(self._answer())
-
-    def tell(self, **what: Any) -> None:
-        """Gives it something to do."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
-
-    def ask(self, **what: Any) -> None:
-        """The same; returns when it and all before it is done."""
-        self.tell(**what)
-        self._answer()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
-
-
-@contextmanager
-def _owner() -> Iterator[Owner]:
-    command = [sys.executable, "-m", "loadtest.kv_overhead", *sys.argv[1:], "--serve"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Owner(process)
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-async def _measure(stage: OneStage, owner: Owner, arguments: argparse.Namespace) -> dict[str, Any]:
+async def _measure(stage: OneStage, other: Owner, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every way once per round, so that a disturbance hits both."""
     writer = await HandoffWriter.start(stage.pool, lambda arrival: None)
-    await writer.connect("owner", [owner.offer])
+    await writer.connect("owner", [other.offer])
     server = await PoolServer.start(stage.pool, "127.0.0.1", "overhead")
-    await asyncio.to_thread(owner.ask, offer=server.offer.encode())
-    run = _Run(stage, writer, owner, arguments)
+    await asyncio.to_thread(other.reads_from, server)
+    run = _Run(stage, writer, other, arguments)
     times: dict[str, list[float]] = {}
     for round_number in range(arguments.rounds + 1):
         for way, is_streaming in (("alone", False), ("streaming", True)):
@@ -147,8 +80,8 @@ async def _measure(stage: OneStage, owner: Owner, arguments: argparse.Namespace)
 class _Run:
     """The model's work of one round."""
 
-    def __init__(self, stage: OneStage, writer: HandoffWriter, owner: Owner, arguments: argparse.Namespace) -> None:
-        self._stage, self._writer, self._owner = stage, writer, owner
+    def __init__(self, stage: OneStage, writer: HandoffWriter, other: Owner, arguments: argparse.Namespace) -> None:
+        self._stage, self._writer, self._other = stage, writer, other
         self._num_steps = arguments.tokens
         self._prompts = [stage.prompt(arguments.prompt_tokens, seed) for seed in range(arguments.batch)]
         self._first = [0] * len(self._prompts)
@@ -169,11 +102,11 @@ class _Run:
             tokens = greedy(self._stage.step(tokens, positions))
             if is_streaming:
                 slots = [self._stage.blocks(index)[0] * BLOCK_SIZE + at for index, at in enumerate(positions)]
-                self._owner.tell(slots=slots)
+                self._other.read(slots)
 
     async def drain(self, *, is_prompt: bool) -> None:
         """Returns when everything has arrived. Raises `LinkError`."""
-        await asyncio.to_thread(self._owner.ask, drain=True)
+        await asyncio.to_thread(self._other.drain)
         for index in range(len(self._prompts) if is_prompt else 0):
             error = await asyncio.wrap_future(self._writer.drain(str(index), self._attempt))
             if error is not None:
@@ -195,7 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64, help="steps of decode")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
