@@ -147,7 +147,7 @@ def _surroundings(outage_s: float) -> dict[str, Fault]:
             (*TWO_STAGES, *STANDBY),
             earliest=0.3,
             # whole sequences, for nothing of theirs was of use
-            shows=lambda before, after: recomputed_tokens(before, after) > 0,
+            shows=lambda before, after: recomputed_tokens(before, after) > 500,
         ),
         "disk-full": Fault(
             "the store's disk refuses to take more, and a token stage is killed",

@@ -180,11 +180,19 @@ def _lift_limit(pid: int, limits: tuple[int, int]) -> None:
 def _pool_memory(store: Service) -> Iterator[mmap.mmap]:
     """The memory of a store's pool, found as a debugger would. Raises `LookupError`."""
     for entry in Path(f"/proc/{store['pid']}/fd").iterdir():
-        if os.readlink(entry).startswith(f"/memfd:{store['name']} "):
+        if _target(entry).startswith(f"/memfd:{store['name']} "):
             with entry.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
                 yield memory
             return
     raise LookupError(f"{store['name']} has no memory of this name")
+
+
+def _target(link: Path) -> str:
+    """Empty where it has been closed meanwhile."""
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:
+        return ""
 
 
 def _etcd_pid(status: Status) -> int:
