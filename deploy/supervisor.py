@@ -96,8 +96,8 @@ class Supervisor:
                     return
                 lived_s = time.monotonic() - started_s
                 logger.warning("%s ended with %s after %.1f s", command.name, code, lived_s)
-                # who is killed from outside is not to blame
-                is_short = lived_s < SHORT_LIFE_S and code != -signal.SIGKILL
+                # who is killed from outside, or was told to end in order, is not to blame
+                is_short = lived_s < SHORT_LIFE_S and code not in (0, -signal.SIGKILL)
                 num_short_lives = num_short_lives + 1 if is_short else 0
                 if code == FATAL_EXIT or num_short_lives == MAX_SHORT_LIVES:
                     raise ServiceGaveUp(f"{command.name} cannot be kept alive (exit {code}); its log is above")

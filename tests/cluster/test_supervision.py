@@ -15,7 +15,7 @@ import pytest
 from common.process import INCARNATION_VARIABLE
 from deploy.children import DirectSpawner, Nursery, Spawner
 from deploy.layout import ServiceCommand
-from deploy.supervisor import ServiceExit, ServiceGaveUp, Supervisor
+from deploy.supervisor import MAX_SHORT_LIVES, ServiceExit, ServiceGaveUp, Supervisor
 from tests.cluster.system import ROOT, descendants
 
 pytestmark = pytest.mark.cluster
@@ -128,6 +128,16 @@ async def test_when_one_is_given_up_the_others_are_ended(spawner: Spawner) -> No
     seen = [ends.get_nowait() for _ in range(ends.qsize())]
     codes = {ended.name: ended.exit_code for ended in seen}
     assert codes == {"token-0-stage-0": 1, "token-0-stage-1": -signal.SIGKILL}
+
+
+async def test_who_ends_in_order_is_started_again_however_often(spawner: Spawner) -> None:
+    ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
+    supervisor = Supervisor([command("0")], spawner, ends_into(ends))
+    running = asyncio.ensure_future(supervisor.run())
+    for _ in range(MAX_SHORT_LIVES + 1):
+        assert (await ends.get()).exit_code == 0
+    await supervisor.stop()
+    await running
 
 
 async def test_what_is_not_there_yet_is_not_waited_for() -> None:
