@@ -2,7 +2,7 @@
 python := .venv/bin/python
 sources := dejavu common services deploy loadtest models tests
 
-.PHONY: demo serve test test-layouts leaks kv-kills chaos soak check format gpu-check setup clean
+.PHONY: demo serve test test-layouts simulate leaks kv-kills chaos soak check format gpu-check setup clean
 
 demo: setup ## start the system, stream a completion, show where it ran
 	@$(python) -m deploy.demo
@@ -15,6 +15,9 @@ test: setup ## all tests
 
 test-layouts: setup ## every cut of the stages and every model family, through real processes (20 minutes)
 	@OMP_NUM_THREADS=1 $(python) -m pytest -m matrix $(ARGS)
+
+simulate: setup ## the deciding code of all services on a simulated network: deaths and losses by 2,000 seeds (make simulate SEEDS=100)
+	@OMP_NUM_THREADS=1 $(python) -m pytest -q -m seeds --seeds $(or $(SEEDS),2000) $(ARGS)
 
 leaks: setup ## 1,000 requests, cancelled and disconnected at random: every KV block must come back
 	@$(python) -m loadtest.leaks --requests 1000 --serve-options "--prompt-stages 2 --token-stages 2" $(ARGS)

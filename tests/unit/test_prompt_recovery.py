@@ -200,7 +200,7 @@ def run_one(world: TwoPipelines, draws: random.Random) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.seeds(40)
 def test_whatever_dies_every_token_is_right(seed: int) -> None:
     draws = random.Random(seed + 2000)
     world = TwoPipelines(seed, num_blocks=40)

@@ -14,7 +14,7 @@ from services.cache_store.shelf import Shelf
 from tests.unit.replication_world import NUM_STAGES, STORE_BLOCK_SIZE, World, take_turn
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.seeds(40)
 def test_what_comes_back_is_what_went_in(seed: int) -> None:
     draws = random.Random(seed + 1000)
     world = World(seed, num_blocks=24)

@@ -194,14 +194,14 @@ class Pipelines:
 
 @pytest.mark.parametrize("is_colocated", [False, True])
 @pytest.mark.parametrize("num_stages", [1, 3])
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.seeds(15)
 def test_everybody_ends_and_every_block_returns(seed: int, num_stages: int, is_colocated: bool) -> None:
     everybody_ends(Pipelines(seed, num_blocks=24, num_stages=num_stages, is_colocated=is_colocated), seed)
 
 
 @pytest.mark.parametrize("is_colocated", [False, True])
 @pytest.mark.parametrize("mode", ["on", "auto"])
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.seeds(15)
 def test_a_device_that_holds_two_sequences_serves_all(seed: int, mode: str, is_colocated: bool) -> None:
     device = DeviceTier(mode, 3, num_blocks=24, block_copy_s=0.0)
     pipelines = Pipelines(seed, num_blocks=72, num_stages=3, is_colocated=is_colocated, device=device)

@@ -241,7 +241,7 @@ def inject(world: WholeSystem, fault: str) -> None:
         world.lose_store(sorted(world.stores)[0])
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.seeds(60)
 def test_every_request_ends_once_with_its_tokens(seed: int) -> None:
     simulate(seed)
 
