@@ -12,7 +12,6 @@ depend on n and n_s = 2 n_r, this is the paper's 2 N t >= sum over N steps of ma
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ CLEAR_LOSS = 0.8
 """A trial ends early where it is so much worse, or where the transfers alone take too long."""
 MIN_GROWTH = 1.2
 """By so much microbatches must grow for a loss to count against swapping."""
-FIRST_PAUSE_STEPS = 1024
+FIRST_PAUSE_STEPS = 256
 """For so many steps swapping is not tried again after it lost, then for twice as many."""
 MAX_PAUSE_STEPS = 1 << 16
 
@@ -41,22 +40,28 @@ class StepTimes:
 
     def __init__(self) -> None:
         self.num_samples = 0
-        self._recent: dict[int, float] = {}
+        self._recent: dict[int, tuple[float, float]] = {}
+        """mean period and its weight in samples, by number of sequences"""
 
     def add(self, num_sequences: int, period_s: float) -> None:
-        """One observation."""
+        """One observation: as much as each one before it at first, later `WEIGHT` of all."""
         self.num_samples += 1
-        before_s = self._recent.get(num_sequences, period_s)
-        self._recent[num_sequences] = before_s + (period_s - before_s) * WEIGHT
+        mean_s, weight = self._recent.get(num_sequences, (period_s, 0.0))
+        weight = min(weight + 1.0, 1.0 / WEIGHT)
+        self._recent[num_sequences] = (mean_s + (period_s - mean_s) / weight, weight)
 
     def predict(self, num_sequences: float) -> float:
-        """Least squares, never falling; constant where only one n was seen. Raises `ValueError` before the first
-        observation."""
-        mean_s = statistics.fmean(self._recent.values())
-        if len(self._recent) == 1:
+        """Weighted least squares, never falling; constant where only one n was seen. Raises `ZeroDivisionError` before
+        the first observation."""
+        points = [(n, mean_s, weight) for n, (mean_s, weight) in self._recent.items()]
+        total = sum(weight for _, _, weight in points)
+        mean_n = sum(n * weight for n, _, weight in points) / total
+        mean_s = sum(period_s * weight for _, period_s, weight in points) / total
+        variance = sum((n - mean_n) ** 2 * weight for n, _, weight in points)
+        if not variance:
             return mean_s
-        slope, at_zero_s = statistics.linear_regression(self._recent.keys(), self._recent.values())
-        return at_zero_s + slope * num_sequences if slope > 0 else mean_s
+        covariance = sum((n - mean_n) * (period_s - mean_s) * weight for n, period_s, weight in points)
+        return mean_s + max(0.0, covariance / variance) * (num_sequences - mean_n)
 
 
 @dataclass(frozen=True, slots=True)

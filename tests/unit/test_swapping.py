@@ -167,6 +167,15 @@ def test_step_times() -> None:
     assert times.predict(16) == pytest.approx(5.0), "what was measured for other sizes is not forgotten"
 
 
+def test_one_odd_step_decides_nothing() -> None:
+    times = StepTimes()
+    for period_s in (1.0, *[0.1] * 23):
+        times.add(8, period_s)
+    assert times.predict(8) < 0.15
+    times.add(10, 2.0)
+    assert times.predict(8) < 0.25, "a size that was seen once hardly counts"
+
+
 def test_a_tier_needs_all_stages() -> None:
     one, two = StageReady(1, 0, 100, 20, 1e-5), StageReady(1, 1, 100, 16, 2e-5)
     tier = device_tier("auto", [one, two])
