@@ -68,6 +68,12 @@ class PromptStage(StageService):
     async def member_lost(self, record: MemberRecord) -> None:
         if record.role == "cache_store":
             await self._pulls.store_lost(record.name)
+        elif record.role == "token_stage" and self._scheduler is not None:
+            pipeline = self.records.get(str(record.pipeline))
+            if pipeline is not None and any(stage.incarnation == record.incarnation for stage in pipeline.stages):
+                # its next epoch asks again for what this one was granted
+                self._carry_out(self._scheduler.cancel_older(pipeline.pipeline, pipeline.epoch + 1))
+                self.pump()
 
     async def quiesce(self) -> None:
         await self._pulls.idle()

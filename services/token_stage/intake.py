@@ -88,6 +88,18 @@ class Intake(SequenceTable):
         sequence.awaits_writers = False
         return [Fail(sequence_id, error), *self.cancel(sequence_id)]
 
+    # ------------------------------------------------------------ our own stages
+
+    def stage_lost(self, incarnation: str) -> None:
+        """A stage of ours is dead. Until the next epoch, or until it is back, no prompt could be handed off: nothing is
+        granted, or prompts would be computed again and again, in vain."""
+        self._missing_stages.add(incarnation)
+
+    def stage_back(self, incarnation: str) -> list[Action]:
+        """It had been taken for dead, and lives."""
+        self._missing_stages.discard(incarnation)
+        return self._grant_waiting()
+
     # ------------------------------------------------------------ prompt pipelines
 
     def first_token(self, sequence_id: str, attempt: int, drawn: Drawn) -> list[Action]:
@@ -127,6 +139,8 @@ class Intake(SequenceTable):
         actions: list[Action] = []
         if len(sequence.ended_writers) == num_stages:
             sequence.awaits_writers = False
+            # the driver, one of them, would have sent the token before: the prompt was given up
+            failed = failed or sequence.first is None
         if failed and sequence.phase is Phase.PREFILLING:
             actions = self._restart(sequence)
         self._release_if_untouched(sequence)
@@ -254,7 +268,7 @@ class Intake(SequenceTable):
     def _grant_waiting(self) -> list[Action]:
         """Lends blocks to queued sequences, oldest first, while they fit beside a reserve for the running."""
         actions: list[Action] = []
-        if not self.replication.is_settled:
+        if self._missing_stages or not self.replication.is_settled:
             return actions
         for sequence in sorted(self._waiting.values(), key=lambda sequence: sequence.arrival):
             if sequence.is_orphan:

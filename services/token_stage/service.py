@@ -194,6 +194,8 @@ class TokenStage(StageService):
     async def member_joined(self, record: MemberRecord) -> None:
         if record.role == "router":
             self._report_orphans(record.name, record.name)
+        if self._is_ours(record) and self._scheduler is not None:
+            self._carry_out(self._scheduler.stage_back(record.incarnation))
         if record.role != "cache_store":
             return
         await self._pulls.store_joined(record)
@@ -210,7 +212,13 @@ class TokenStage(StageService):
             self._carry_out(self._scheduler.store_lost(record.name))
         elif record.role == "router":
             self._router_lost(self._scheduler, Sender(record.name, record.incarnation))
+        elif self._is_ours(record):
+            self._scheduler.stage_lost(record.incarnation)
         self.pump()
+
+    def _is_ours(self, member: MemberRecord) -> bool:
+        """Whether it is a stage of our pipeline in this epoch."""
+        return self.record is not None and any(s.incarnation == member.incarnation for s in self.record.stages)
 
     def _router_lost(self, scheduler: TokenScheduler, router: Sender) -> None:
         """Nobody reads the tokens of its sequences: they wait for its successor, whom its clients ask to go on."""

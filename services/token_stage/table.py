@@ -58,6 +58,8 @@ class SequenceTable:
         """the same, by what a request's next router will ask for"""
         self._finished: OrderedDict[str, Sequence] = OrderedDict()
         """the last that finished, by key: their routers may have died before they passed on the end"""
+        self._missing_stages: set[str] = set()
+        """incarnations of stages of ours that are dead"""
         self._waiting: dict[str, Sequence] = {}
         self._ready: OrderedDict[str, Sequence] = OrderedDict()
         self._prefilling: dict[str, Sequence] = {}

@@ -160,9 +160,8 @@ class TwoPipelines(World):
             self.wire.remove(picked)
             self.deliver(*picked)
             return
-        if kind in ("kv_confirmed", "prefill", "cancel_prefill"):  # these keep their order
-            kinds = ("kv_confirmed",) if kind == "kv_confirmed" else ("prefill", "cancel_prefill")
-            picked = next(each for each in self.wire if each[0] in kinds)
+        if (sent := _way(*picked)) is not None:
+            picked = next(each for each in self.wire if _way(*each) == sent)
         self.wire.remove(picked)
         kind, (epoch, *rest) = picked
         if kind == "prompt_pull":
@@ -177,6 +176,15 @@ class TwoPipelines(World):
             self.prompt_actions(self.prompt.cancel(*rest))  # type: ignore[arg-type]
         elif epoch == self.epoch:
             self.carry_out(getattr(self.token, kind)(*rest))
+
+
+def _way(kind: str, arguments: tuple[object, ...]) -> str | None:
+    """Messages of the same way keep their order; None: those that may overtake all others."""
+    if kind in ("prefill", "cancel_prefill"):
+        return "to the prompt driver"
+    if kind == "first_token" or (kind == "handoff_ended" and arguments[3] == 0):
+        return "from the prompt driver"
+    return "from the token stages" if kind == "kv_confirmed" else None
 
 
 def run_one(world: TwoPipelines, draws: random.Random) -> bool:

@@ -90,6 +90,11 @@ class WholeSystem(TwoPipelines):
                 if not client.outcome:
                     self.from_clients.append((self.router.name, name))
 
+    def lose_token_stage(self) -> None:
+        """Its death is known; the next epoch is still to come."""
+        self.token.stage_lost("1")
+        self.prompt_actions(self.prompt.cancel_older("token-0", self.epoch + 1))
+
     def begin_epoch(self) -> None:
         super().begin_epoch()
         self.audience.clear()
@@ -230,15 +235,23 @@ class WholeSystem(TwoPipelines):
         return bool(possible)
 
 
-def inject(world: WholeSystem, fault: str) -> None:
-    if fault == "prompt":
-        world.lose_prompt_pipeline()
-    elif fault == "token":
-        world.begin_epoch()
-    elif fault == "router":
-        world.new_router()
-    elif world.stores:
-        world.lose_store(sorted(world.stores)[0])
+def inject(world: WholeSystem, fault: str) -> list[str]:
+    """What must follow on it some time later."""
+    match fault:
+        case "prompt":
+            world.lose_prompt_pipeline()
+        case "token":
+            world.lose_token_stage()
+            return [world.draws.choice(["epoch", "epoch", "back"])]
+        case "epoch":
+            world.begin_epoch()
+        case "back":
+            world.carry_out(world.token.stage_back("1"))
+        case "router":
+            world.new_router()
+        case _ if world.stores:
+            world.lose_store(sorted(world.stores)[0])
+    return []
 
 
 @pytest.mark.seeds(60)
@@ -258,7 +271,7 @@ def simulate(seed: int) -> WholeSystem:
         if world.clients and draws.random() < 0.002:
             world.leave(draws.choice(sorted(world.clients)))
         if faults and draws.random() < 0.01:
-            inject(world, faults.pop())
+            faults += inject(world, faults.pop())
         happened = world.one_of_ours() if draws.random() < 0.5 else run_one(world, draws)
         if not happened and not world.one_of_ours() and not run_one(world, draws):
             world.let_time_pass()
