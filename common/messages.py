@@ -197,12 +197,14 @@ class CancelPrefill(msgspec.Struct, frozen=True, array_like=True, tag="cancel_pr
 
 
 class FirstToken(msgspec.Struct, frozen=True, array_like=True, tag="first_token"):
-    """Prompt driver to token driver: the token that the prefill drew."""
+    """Prompt driver to token driver: the token that the prefill drew; so many tokens were computed for it, the others'
+    KV was there."""
 
     epoch: int
     sequence_id: str
     attempt: int
     drawn: Drawn
+    num_computed: int
 
 
 class KvArrived(msgspec.Struct, frozen=True, array_like=True, tag="kv_arrived"):

@@ -73,14 +73,17 @@ class Handoffs:
             self._writer.submit(span, local_layer)
 
     def spans(self, step: Step, sequences: Mapping[str, StageSequence]) -> list[HandoffSpan]:
-        """What a step's chunks hand off."""
+        """What a step's chunks hand off; a sequence's first one with everything that was in our pool before."""
         spans = []
+        opened_now = {opened.sequence_id for opened in step.opens}
         for work in step.chunks:
             sequence = sequences[work.sequence_id]
             handoff = sequence.opened.handoff
             if handoff is None or handoff.epoch < self.epoch_of(handoff.pipeline):
                 continue  # nobody waits for it
-            start, end = max(work.start, handoff.start), work.start + work.num_tokens
+            is_first = work.sequence_id in opened_now
+            start = handoff.start if is_first else max(work.start, handoff.start)
+            end = work.start + work.num_tokens
             if start >= end:
                 continue  # the token stages have it already
             spans.append(

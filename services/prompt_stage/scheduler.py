@@ -1,17 +1,20 @@
 """The driver of a prompt pipeline decides here (pure): which prompts get blocks, what the next chunk computes.
 
 A prompt's blocks are its own from its open to its close; every stage finishes the hand-off of a sequence when it
-sees the close, before anything later in the same step can overwrite the blocks.
+sees the close, before anything later in the same step can overwrite the blocks. What was computed stays there until the
+blocks are needed (`Retained`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.kv.blocks import BlockAllocator
 from common.messages import ChunkWork, Drawn, Prefill, SequenceOpen, Step
+from common.replica_messages import replica_key
 from common.stage.prefill_plan import PendingPrompt, plan_chunk
+from services.prompt_stage.retained import ID_BYTES, Kept, Retained
 
 Key = tuple[str, int]
 
@@ -24,11 +27,21 @@ class PromptSequence:
     num_tokens: int
     arrival: int
     num_scheduled: int = 0
+    num_computed: int = 0
+    """so many of its first tokens have KV in all stages' pools"""
+    num_found: int = 0
+    """... and of so many it was there before"""
     num_in_flight: int = 0
     num_pulls: int = 0
     """stages that are copying the beginning out of a store"""
     is_open: bool = False
     is_cancelled: bool = False
+    lease: int = -1
+    blocks: list[int] = field(default_factory=list)
+    request_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.request_id = replica_key(self.prefill.sequence_id).rpartition("/")[0]
 
     @property
     def key(self) -> Key:
@@ -37,10 +50,11 @@ class PromptSequence:
 
 @dataclass(frozen=True, slots=True)
 class DeliverFirst:
-    """The prefill is complete and drew a token."""
+    """The prefill is complete and drew a token, after `num_computed` tokens that nobody had computed."""
 
     prefill: Prefill
     drawn: Drawn
+    num_computed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +88,8 @@ class PromptScheduler:
         self._chunk_tokens = chunk_tokens
         self._waiting: OrderedDict[Key, PromptSequence] = OrderedDict()
         self._running: dict[str, PromptSequence] = {}
-        self._lent: dict[str, list[int]] = {}
+        self._retained = Retained()
+        self._num_leases = 0
         self._flying: dict[int, tuple[Step, tuple[PromptSequence, ...]]] = {}
         self._opens: list[SequenceOpen] = []
         self._closes: list[str] = []
@@ -86,9 +101,14 @@ class PromptScheduler:
         """Blocks in all, free, and withdrawn because somebody might still use them."""
         return {
             "total": self._num_blocks,
-            "free": self.allocator.num_free,
+            "free": self.num_free,
             "quarantined": self.allocator.num_quarantined,
         }
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that a prompt could get, those of retained ones included."""
+        return self.allocator.num_free + self._retained.num_blocks
 
     @property
     def num_waiting(self) -> int:
@@ -135,7 +155,9 @@ class PromptScheduler:
             return []
         sequence.num_pulls -= 1
         if not intact:
-            sequence.num_scheduled = 0
+            sequence.num_scheduled = sequence.num_found = 0
+        if not sequence.num_pulls:
+            sequence.num_computed = sequence.num_scheduled
         return self._close_if_idle(sequence) if sequence.is_cancelled else []
 
     def step_done(self, step: int, drawn: list[Drawn]) -> list[Action]:
@@ -145,9 +167,10 @@ class PromptScheduler:
         actions: list[Action] = []
         for chunk, sequence in zip(done.chunks, sequences, strict=True):
             sequence.num_in_flight -= 1
+            sequence.num_computed = chunk.start + chunk.num_tokens
             token = next(draws) if chunk.draws else None
             if token is not None and not sequence.is_cancelled:
-                actions.append(DeliverFirst(sequence.prefill, token))
+                actions.append(DeliverFirst(sequence.prefill, token, sequence.num_tokens - sequence.num_found))
                 sequence.is_cancelled = True  # nothing is left to do but to close it
             if sequence.is_cancelled:
                 actions += self._close_if_idle(sequence)
@@ -189,7 +212,7 @@ class PromptScheduler:
                     prefill.num_prompt_tokens,
                     prefill.token_ids,
                     prefill.params,
-                    self._lent[prefill.sequence_id],
+                    sequence.blocks,
                     prefill.handoff,
                 )
             )
@@ -201,30 +224,69 @@ class PromptScheduler:
 
     def _start_waiting(self) -> None:
         """First come, first served for memory: a big prompt at the head waits for room, none overtakes it."""
-        while self._waiting:
-            key, sequence = next(iter(self._waiting.items()))
-            needed = -(-sequence.num_tokens // self._block_size)
+        started: list[Key] = []
+        computing = {sequence.request_id: sequence for sequence in self._running.values()}
+        for key, sequence in self._waiting.items():
             if sequence.prefill.sequence_id in self._running:
-                return  # its previous attempt is still being closed
-            blocks = self.allocator.allocate(sequence.prefill.sequence_id, needed, needed)
-            if blocks is None:
-                return
+                break  # its previous attempt is still being closed
+            other = computing.get(sequence.request_id)
+            if other is not None and other.prefill.token_ids == sequence.prefill.token_ids:
+                continue  # another choice, whose KV will be found
+            if not self._find_room(sequence):
+                break
+            started.append(key)
+            computing[sequence.request_id] = self._running[sequence.prefill.sequence_id] = sequence
+        for key in started:
             del self._waiting[key]
-            self._lent[sequence.prefill.sequence_id] = list(blocks)
-            self._running[sequence.prefill.sequence_id] = sequence
-            held = sequence.prefill.held
-            if held is not None:
-                sequence.num_pulls, sequence.num_scheduled = self._num_stages, held.num_tokens
-                self._pulls.append(PullHeld(sequence.prefill, list(blocks)))
+
+    def _find_room(self, sequence: PromptSequence) -> bool:
+        """Lends the blocks, with what lies in them already: left there by its request, or to be copied from a store."""
+        prefill, needed = sequence.prefill, -(-sequence.num_tokens // self._block_size)
+        found = self._retained.take(sequence.request_id, prefill.token_ids)
+        kept, num_found = found or (None, 0)
+        sequence.lease, sequence.blocks = (self._num_leases, []) if kept is None else (kept.lease, list(kept.blocks))
+        if not self._grow(sequence, needed):
+            if kept is not None:
+                self._retained.keep(kept)
+            return False
+        self._num_leases += kept is None
+        num_held = 0 if prefill.held is None else prefill.held.num_tokens
+        # the last token is computed again, for what it leads to
+        sequence.num_found = sequence.num_scheduled = max(min(num_found, sequence.num_tokens - 1), num_held)
+        if num_held > num_found:
+            sequence.num_pulls = self._num_stages
+            self._pulls.append(PullHeld(prefill, list(sequence.blocks)))
+        else:
+            sequence.num_computed = sequence.num_scheduled
+        return True
+
+    def _grow(self, sequence: PromptSequence, needed: int) -> bool:
+        """Gives a sequence the blocks that it lacks, if need be those of retained prompts."""
+        missing = needed - len(sequence.blocks)
+        if missing > self.num_free:
+            return False
+        if missing <= 0:
+            return True
+        while missing > self.allocator.num_free and (oldest := self._retained.take_oldest()) is not None:
+            self.allocator.release(oldest.lease)
+        more = (
+            self.allocator.extend(sequence.lease, missing)
+            if sequence.blocks
+            else self.allocator.allocate(sequence.lease, missing, missing)
+        )
+        sequence.blocks += more or []
+        return more is not None
 
     def _close_if_idle(self, sequence: PromptSequence) -> list[Action]:
         if sequence.num_in_flight or sequence.num_pulls:
             return []
-        sequence_id = sequence.prefill.sequence_id
-        del self._running[sequence_id]
-        del self._lent[sequence_id]
-        self.allocator.release(sequence_id)
+        del self._running[sequence.prefill.sequence_id]
+        if sequence.num_computed:
+            token_ids = sequence.prefill.token_ids[: ID_BYTES * sequence.num_computed]
+            self._retained.keep(Kept(sequence.lease, sequence.request_id, sequence.blocks, token_ids))
+        else:
+            self.allocator.release(sequence.lease)
         if not sequence.is_open:
             return [NeverStarted(sequence.prefill)]
-        self._closes.append(sequence_id)
+        self._closes.append(sequence.prefill.sequence_id)
         return []

@@ -181,8 +181,9 @@ class PromptStage(StageService):
                 continue
             driver, epoch = record.stages[0].name, record.epoch
             match action:
-                case DeliverFirst(_, drawn):
-                    self.peers.send(driver, FirstToken(epoch, prefill.sequence_id, prefill.attempt, drawn))
+                case DeliverFirst(_, drawn, num_computed):
+                    first = FirstToken(epoch, prefill.sequence_id, prefill.attempt, drawn, num_computed)
+                    self.peers.send(driver, first)
                 case NeverStarted():
                     for stage in range(self.options.num_stages):
                         self.peers.send(

@@ -20,6 +20,9 @@ from services.token_stage.sequence import (
 )
 from services.token_stage.table import SequenceTable
 
+MAX_LOCAL_TOKENS = 32
+"""What a replica lacks is computed in the token pipeline itself up to so many tokens: more would hold up the others."""
+
 
 class Intake(SequenceTable):
     """Events of queued and prefilling sequences; each returns what there is to do."""
@@ -102,11 +105,13 @@ class Intake(SequenceTable):
 
     # ------------------------------------------------------------ prompt pipelines
 
-    def first_token(self, sequence_id: str, attempt: int, drawn: Drawn) -> list[Action]:
-        """The prompt pipeline drew the next token; it is delivered now and decoding starts with the KV."""
+    def first_token(self, sequence_id: str, attempt: int, drawn: Drawn, num_computed: int) -> list[Action]:
+        """The prompt pipeline drew the next token, for which it computed so many; it is delivered now and decoding
+        starts with the KV."""
         sequence = self._current(sequence_id, attempt)
         if sequence is None or sequence.first is not None:
             return []
+        self.num_recomputed += max(0, sequence.num_lost - (len(sequence.tokens) - num_computed))
         sequence.first = drawn
         actions = self._append(sequence, drawn)
         return [*actions, *self._start_decoding_if_complete(sequence), *self._grant_waiting()]
@@ -239,14 +244,14 @@ class Intake(SequenceTable):
         return self._go_on_behind(sequence, sequence.replica)
 
     def _go_on_behind(self, sequence: Sequence, held: HeldReplica) -> list[Action]:
-        """What a replica lacks is computed here, unless it is so much that it would hold up the others."""
+        """What a replica lacks is computed here if it is little."""
         start = min(held.num_tokens, len(sequence.tokens) - 1)
         sequence.num_computed = sequence.num_scheduled = start
         sequence.confirmed = [start] * self._num_layers
         self.num_recoveries += 1
-        self.num_recomputed += max(0, sequence.num_lost - start)
         self.replication.restored(sequence, sequence.source)
-        if self._is_colocated or len(sequence.tokens) - start <= self._chunk_tokens:
+        if self._is_colocated or len(sequence.tokens) - start <= MAX_LOCAL_TOKENS:
+            self.num_recomputed += max(0, sequence.num_lost - start)
             self._prefilling[sequence.sequence_id] = sequence
             return []
         return [self._grant(sequence, held)]
@@ -305,8 +310,8 @@ class Intake(SequenceTable):
     def _prefill(self, sequence: Sequence) -> list[Action]:
         """Its KV is computed from token 0."""
         sequence.source, sequence.replica = "", None
-        self.num_recomputed += sequence.num_lost
         if self._is_colocated:
+            self.num_recomputed += sequence.num_lost
             self._prefilling[sequence.sequence_id] = sequence
             return []
         return [self._grant(sequence)]

@@ -174,9 +174,9 @@ class TokenStage(StageService):
                 ours = self._audience.called(sequence_id)
                 if ours is not None:
                     self._cancel(scheduler, ours)
-            case FirstToken(epoch, sequence_id, attempt, drawn):
+            case FirstToken(epoch, sequence_id, attempt, drawn, num_computed):
                 if self.accepts(epoch):
-                    self._carry_out(scheduler.first_token(sequence_id, attempt, drawn))
+                    self._carry_out(scheduler.first_token(sequence_id, attempt, drawn, num_computed))
             case KvConfirmed(epoch, sequence_id, attempt, layers, start, count, intact):
                 if self.accepts(epoch):
                     tokens = (start, start + count)

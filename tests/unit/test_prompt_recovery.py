@@ -97,6 +97,7 @@ class TwoPipelines(World):
         step = self.prompt_flying.popleft()
         for sequence_id in step.closes:
             self.end_writing(self.prompt_table.pop(sequence_id)[0])
+        opened_now = {opened.sequence_id for opened in step.opens}
         for opened in step.opens:
             prefill = self.prefills[opened.sequence_id]
             self.prompt_table[opened.sequence_id] = (prefill, list(opened.blocks))
@@ -110,7 +111,8 @@ class TwoPipelines(World):
             for position in range(chunk.start, end):
                 self.prompt_pool[slot(blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
             self.num_prompt_tokens += chunk.num_tokens
-            self.hand_off(prefill, tokens, (max(chunk.start, prefill.handoff.start), end))
+            start = 0 if chunk.sequence_id in opened_now else chunk.start
+            self.hand_off(prefill, tokens, (max(start, prefill.handoff.start), end))
             if chunk.draws:
                 drawn.append(Drawn(next_token(tokens)))
         self.prompt_actions(self.prompt.step_done(step.step, drawn))
@@ -132,7 +134,7 @@ class TwoPipelines(World):
         for action in actions:
             prefill = action.prefill
             if isinstance(action, DeliverFirst):
-                first = (prefill.handoff.epoch, prefill.sequence_id, prefill.attempt, action.drawn)
+                first = (prefill.handoff.epoch, prefill.sequence_id, prefill.attempt, action.drawn, action.num_computed)
                 self.wire.append(("first_token", first))
             elif isinstance(action, NeverStarted):
                 self.end_writing(prefill)
@@ -228,7 +230,7 @@ def test_whatever_dies_every_token_is_right(seed: int) -> None:
                 break
     assert world.ended == set(world.requests)
     assert world.token.allocator.num_free == 40
-    assert world.prompt.allocator.num_free == NUM_PROMPT_BLOCKS
+    assert world.prompt.num_free == NUM_PROMPT_BLOCKS
 
 
 def inject(world: TwoPipelines, fault: str) -> None:

@@ -130,7 +130,8 @@ class Pipelines:
             assert chunk.start + chunk.num_tokens <= len(tokens)
             if pipeline == "prompt":
                 sequence_id, attempt = self.opened[chunk.sequence_id]
-                tokens_done = (chunk.start, chunk.start + chunk.num_tokens)
+                is_first = any(opened.sequence_id == sequence_id for opened in step.opens)
+                tokens_done = (0 if is_first else chunk.start, chunk.start + chunk.num_tokens)
                 # neighbouring layers that were written together are confirmed together
                 cuts = [0, *(layer for layer in range(1, NUM_LAYERS) if self.draws.random() < 0.5), NUM_LAYERS]
                 for layers in zip(cuts, cuts[1:], strict=False):
@@ -163,7 +164,7 @@ class Pipelines:
     def _prompt_action(self, action: PromptAction) -> None:
         prefill = action.prefill
         if isinstance(action, DeliverFirst):
-            self.wire.append(("first_token", (prefill.sequence_id, prefill.attempt, action.drawn)))
+            self.wire.append(("first_token", (prefill.sequence_id, prefill.attempt, action.drawn, action.num_computed)))
         elif isinstance(action, NeverStarted):
             for stage in range(2):
                 self.wire.append(("handoff_ended", (prefill.sequence_id, prefill.attempt, stage, 2, False)))
@@ -173,6 +174,8 @@ class Pipelines:
         picked = self.wire[self.draws.randrange(len(self.wire))]
         if picked[0] == "kv_confirmed":
             picked = next(each for each in self.wire if each[0] == picked[0] and each[1][:2] == picked[1][:2])
+        elif _is_from_driver(*picked):
+            picked = next(each for each in self.wire if _is_from_driver(*each))
         self.wire.remove(picked)
         kind, arguments = picked
         if kind == "prefill":
@@ -190,6 +193,10 @@ class Pipelines:
     @property
     def is_idle(self) -> bool:
         return not self.wire and not any(self.flying.values())
+
+
+def _is_from_driver(kind: str, arguments: tuple[object, ...]) -> bool:
+    return kind == "first_token" or (kind == "handoff_ended" and arguments[2] == 0)
 
 
 @pytest.mark.parametrize("is_colocated", [False, True])
@@ -246,7 +253,7 @@ def everybody_ends(pipelines: Pipelines, seed: int) -> None:
             break
     assert set(pipelines.ended) == set(pipelines.requests)
     assert pipelines.token.allocator.num_free == num_blocks
-    assert pipelines.prompt.allocator.num_free == num_blocks
+    assert pipelines.prompt.num_free == num_blocks
     for name, reason in pipelines.ended.items():
         if reason == "length":
             assert len(pipelines.outputs[name]) == pipelines.requests[name][1].max_tokens

@@ -283,7 +283,7 @@ def simulate(seed: int) -> WholeSystem:
             assert all(len(ids) == client.params.max_tokens for ids in client.delivered)
     assert len(world.router.requests.ledger) == 0
     assert world.token.allocator.num_free == NUM_BLOCKS
-    assert world.prompt.allocator.num_free == NUM_PROMPT_BLOCKS
+    assert world.prompt.num_free == NUM_PROMPT_BLOCKS
     return world
 
 
