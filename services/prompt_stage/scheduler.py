@@ -89,6 +89,7 @@ class PromptScheduler:
         self._waiting: OrderedDict[Key, PromptSequence] = OrderedDict()
         self._running: dict[str, PromptSequence] = {}
         self._retained = Retained()
+        self._num_found_tokens = 0
         self._num_leases = 0
         self._flying: dict[int, tuple[Step, tuple[PromptSequence, ...]]] = {}
         self._opens: list[SequenceOpen] = []
@@ -104,6 +105,10 @@ class PromptScheduler:
             "free": self.num_free,
             "quarantined": self.allocator.num_quarantined,
         }
+
+    def retained(self) -> dict[str, int]:
+        """What lies in blocks that are free for others, and how much of such was of use."""
+        return {"blocks": self._retained.num_blocks, "found_tokens": self._num_found_tokens}
 
     @property
     def num_free(self) -> int:
@@ -250,6 +255,7 @@ class PromptScheduler:
                 self._retained.keep(kept)
             return False
         self._num_leases += kept is None
+        self._num_found_tokens += num_found
         num_held = 0 if prefill.held is None else prefill.held.num_tokens
         # the last token is computed again, for what it leads to
         sequence.num_found = sequence.num_scheduled = max(min(num_found, sequence.num_tokens - 1), num_held)

@@ -217,6 +217,7 @@ class PromptStage(StageService):
         }
         if self._scheduler is not None:
             stats["kv_blocks"] = self._scheduler.kv_blocks()
+            stats["retained"] = self._scheduler.retained()
             stats["sequences"] = {
                 "running": self._scheduler.num_running,
                 "waiting": self._scheduler.num_waiting,

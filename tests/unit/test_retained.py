@@ -42,6 +42,7 @@ def test_choices_of_a_request_share_its_prompt() -> None:
     assert num_computed(steps) == len(PROMPT) + 2, "the last token, for what it leads to"
     assert [each.num_computed for each in first] == [len(PROMPT), 1, 1]
     assert prompts.num_free == 40 > prompts.allocator.num_free
+    assert prompts.retained() == {"blocks": 10, "found_tokens": 2 * len(PROMPT)}
 
 
 def test_a_sequence_that_comes_again_goes_on_where_it_was() -> None:
