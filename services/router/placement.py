@@ -28,9 +28,11 @@ class Placement:
     prompt_pipeline: str
 
 
-def place(pipelines: Iterable[PipelineView], num_prompt_tokens: int, home: str = "") -> Placement | None:
+def place(
+    pipelines: Iterable[PipelineView], num_prompt_tokens: int, home: str = "", known: str = ""
+) -> Placement | None:
     """The least loaded pair of ready pipelines, or None while there is none. A sequence that already lives in the
-    pipeline `home` goes on there."""
+    pipeline `home` goes on there; the prompt pipeline `known` has computed its prompt before, or does so now."""
     views = [view for view in pipelines if view.is_ready]
     able = (view for view in views if view.role == "token_stage")
     token = min(able, key=lambda v: (v.name != home, v.load_tokens, v.name), default=None)
@@ -39,7 +41,7 @@ def place(pipelines: Iterable[PipelineView], num_prompt_tokens: int, home: str =
     if token.is_colocated:
         return Placement(token.name, "")
     fitting = [v for v in views if v.role == "prompt_stage" and v.capacity_tokens >= num_prompt_tokens]
-    prompt = min(fitting, key=lambda v: (v.load_tokens, v.name), default=None)
+    prompt = min(fitting, key=lambda v: (v.name != known, v.load_tokens, v.name), default=None)
     return None if prompt is None else Placement(token.name, prompt.name)
 
 

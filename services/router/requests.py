@@ -244,7 +244,8 @@ class Requests:
         self._unload(choice)
         home = self._homes.pop(replica_key(choice.sequence_id), "")
         may_live = bool(choice.delivered and self._awaited) and not home
-        placement = place(self.pipelines.values(), len(request.prompt_ids) + len(choice.delivered), home)
+        known = choice.prompt_pipeline or request.choices[0].prompt_pipeline
+        placement = place(self.pipelines.values(), len(request.prompt_ids) + len(choice.delivered), home, known)
         if placement is None or may_live:
             self._unplaced[choice.sequence_id] = (request, choice)
             return

@@ -126,6 +126,21 @@ async def test_seeds_hold_alone_and_in_a_batch(system: System) -> None:
     assert alone[0].choices[0].token_ids != alone[0].choices[1].token_ids
 
 
+async def test_choices_share_what_was_computed_for_their_prompt(system: System) -> None:
+    prompt = prompts(8, [150])[0]
+    async with AsyncClient(system.endpoint) as client:
+        before = found_tokens(await client.status())
+        completion = await client.generate(prompt, msgspec.structs.replace(GREEDY, n=3))
+        after = found_tokens(await client.status())
+    assert after - before == 2 * len(prompt)
+    for choice in completion.choices:
+        assert_greedy(TINY, prompt, choice.token_ids)
+
+
+def found_tokens(status: dict[str, Any]) -> int:
+    return sum(service["retained"]["found_tokens"] for service in status["services"] if "retained" in service)
+
+
 async def test_the_first_token_can_be_the_last(system: System) -> None:
     prompt = prompts(5, [30])[0]
     async with AsyncClient(system.endpoint) as client:
