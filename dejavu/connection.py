@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import secrets
+import threading
 from typing import NoReturn, cast
 
 import zmq
@@ -14,8 +17,11 @@ from dejavu import wire
 from dejavu.errors import ConfigurationError
 from dejavu.keys import protect_client
 
+logger = logging.getLogger(__name__)
+
 LINGER_MS = 200
 """How long a closed socket may still send what it has: the last `Cancel`."""
+TERMINATION_LIMIT_S = 2.0
 MAX_WAITING_MESSAGES = 100_000
 """In either direction. Large, so that a user who blocks the event loop for some seconds loses no token."""
 
@@ -82,3 +88,26 @@ class Connection:
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=LINGER_MS)
+
+
+async def terminate(context: zmq.asyncio.Context) -> None:
+    """Returns when the context's sockets, all closed, have sent what they may and its threads have ended.
+
+    After `TERMINATION_LIMIT_S` they are left behind: libzmq has been seen to wait for ever for sockets that had a
+    monitor (zeromq/libzmq#1279), and nobody's program should hang for that.
+    """
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def wait() -> None:
+        context.term()
+        with contextlib.suppress(RuntimeError):  # the loop did not wait for us and is closed
+            loop.call_soon_threadsafe(ended.set)
+
+    # not one of the loop's own threads: Python would wait for it before it exits
+    threading.Thread(target=wait, name="dejavu-termination", daemon=True).start()
+    try:
+        async with asyncio.timeout(TERMINATION_LIMIT_S):
+            await ended.wait()
+    except TimeoutError:
+        logger.warning("libzmq did not let go of its sockets within %g s: left behind", TERMINATION_LIMIT_S)

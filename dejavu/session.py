@@ -16,7 +16,7 @@ import msgspec
 import zmq.asyncio
 
 from dejavu import wire
-from dejavu.connection import Connection, RouterLost
+from dejavu.connection import Connection, RouterLost, terminate
 from dejavu.endpoints import RouterList
 from dejavu.errors import (
     DejavuError,
@@ -85,7 +85,7 @@ class Session:
         self._is_closing = True
         task.cancel()
         await asyncio.wait([task])
-        await asyncio.to_thread(context.term)
+        await terminate(context)
         if not task.cancelled():
             task.result()
 
@@ -255,10 +255,12 @@ class Session:
             try:
                 message = await connection.receive()
             except msgspec.DecodeError as error:
-                # asking again would bring the same: better an error than an endless loop
                 reason = f"malformed message: {error}"
-                for live in list(self._live.values()):
-                    self._fail(live, ProtocolError(reason))
+                # from whom requests were sent to, asking again would bring the same: better an error than an endless
+                # loop. Before the welcome it may be anybody, on a dead router's port even this socket itself
+                if connection.is_welcome.is_set():
+                    for live in list(self._live.values()):
+                        self._fail(live, ProtocolError(reason))
                 raise RouterLost(reason) from error
             self._handle(connection, message)
 

@@ -8,6 +8,8 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+import zmq
+import zmq.asyncio
 
 from dejavu import AsyncClient, Client, SamplingParams
 from dejavu.endpoints import DEFAULT_ENDPOINT, RouterList, find_endpoints
@@ -367,3 +369,21 @@ def test_router_list_tries_the_preferred_first_then_in_turn() -> None:
     assert [routers.next(), routers.next(), len(routers)] == ["c", "a", 3]
     routers.learn(["b"])
     assert sorted(routers) == ["a", "b"]
+
+
+async def test_nonsense_on_a_dead_router_s_port_harms_no_request() -> None:
+    """Somebody else has its port for a while: requests wait for the router."""
+    async with FakeRouter(begin_story) as router, AsyncClient(router.endpoint, outage_limit_s=30) as client:
+        tokens = client.stream("Tell", SamplingParams(max_tokens=5))
+        async with aclosing(tokens):
+            assert (await anext(tokens)).id == 10
+            router.close()
+            context = zmq.asyncio.Context()
+            stranger = context.socket(zmq.ROUTER)
+            stranger.bind(router.endpoint)
+            for _ in range(2):
+                peer, _ = await stranger.recv_multipart()
+                await stranger.send_multipart([peer, b"\x93nonsense"])
+            context.destroy(linger=0)
+            async with FakeRouter(tell_story, port=router.port):
+                assert [token.id async for token in tokens] == [11, 12, 13, 14]
