@@ -6,7 +6,6 @@ import http.client
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from dejavu.errors import ConfigurationError
+from deploy.ports import lasting_ports
 
 START_DEADLINE_S = 15.0
 STOP_DEADLINE_S = 5.0
@@ -64,7 +64,7 @@ class EtcdServer:
     def __init__(self, data_dir: Path, host: str = "127.0.0.1") -> None:
         self._data_dir = data_dir
         self._host = host
-        self._client_port, self._peer_port = _free_ports(2)
+        self._client_port, self._peer_port = lasting_ports(2)
         self._log = data_dir / "etcd.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -158,15 +158,3 @@ class EtcdServer:
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
         return " | ".join(lines[-3:]) or "no output"
-
-
-def _free_ports(num: int) -> list[int]:
-    """Ports of loopback that are free now (all reserved at once, so that they differ)."""
-    sockets = [socket.socket() for _ in range(num)]
-    try:
-        for reserved in sockets:
-            reserved.bind(("127.0.0.1", 0))
-        return [int(reserved.getsockname()[1]) for reserved in sockets]
-    finally:
-        for reserved in sockets:
-            reserved.close()

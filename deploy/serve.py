@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from deploy.etcd_server import EtcdServer
 from deploy.layout import Place, ServiceCommand, plan_services
 from deploy.obituary import Obituaries
 from deploy.options import ROOT, ServeOptions, bind_error, check_memory, parse_options
+from deploy.ports import lasting_ports
 from deploy.supervisor import ServiceGaveUp, Supervisor
 
 logger = logging.getLogger("serve")
@@ -131,17 +131,11 @@ async def _missing(endpoint: str, commands: Sequence[ServiceCommand]) -> list[st
 
 def _router_ports(options: ServeOptions) -> tuple[int, ...]:
     """The first router takes --port, others any free one."""
-    reserved = [socket.socket() for _ in range(options.routers)]
+    given = [options.port] if options.port else []
     try:
-        for index, probe in enumerate(reserved):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((options.host, options.port if index == 0 else 0))
-        return tuple(int(probe.getsockname()[1]) for probe in reserved)
+        return (*given, *lasting_ports(options.routers - len(given), options.host))
     except OSError as error:
         raise bind_error(options.host, options.port, error) from error
-    finally:
-        for probe in reserved:
-            probe.close()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -37,6 +38,9 @@ STATS_WAIT_S = 0.5
 FAREWELL_S = 0.2
 """Time for the last answer to leave."""
 MAX_UNREAD_MESSAGES = 65536
+PORT_LIMIT_S = 2.0
+"""So long a port may be taken that should be ours."""
+PORT_RETRY_S = 0.1
 MAX_REPORT_S = 1.0
 """So long a new leader waits to hear which sequences of its predecessor token pipelines have."""
 
@@ -98,18 +102,7 @@ class RouterService:
 
     async def _run(self, stop: asyncio.Event) -> None:
         options = self._options
-        address = f"tcp://{options.host}:{options.port or '*'}"
-        try:
-            self._public = await Inbox.bind(
-                address,
-                self._on_client_frames,
-                self._on_client_gone,
-                wire.MAX_MESSAGE_BYTES,
-                MAX_UNREAD_MESSAGES,
-                CLIENTS,
-            )
-        except OSError as error:
-            raise ConfigurationError(f"cannot listen on {address}: {error.strerror}", field="port") from error
+        self._public = await self._listen(f"tcp://{options.host}:{options.port or '*'}")
         self._inbox = await Inbox.bind(f"tcp://{options.host}:*", self._on_service_frames)
         record = MemberRecord(
             name=options.name,
@@ -135,6 +128,25 @@ class RouterService:
             self._public.close()
             self._inbox.close()
             self._peers.close()
+
+    async def _listen(self, address: str) -> Inbox:
+        """Waits a little for a port that is taken: a client that kept trying it while we were dead may have met itself
+        there. Raises `ConfigurationError`."""
+        deadline_s = time.monotonic() + PORT_LIMIT_S
+        while True:
+            try:
+                return await Inbox.bind(
+                    address,
+                    self._on_client_frames,
+                    self._on_client_gone,
+                    wire.MAX_MESSAGE_BYTES,
+                    MAX_UNREAD_MESSAGES,
+                    CLIENTS,
+                )
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline_s:
+                    raise ConfigurationError(f"cannot listen on {address}: {error.strerror}", field="port") from error
+            await asyncio.sleep(PORT_RETRY_S)
 
     async def _live(self, etcd: EtcdClient, membership: Membership, record: MemberRecord, stop: asyncio.Event) -> None:
         options = self._options
