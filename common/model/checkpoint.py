@@ -16,6 +16,7 @@ from dejavu.errors import ConfigurationError
 
 _LAYER = re.compile(r"^((?:[a-z_]+\.)*?(?:h|layers)\.)(\d+)\.")
 _EXPERT_PART = re.compile(r"^(.*\.experts)\.(\d+)\.(w[123])\.weight$")
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RENAMED = (("embed_out.", "lm_head."), (".block_sparse_moe.", ".mlp."))
 """Names that differ between checkpoints and transformers' modules."""
 
@@ -58,10 +59,19 @@ def read_tensors(spec: ModelSpec, keys: Iterable[str]) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as stored:
                 for key in wanted:
-                    tensors[key] = stored.get_tensor(key).to(dtype)
+                    tensors[key] = _weight(path, key, stored.get_tensor(key)).to(dtype)
         except (OSError, SafetensorError) as error:
             raise ConfigurationError(f"{path}: {error}", field="model") from error
     return tensors
+
+
+def _weight(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """Refuses numbers that mean nothing without the scales of some quantisation."""
+    if tensor.dtype not in _WEIGHT_DTYPES:
+        raise ConfigurationError(
+            f"{path}: {key} is of {tensor.dtype}; quantised checkpoints are not supported", field="model"
+        )
+    return tensor
 
 
 def fuse_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from common.model.attention import current_pass
 from common.model.linear import make_linear
 from common.model.native import LANES, Kernels
 
+_WINDOWED = ("mistral", "mixtral")
+
 
 class GatedMlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
@@ -41,9 +43,7 @@ class FusedLayer(nn.Module):
         self._head_dim: int = attention.head_dim
         self._num_heads: int = attention.q_proj.out_features // attention.head_dim
         self._scale: float = attention.scaling
-        self._window: int | None = getattr(
-            attention, "sliding_window", getattr(attention.config, "sliding_window", None)
-        )
+        self._window: int | None = _window(attention)
         self._epsilon: float = layer.input_layernorm.variance_epsilon
         self._input_norm: Tensor = layer.input_layernorm.weight
         self._mlp_norm: Tensor = layer.post_attention_layernorm.weight
@@ -70,6 +70,15 @@ class FusedLayer(nn.Module):
         if added is None:
             return hidden, self._kernels.norm(hidden, weight, self._epsilon)
         return self._kernels.add_norm(hidden, added, weight, self._epsilon)
+
+
+def _window(attention: Any) -> int | None:
+    """The window as transformers' layer has it: its own where it differs by layer, else the model's in families that
+    have one. (Some Llama files carry one, too, which means nothing there.)"""
+    if hasattr(attention, "sliding_window"):
+        own: int | None = attention.sliding_window
+        return own
+    return attention.config.sliding_window if attention.config.model_type in _WINDOWED else None
 
 
 class FusedModel(nn.Module):

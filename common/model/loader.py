@@ -63,11 +63,7 @@ def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu", *,
     family = FAMILIES[spec.architecture]
     is_first, is_last = layers[0] == 0, layers[1] == spec.num_layers
     config = _stage_config(spec, layers)
-    with torch.device("meta"):
-        # BLOOM knows eager attention only, until `adapt` replaces it
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager" if family.has_alibi else ATTENTION_NAME
-        )
+    model = _empty_model(spec, config)
     base = model.base_model
     drop_parts(base, family, is_first, is_last)
     if not is_last:
@@ -90,8 +86,45 @@ def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu", *,
     return StageModel(layers, is_last, forward, model.get_output_embeddings(), slopes, kernels)
 
 
+def _empty_model(spec: ModelSpec, config: Any) -> Any:
+    """A model without memory for its parameters. Raises `ConfigurationError` for what transformers cannot build."""
+    # BLOOM knows eager attention only, until `adapt` replaces it
+    attention = "eager" if FAMILIES[spec.architecture].has_alibi else ATTENTION_NAME
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except Exception as error:  # noqa: BLE001 a value that no layer knows shows as anything, from KeyError on
+        raise _unusable(spec, error) from error
+
+
+def _unusable(spec: ModelSpec, error: Exception) -> ConfigurationError:
+    reason = " ".join(str(error).split())
+    return ConfigurationError(f"{spec.model_dir / 'config.json'}: {type(error).__name__}: {reason}", field="model")
+
+
+def _check_sizes(spec: ModelSpec, config: Any) -> None:
+    """Where config.json leaves a size out, the family has a default of its own, which the pools would not fit."""
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, ours, theirs in (
+        ("num_hidden_layers", spec.num_layers, config.num_hidden_layers),
+        ("num_key_value_heads", spec.num_kv_heads, num_kv_heads),
+        ("head_dim", spec.head_dim, head_dim),
+        ("hidden_size", spec.hidden_size, config.hidden_size),
+        ("vocab_size", spec.vocab_size, config.vocab_size),
+    ):
+        if ours != theirs:
+            file = spec.model_dir / "config.json"
+            raise ConfigurationError(f"{file}: say {name}: here it is {ours}, for transformers {theirs}", field="model")
+
+
 def _stage_config(spec: ModelSpec, layers: tuple[int, int]) -> Any:
-    config = copy.deepcopy(AutoConfig.from_pretrained(spec.model_dir, local_files_only=True, trust_remote_code=False))
+    try:
+        config = AutoConfig.from_pretrained(spec.model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 its checks raise errors of three libraries
+        raise _unusable(spec, error) from error
+    _check_sizes(spec, config)
+    config = copy.deepcopy(config)
     config.num_hidden_layers = layers[1] - layers[0]
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[layers[0] : layers[1]]

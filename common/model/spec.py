@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.model.demands import check_demands
 from dejavu.errors import ConfigurationError
 
 SUPPORTED = ("bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3")
@@ -51,11 +52,13 @@ def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
             f"{config_file}: architecture {architecture!r} is not supported; supported are {', '.join(SUPPORTED)}",
             field="model",
         )
+    check_demands(config, config_file)
     keys, digest = _read_headers(folder)
     digest.update(config_file.read_bytes())
     try:
         num_heads = int(_first(config, "num_attention_heads", "n_head"))
-        hidden_size = int(_first(config, "hidden_size", "n_embd"))
+        # BLOOM's first files call it n_embed, which then counts
+        hidden_size = int(_first(config, "n_embed", "hidden_size", "n_embd"))
         return ModelSpec(
             model_dir=folder,
             name=folder.resolve().name,
@@ -144,7 +147,10 @@ def _read_headers(folder: Path) -> tuple[dict[str, str], hashlib._Hash]:
     """Tensor names by file and a digest over all headers."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ConfigurationError(f"{index} has no weight_map", field="model")
+        files = sorted({str(name) for name in weight_map.values()})
     else:
         files = ["model.safetensors"]
     keys: dict[str, str] = {}

@@ -39,6 +39,7 @@ _OPT = _SHARED | {"ffn_dim": 128}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**_LLAMA),
     "llama-tied": LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+    "llama-stray-window": LlamaConfig(**_LLAMA, sliding_window=24),
     "llama-odd-sizes": LlamaConfig(**_LLAMA | {"intermediate_size": 90, "attention_bias": True}, head_dim=24),
     "mistral-window": MistralConfig(**_LLAMA, sliding_window=24),
     "mistral": MistralConfig(**_LLAMA, sliding_window=None),

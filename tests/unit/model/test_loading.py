@@ -155,6 +155,80 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         load_spec(tmp_path)
 
 
+def change_config(folder: Path, **changes: object) -> None:
+    """A change to None takes the field out."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*gptq"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_parameters.*spiral"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.*longrope"),
+        ({"rope_scaling": 2.0}, "rope_scaling"),
+    ],
+)
+def test_what_would_be_served_wrongly_is_refused(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ConfigurationError, match=said):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "wobble"}, r"config\.json.*wobble"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"config\.json.*factor"),
+        ({"tie_word_embeddings": "perhaps"}, r"config\.json.*tie_word_embeddings"),
+    ],
+)
+def test_what_transformers_cannot_build_is_refused(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ConfigurationError, match=said):
+        load_stage(load_spec(tmp_path), (0, 1))
+
+
+@pytest.mark.parametrize(("name", "field"), [("qwen3", "head_dim"), ("mistral", "num_key_value_heads")])
+def test_sizes_that_a_family_would_guess_must_be_said(name: str, field: str, tmp_path: Path) -> None:
+    save_checkpoint(name, tmp_path)
+    change_config(tmp_path, **{field: None})
+    with pytest.raises(ConfigurationError, match=field):
+        load_stage(load_spec(tmp_path), (0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensors_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path, ONE_FILE)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file)
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors: .*up_proj.*quantised"):
+        load_stage(load_spec(tmp_path), (0, 1))
+
+
+def test_the_name_that_bloom_had_for_its_hidden_size(tmp_path: Path) -> None:
+    save_checkpoint("bloom", tmp_path)
+    change_config(tmp_path, hidden_size=None, n_embed=64)
+    spec = load_spec(tmp_path)
+    assert (spec.hidden_size, spec.head_dim) == (64, 16)
+    load_stage(spec, (0, 1))
+
+
+def test_an_index_without_a_map_is_named(tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": []}')
+    with pytest.raises(ConfigurationError, match=r"index\.json"):
+        load_spec(tmp_path)
+
+
 def test_an_index_cannot_leave_the_directory(tmp_path: Path) -> None:
     save_checkpoint("llama", tmp_path)
     index = tmp_path / "model.safetensors.index.json"
