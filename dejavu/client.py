@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence, Set
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
@@ -82,7 +82,7 @@ class AsyncClient:
     async def drain(self, name: str) -> None:
         """Has others take over from a service, without a failed request, and ends it. Raises `InvalidParameter` for an
         unknown name, `Unavailable` where nobody can take over."""
-        await self._session.drain(name)
+        await self._session.drain(_check_name(name, "name"))
 
     async def status(self) -> dict[str, Any]:
         """What runs where, with counters and recent events. Raises `Unavailable`, `ProtocolError`."""
@@ -94,7 +94,7 @@ class AsyncClient:
     async def cancel(self, request_id: str) -> None:
         """Ends a live request, of this client or another; its stream raises `RequestCancelled`. An unknown id
         is no error: the request may just have ended. Raises `Unavailable` while no router is connected."""
-        self._session.cancel(request_id)
+        self._session.cancel(_check_name(request_id, "request_id"))
 
     async def aclose(self) -> None:
         """Cancels live requests and closes the connection. Can be called twice."""
@@ -114,7 +114,8 @@ class AsyncClient:
         if params.seed is None:
             # drawn here, so that a resubmission draws the same tokens
             params = msgspec.structs.replace(params, seed=secrets.randbits(63))
-        return LiveRequest(Submit(_check_id(request_id), checked, params))
+        request_id = secrets.token_hex(16) if request_id is None else _check_name(request_id, "request_id")
+        return LiveRequest(Submit(request_id, checked, params))
 
 
 def _check_text(prompt: str) -> str:
@@ -135,7 +136,8 @@ def _check_ids(prompt: Sequence[int]) -> list[int]:
         num_given = len(prompt)
     except TypeError:
         ids, num_given = [], -1
-    if len(ids) != num_given or isinstance(prompt, bytes):
+    # what has no order, or is one thing, is no sequence, though it can be counted and iterated
+    if len(ids) != num_given or isinstance(prompt, bytes | bytearray | Mapping | Set):
         raise InvalidParameter("must be a string or a sequence of integer token ids", field="prompt")
     if not ids:
         raise PromptEmpty("is empty", field="prompt")
@@ -150,9 +152,12 @@ def _check_range(ids: list[int], vocab_size: int, max_context_tokens: int) -> No
             raise TokenOutOfRange(f"token id {token_id} is outside 0..{vocab_size - 1}", field="prompt")
 
 
-def _check_id(request_id: str | None) -> str:
-    if request_id is None:
-        return secrets.token_hex(16)
-    if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
-        raise InvalidParameter(f"must have 1 to {MAX_REQUEST_ID_CHARS} characters", field="request_id")
-    return request_id
+def _check_name(name: str, field: str) -> str:
+    """Of a request or a service."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_REQUEST_ID_CHARS:
+        raise InvalidParameter(f"must have 1 to {MAX_REQUEST_ID_CHARS} characters", field=field)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidParameter(f"is not valid Unicode: {error.reason}", field=field) from error
+    return name

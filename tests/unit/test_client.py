@@ -131,6 +131,9 @@ async def test_failures_are_typed() -> None:
         ("Tell", {"max_tokens": 3}, None, InvalidParameter, "params"),
         ("Tell", SamplingParams(), "x" * 129, InvalidParameter, "request_id"),
         ("Tell", SamplingParams(), "", InvalidParameter, "request_id"),
+        ("Tell", SamplingParams(), "\udc80", InvalidParameter, "request_id"),
+        ({1: 2}, SamplingParams(), None, InvalidParameter, "prompt"),
+        ({1, 2}, SamplingParams(), None, InvalidParameter, "prompt"),
     ],
     ids=str,
 )
@@ -141,6 +144,16 @@ async def test_wrong_input_is_refused_at_once(
         with pytest.raises(kind) as caught:
             client.stream(prompt, params, request_id)
         assert caught.value.field == field
+        assert (await client.generate("Tell")).text == STORY
+
+
+@pytest.mark.parametrize("name", ["\udc80", "", "x" * 129, None, 7])
+async def test_names_that_cannot_be_are_refused_at_once(name: str) -> None:
+    async with FakeRouter(tell_story) as router, AsyncClient(router.endpoint) as client:
+        with pytest.raises(InvalidParameter, match="request_id"):
+            await client.cancel(name)
+        with pytest.raises(InvalidParameter, match="name"):
+            await client.drain(name)
         assert (await client.generate("Tell")).text == STORY
 
 
