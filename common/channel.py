@@ -61,7 +61,11 @@ class _Protocol(aiozmq.ZmqProtocol):  # type: ignore[misc]
         self._on_frames = on_frames
 
     def msg_received(self, message: Sequence[Any]) -> None:
-        self._on_frames([frame.buffer for frame in message])
+        # an error that left here would leave unread what else has arrived already, until more arrives
+        try:
+            self._on_frames([frame.buffer for frame in message])
+        except Exception:
+            logger.exception("a message could not be handled")
 
 
 def _new_socket(kind: int, max_message_bytes: int) -> _ZeroCopySocket:

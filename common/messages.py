@@ -29,7 +29,7 @@ from common.replica_messages import (
     Replicated,
 )
 from dejavu.params import SamplingParams
-from dejavu.wire import WireError
+from dejavu.wire import WireError, decode_strictly
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
@@ -344,17 +344,17 @@ def encode(message: Message) -> bytes:
 
 def decode_router_inbox(frame: bytes | memoryview) -> RouterInboxMessage:
     """A message to a router. Raises `msgspec.DecodeError`."""
-    message: RouterInboxMessage = _router_decoder.decode(frame)
+    message: RouterInboxMessage = decode_strictly(_router_decoder, frame)
     return message
 
 
 def decode_stage_inbox(frame: bytes | memoryview) -> StageInboxMessage:
     """A message to a stage. Raises `msgspec.DecodeError`."""
-    message: StageInboxMessage = _stage_decoder.decode(frame)
+    message: StageInboxMessage = decode_strictly(_stage_decoder, frame)
     return message
 
 
 def decode_store_inbox(frame: bytes | memoryview) -> StoreInboxMessage:
     """A message to a cache store. Raises `msgspec.DecodeError`."""
-    message: StoreInboxMessage = _store_decoder.decode(frame)
+    message: StoreInboxMessage = decode_strictly(_store_decoder, frame)
     return message

@@ -7,6 +7,8 @@ DEALER socket whose routing id is its `client_id`; the router through a ROUTER s
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from dejavu.params import SamplingParams
@@ -158,11 +160,19 @@ def encode(message: ClientMessage | RouterMessage) -> bytes:
 
 def decode_client_message(frame: bytes | memoryview) -> ClientMessage:
     """What a client sent. Raises `msgspec.DecodeError` (its subclass `ValidationError` for wrong types)."""
-    message: ClientMessage = _client_decoder.decode(frame)
+    message: ClientMessage = decode_strictly(_client_decoder, frame)
     return message
 
 
 def decode_router_message(frame: bytes | memoryview) -> RouterMessage:
     """What a router sent. Raises `msgspec.DecodeError`."""
-    message: RouterMessage = _router_decoder.decode(frame)
+    message: RouterMessage = decode_strictly(_router_decoder, frame)
     return message
+
+
+def decode_strictly(decoder: msgspec.msgpack.Decoder[Any], frame: bytes | memoryview) -> Any:
+    """Raises `msgspec.DecodeError` for strings that are no UTF-8, too, and for what is nested too deeply."""
+    try:
+        return decoder.decode(frame)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error

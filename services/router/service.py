@@ -41,6 +41,7 @@ MAX_UNREAD_MESSAGES = 65536
 PORT_LIMIT_S = 2.0
 """So long a port may be taken that should be ours."""
 PORT_RETRY_S = 0.1
+_ANYTHING = msgspec.msgpack.Decoder()
 MAX_REPORT_S = 1.0
 """So long a new leader waits to hear which sequences of its predecessor token pipelines have."""
 
@@ -352,8 +353,8 @@ class RouterService:
 def _request_id_of(frame: memoryview) -> str:
     """The request id of a malformed submit ('' where it cannot be told)."""
     try:
-        parts = msgspec.msgpack.decode(frame)
-    except (msgspec.DecodeError, RecursionError):
+        parts = wire.decode_strictly(_ANYTHING, frame)
+    except msgspec.DecodeError:
         return ""
     if isinstance(parts, list) and len(parts) > 1 and isinstance(parts[1], str):
         return parts[1][: wire.MAX_REQUEST_ID_CHARS]
