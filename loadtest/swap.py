@@ -58,7 +58,7 @@ class Setting:
 
 
 def main() -> int:
-    """Runs the benchmark; exit code 0 where no request failed."""
+    """Runs the benchmark; exit code 0 where no request failed and no device held more than two microbatches."""
     arguments = _parser().parse_args()
     spec = load_spec(arguments.model, arguments.dtype)
     longest = max(split_layers(spec.num_layers, arguments.stages, None), key=lambda part: part[1] - part[0])
@@ -107,6 +107,7 @@ async def _compare(
         "gain_auto": round(rates["auto"] / rates["without"], 3),
         "best_possible": round(rates["all fit"] / rates["without"], 3),
         "predicted": _predict(runs, arguments.stages),
+        "device_peak": _peak(runs["on"], arguments.stages, len(setting.workload.items)),
         "runs": runs,
     }
 
@@ -127,6 +128,14 @@ async def _run(options: list[str], workload: Workload, vocab_size: int, repetiti
         "waited_s": max((stage.get("swap_waited_s") or 0.0 for stage in stages), default=0.0),
         "swap": next((stage["swap"] for stage in stages if "swap" in stage), None),
     }
+
+
+def _peak(runs: list[dict[str, Any]], num_stages: int, num_sequences: int) -> dict[str, float]:
+    """How many blocks two microbatches took on the device, by the pool's own count, and how many they may: 2 / stages
+    of what all sequences need, and a block per sequence."""
+    need = max(run["swap"]["peak_need_blocks"] for run in runs)
+    blocks = max(run["device_peak_blocks"] for run in runs)
+    return {"blocks": blocks, "all_need": need, "allowed": round(2 / num_stages * need + num_sequences, 1)}
 
 
 def _predict(runs: dict[str, list[dict[str, Any]]], num_stages: int) -> dict[str, float] | None:
@@ -201,7 +210,9 @@ def _line(run: dict[str, Any]) -> str:
 def _failures(document: dict[str, Any]) -> int:
     runs = [run for setting in document["settings"] for of in setting["runs"].values() for run in of]
     runs += document.get("admitted", {}).get("runs", {}).values()
-    return sum(run["num_failed"] for run in runs)
+    num_failed: int = sum(run["num_failed"] for run in runs)
+    peaks = [setting["device_peak"] for setting in document["settings"]]
+    return num_failed + sum(peak["blocks"] > peak["allowed"] for peak in peaks)
 
 
 def _parser() -> argparse.ArgumentParser:
