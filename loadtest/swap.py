@@ -210,9 +210,9 @@ def _line(run: dict[str, Any]) -> str:
 def _failures(document: dict[str, Any]) -> int:
     runs = [run for setting in document["settings"] for of in setting["runs"].values() for run in of]
     runs += document.get("admitted", {}).get("runs", {}).values()
-    num_failed: int = sum(run["num_failed"] for run in runs)
     peaks = [setting["device_peak"] for setting in document["settings"]]
-    return num_failed + sum(peak["blocks"] > peak["allowed"] for peak in peaks)
+    num_failed: int = sum(run["num_failed"] for run in runs) + sum(p["blocks"] > p["allowed"] for p in peaks)
+    return num_failed
 
 
 def _parser() -> argparse.ArgumentParser:
