@@ -106,16 +106,21 @@ class BlockAllocator:
         for start, end in self._withdraw(owner):
             self._free.add(start, end)
 
-    def quarantine(self, owner: Hashable) -> None:
-        """Takes `owner`'s blocks away from it and gives them to nobody until `release_quarantine`: somebody
+    @property
+    def quarantines(self) -> list[Hashable]:
+        """The reasons there are for keeping blocks from everybody."""
+        return list(self._quarantined)
+
+    def quarantine(self, owner: Hashable, reason: Hashable) -> None:
+        """Takes `owner`'s blocks away from it and gives them to nobody until `release_quarantine(reason)`: somebody
         who cannot be stopped for certain may still write to them. Raises `KeyError` if it holds none."""
         runs = self._withdraw(owner)
         self._num_quarantined += sum(end - start for start, end in runs)
-        self._quarantined.setdefault(owner, []).extend(runs)
+        self._quarantined.setdefault(reason, []).extend(runs)
 
-    def release_quarantine(self, owner: Hashable) -> None:
-        """Frees what was quarantined under `owner`. Raises `KeyError` if nothing was."""
-        for start, end in self._quarantined.pop(owner):
+    def release_quarantine(self, reason: Hashable) -> None:
+        """Frees what was quarantined for this reason. Raises `KeyError` if nothing was."""
+        for start, end in self._quarantined.pop(reason):
             self._num_quarantined -= end - start
             self._free.add(start, end)
 

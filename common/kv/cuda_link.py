@@ -14,11 +14,11 @@ from common.kv.copies import check_plan
 from common.kv.cuda_driver import OpenedMemory
 from common.kv.device_copies import copy_on_device
 from common.kv.errors import LinkLost, LinkRefused, LinkTimeout
+from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan
-from common.kv.memory_door import Entrance, Watch, enter, owner_pid
+from common.kv.memory_door import Entrance, Watch, ended, enter, owner_pid
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
-from common.kv.shm import ended
 from common.kv.staging import mark_work, new_stream
 
 Result = TypeVar("Result")
@@ -36,13 +36,13 @@ class CudaIpcLink:
         self._stream = new_stream(memory.tensor.device)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-cuda")
         self._copies: set[Future[None]] = set()
-        self._owner = Watch(entrance.connection, offer.name, lambda: None)
+        self._owner = Watch(entrance.connection, offer.name, self._copies)
 
     @classmethod
-    async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float) -> CudaIpcLink:
+    async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> CudaIpcLink:
         """Raises `ConnectionRefusedError` where nobody listens, or the owner is this very process; `LinkRefused`,
         `LinkTimeout` or `LinkLost`."""
-        entering = asyncio.ensure_future(asyncio.to_thread(_enter, offer, pool, timeout_s))
+        entering = asyncio.ensure_future(asyncio.to_thread(_enter, offer, pool, timeout_s, authority))
         try:
             entrance, memory = await asyncio.shield(entering)
         except asyncio.CancelledError:
@@ -99,9 +99,9 @@ class CudaIpcLink:
         self._owner.check()
 
 
-def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float) -> tuple[Entrance, OpenedMemory]:
+def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> tuple[Entrance, OpenedMemory]:
     """The handshake, and the opening of the owner's memory; blocks."""
-    entrance = enter(offer, pool, CudaIpcLink.name, timeout_s)
+    entrance = enter(offer, pool, CudaIpcLink.name, timeout_s, authority)
     try:
         if owner_pid(entrance.connection) == os.getpid():
             raise ConnectionRefusedError("a process cannot open its own GPU memory a second time")

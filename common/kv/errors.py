@@ -10,6 +10,7 @@ LinkError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from dejavu.errors import DejavuError
@@ -17,13 +18,17 @@ from dejavu.errors import DejavuError
 
 class LinkError(DejavuError):
     """`may_still_write`: bytes that were sent before may yet reach the peer's pool, so the blocks they were
-    meant for must not be given to anybody else (see `Link.aclose`)."""
+    meant for must not be given to anybody else (see `Link.aclose`). Of a hand-off `unconfirmed` says what the owners
+    have to fence off (`PoolServer.fence`) before they can."""
 
     code: ClassVar[str] = "link_error"
 
-    def __init__(self, message: str, *, may_still_write: bool = False) -> None:
+    def __init__(
+        self, message: str, *, may_still_write: bool = False, unconfirmed: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(message)
         self.may_still_write = may_still_write
+        self.unconfirmed: Mapping[str, int] = unconfirmed or {}
 
 
 class LinkRefused(LinkError):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+import secrets
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from common.kv.arrival import Arrival
 from common.kv.checksum import SpanBinding, span_checksum
 from common.kv.errors import LinkError, LinkLost, LinkRefused
+from common.kv.fence import Authority
 from common.kv.geometry import Range, plan_copies
 from common.kv.link import Link, open_link
 from common.kv.offer import GrantOffer
@@ -54,19 +58,39 @@ class Written:
     error: LinkError | None
 
 
+class LinkNumbers:
+    """Links of one process into other pools are numbered, so that an owner can be told up to which one to refuse."""
+
+    def __init__(self, pool_name: str) -> None:
+        self._writer = f"{pool_name}.{secrets.token_hex(4)}"
+        self._number = 0
+
+    def next(self, owner: str) -> Authority:
+        """For another link into the owner's pool."""
+        self._number += 1
+        return {f"{self._writer}>{owner}": self._number}
+
+
 class Lane:
     """Lives on the copier's event loop. Writes one thing at a time, everything that waits for the same span
-    together; `on_written` hears of every job exactly once."""
+    together; `on_written` hears of every job exactly once. Links are closed behind: nobody waits for a peer that does
+    not answer."""
 
     def __init__(
         self,
         pool: KvPool,
         stage_index: int,
         offer: GrantOffer,
+        authority: Authority,
+        numbers: LinkNumbers,
         timeout_s: float,
         on_written: Callable[[Written], None],
     ) -> None:
         self.offer = offer
+        self.authority = authority
+        self._numbers = numbers
+        self._number: Authority = {}
+        """of the last link"""
         self._pool = pool
         self._stage_index = stage_index
         self._timeout_s = timeout_s
@@ -79,6 +103,8 @@ class Lane:
         self._failure: LinkError | None = None
         self._retry_at_s = 0.0
         self._closed: LinkError | None = None
+        self._writing: asyncio.Task[Arrival] | None = None
+        self._closings: set[asyncio.Task[None]] = set()
         self.task = asyncio.create_task(self._run())
 
     @property
@@ -92,7 +118,13 @@ class Lane:
             raise LinkRefused(f"{self._pool.name} has the KV heads {ours}, {self.offer.name} wants {theirs}")
         async with self._opening:
             if self._link is None and self._closed is None:
-                self._link = await open_link(self.offer, self._pool, timeout_s=self._timeout_s)
+                self._number = self._numbers.next(self.offer.name)
+                authority = {**self.authority, **self._number}
+                link = await open_link(self.offer, self._pool, authority=authority, timeout_s=self._timeout_s)
+                if self._closed is None:
+                    self._link = link
+                else:
+                    self._close_behind(link)
 
     def put(self, job: Job) -> None:
         if self._closed is not None:
@@ -102,11 +134,17 @@ class Lane:
         self._wake.set()
 
     async def aclose(self) -> None:
-        """What waits is not written any more. Never raises: a `LinkError` of the link goes to the jobs it
-        concerns."""
+        """What waits, or is being written, is given up. When it returns nothing reads our pool for it any more."""
         self._closed = self._closing()
+        if self._writing is not None:
+            self._writing.cancel()
         self._wake.set()
         await self.task
+
+    async def let_go(self) -> None:
+        """Returns when its links are closed, as far as that can be."""
+        while self._closings:
+            await asyncio.wait(self._closings)
 
     def _closing(self) -> LinkLost:
         return LinkLost(f"the way to {self.offer.name} was closed")
@@ -120,24 +158,34 @@ class Lane:
                 await self._settle(jobs)
         for jobs in together(self._waiting, self._pool):
             await self._settle(jobs)
-        if self._link is not None:
-            await self._drop_link(self._closing())
+        self._drop_link()
 
     async def _settle(self, jobs: Sequence[Job]) -> None:
         span = jobs[0].span
         arrival, error = None, self._closed or self._recent_failure()
         if error is None:
             try:
-                arrival = await self._write(span, (jobs[0].layer, jobs[-1].layer + 1), jobs)
+                arrival = await self._until_closed(self._write(span, (jobs[0].layer, jobs[-1].layer + 1), jobs))
             except LinkError as failure:
-                error = await self._drop_link(failure)
-                self._failure = error
-                self._retry_at_s = asyncio.get_running_loop().time() + self._timeout_s
+                error = self._failed(failure)
             except ValueError as failure:
                 # blocks that the other side named do not exist
                 error = LinkRefused(str(failure))
         num_bytes = 0 if arrival is None else self._num_bytes(arrival)
         self._on_written(Written(span, len(jobs), num_bytes, arrival, error))
+
+    async def _until_closed(self, write: Coroutine[Any, Any, Arrival]) -> Arrival:
+        """Raises `LinkLost` if we are closed meanwhile: what is under way may still have an effect."""
+        self._writing = asyncio.create_task(write)
+        try:
+            return await self._writing
+        except asyncio.CancelledError:
+            if self._closed is None or not self._writing.cancelled():
+                raise
+            is_over = self._link is None or self._link.name in ("shm", "cuda_ipc")
+            raise LinkLost(self._closed.message, may_still_write=not is_over) from None
+        finally:
+            self._writing = None
 
     async def _write(self, span: HandoffSpan, layers: Range, jobs: Sequence[Job]) -> Arrival:
         await self.open()
@@ -172,16 +220,30 @@ class Lane:
             return None
         return type(self._failure)(self._failure.message)
 
-    async def _drop_link(self, failure: LinkError) -> LinkError:
-        """Closes the link; says in the error whether what was sent before may still have an effect."""
-        link, self._link = self._link, None
-        may_still_write = False
-        if link is not None:
-            try:
-                await link.aclose()
-            except LinkError as unconfirmed:
-                may_still_write = unconfirmed.may_still_write
-        return type(failure)(failure.message, may_still_write=may_still_write)
+    def _failed(self, failure: LinkError) -> LinkError:
+        """Drops the link; the error says what to fence off where something that was sent may still have an effect."""
+        unconfirmed = {}
+        if failure.may_still_write:
+            unconfirmed = {name: number + 1 for name, number in self._number.items()}
+        self._drop_link()
+        self._failure = type(failure)(failure.message, may_still_write=failure.may_still_write, unconfirmed=unconfirmed)
+        self._retry_at_s = asyncio.get_running_loop().time() + self._timeout_s
+        return self._failure
+
+    def _drop_link(self) -> None:
+        if self._link is not None:
+            self._close_behind(self._link)
+        self._link = None
+
+    def _close_behind(self, link: Link) -> None:
+        closing = asyncio.create_task(_close(link))
+        self._closings.add(closing)
+        closing.add_done_callback(self._closings.discard)
+
+
+async def _close(link: Link) -> None:
+    with contextlib.suppress(LinkError):  # the jobs that it concerns have been told
+        await link.aclose()
 
 
 def together(jobs: Iterable[Job], pool: KvPool) -> Iterator[list[Job]]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from common.kv.choice import Capabilities, choose_links
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
+from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan
 from common.kv.offer import PROTOCOL_VERSION, GrantOffer, host_id, misfit
 from common.kv.pool import KvPool
@@ -51,6 +52,7 @@ async def open_link(
     offer: GrantOffer,
     pool: KvPool,
     *,
+    authority: Authority | None = None,
     travels_as: str | None = None,
     executor: Executor | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -59,8 +61,9 @@ async def open_link(
 
     `timeout_s` is the deadline of the handshake and of every later write. `executor` runs the copies of a
     shared-memory link; without one they run in the calling thread. `travels_as` says which elements will be
-    written, where `stream_out` converts them on the way (int8, say). Raises `LinkRefused` at once, naming both
-    sides, where they do not fit; `LinkTimeout`; `LinkLost`.
+    written, where `stream_out` converts them on the way (int8, say). Who writes for a pipeline says under which epochs
+    (`authority`), so that the owner can end it with them (`PoolServer.fence`). Raises `LinkRefused` at once, naming
+    both sides, where they do not fit; `LinkTimeout`; `LinkLost`.
     """
     if travels_as is not None:
         pool = pool.seen_as(travels_as)
@@ -71,10 +74,10 @@ async def open_link(
         raise LinkRefused(reason)
     for name in choose_links(capabilities(), offer)[:-1]:
         try:
-            return await _open(name, offer, pool, executor, timeout_s)
+            return await _open(name, offer, pool, executor, timeout_s, authority or {})
         except ConnectionRefusedError:
             continue  # gone, or in another network namespace; the next one finds out
-    return await ZmqLink.open(offer, pool, timeout_s)
+    return await ZmqLink.open(offer, pool, timeout_s, authority or {})
 
 
 async def close_reading(link: Link, name: str) -> None:
@@ -95,13 +98,15 @@ def capabilities() -> Capabilities:
     return Capabilities(host_id(), frozenset(gpu_ids()), nixl_module() is not None)
 
 
-async def _open(name: str, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float) -> Link:
+async def _open(
+    name: str, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float, authority: Authority
+) -> Link:
     if name == "cuda_ipc":
         from common.kv.cuda_link import CudaIpcLink
 
-        return await CudaIpcLink.open(offer, pool, timeout_s)
+        return await CudaIpcLink.open(offer, pool, timeout_s, authority)
     if name == "nixl":
         from common.kv.nixl_link import NixlLink
 
-        return await NixlLink.open(offer, pool, timeout_s)
-    return await ShmLink.open(offer, pool, executor, timeout_s)
+        return await NixlLink.open(offer, pool, timeout_s, authority)
+    return await ShmLink.open(offer, pool, executor, timeout_s, authority)

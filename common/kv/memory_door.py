@@ -7,16 +7,19 @@ side that the other is gone."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import msgspec
 
 from common.kv.errors import LinkLost, LinkRefused, LinkTimeout
+from common.kv.fence import Authority, Fence
 from common.kv.offer import PROTOCOL_VERSION, CudaMemory, GrantOffer, Hello, Welcome, check_answer, judge
 from common.kv.pool import KvPool, retire
 
@@ -25,15 +28,22 @@ _MAX_WRITERS = 256
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
+@dataclass(slots=True)
+class _Writer:
+    connection: socket.socket
+    authority: Authority = field(default_factory=dict)
+
+
 class MemoryDoor:
     """The owner's side: the socket that hands out one pool's memory (on a GPU: `cuda`). Never blocks; the caller polls
     `filenos`."""
 
-    def __init__(self, pool: KvPool, cuda: CudaMemory | None = None) -> None:
+    def __init__(self, pool: KvPool, fence: Fence, cuda: CudaMemory | None = None) -> None:
         self.address = f"dejavu-kv-{secrets.token_hex(16)}"
         self._pool = pool
+        self._fence = fence
         self._cuda = cuda
-        self._writers: dict[int, socket.socket] = {}
+        self._writers: dict[int, _Writer] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.setblocking(False)
         self._listener.bind(f"\0{self.address}")
@@ -49,7 +59,19 @@ class MemoryDoor:
         if fileno == self._listener.fileno():
             self._accept()
         elif fileno in self._writers and not self._answer(self._writers[fileno], offer):
-            self._writers.pop(fileno).close()
+            self._writers.pop(fileno).connection.close()
+
+    def ask_to_leave(self) -> None:
+        """Tells the writers that the fence stops. They close their end once no copy of theirs is running; so does the
+        kernel for one that dies. A process that stands still does neither, and may go on copying when it wakes up."""
+        for writer in self._writers.values():
+            if self._fence.stops(writer.authority):
+                with contextlib.suppress(OSError):
+                    writer.connection.shutdown(socket.SHUT_WR)
+
+    def is_clear(self, fence: Fence) -> bool:
+        """Whether nobody whom this fence stops has the memory any more."""
+        return not any(fence.stops(writer.authority) for writer in self._writers.values())
 
     def close(self) -> None:
         """GPU memory that a writer has open stays where it is for good: the writer may be copying into it."""
@@ -57,30 +79,31 @@ class MemoryDoor:
         if self._cuda is not None and self._writers:
             retire(self._pool)
         for writer in self._writers.values():
-            writer.close()
+            writer.connection.close()
 
     def _accept(self) -> None:
         try:
-            writer, _ = self._listener.accept()
+            connection, _ = self._listener.accept()
         except OSError:
             return  # it gave up before it was let in
-        _, uid = _peer(writer)
+        _, uid = _peer(connection)
         if uid != os.geteuid() or len(self._writers) >= _MAX_WRITERS:
-            writer.close()
+            connection.close()
             return
-        writer.setblocking(False)
-        self._writers[writer.fileno()] = writer
+        connection.setblocking(False)
+        self._writers[connection.fileno()] = _Writer(connection)
 
-    def _answer(self, writer: socket.socket, offer: GrantOffer) -> bool:
+    def _answer(self, writer: _Writer, offer: GrantOffer) -> bool:
         """False: this writer is gone, or not wanted."""
         try:
-            hello = msgspec.msgpack.decode(writer.recv(_MAX_MESSAGE_BYTES), type=Hello)
-            answer = judge(hello, offer)
+            hello = msgspec.msgpack.decode(writer.connection.recv(_MAX_MESSAGE_BYTES), type=Hello)
+            answer = judge(hello, offer, self._fence)
             is_welcome = isinstance(answer, Welcome)
             if isinstance(answer, Welcome):
                 answer = msgspec.structs.replace(answer, cuda=self._cuda)
+                writer.authority = hello.authority
             fds = [self._pool.fd] if is_welcome and self._pool.fd is not None else []
-            socket.send_fds(writer, [msgspec.msgpack.encode(answer)], fds)
+            socket.send_fds(writer.connection, [msgspec.msgpack.encode(answer)], fds)
         except (OSError, msgspec.DecodeError):
             return False
         return is_welcome
@@ -100,14 +123,14 @@ class Entrance:
             os.close(self.fd)
 
 
-def enter(offer: GrantOffer, pool: KvPool, link: str, timeout_s: float) -> Entrance:
+def enter(offer: GrantOffer, pool: KvPool, link: str, timeout_s: float, authority: Authority | None = None) -> Entrance:
     """The handshake; blocks. Raises `ConnectionRefusedError` where nobody listens (another network namespace),
     `LinkRefused`, `LinkTimeout` or `LinkLost`."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(timeout_s)
         connection.connect(f"\0{offer.memory_address}")
-        hello = Hello(PROTOCOL_VERSION, offer.token, pool.name, pool.layout, link)
+        hello = Hello(PROTOCOL_VERSION, offer.token, pool.name, pool.layout, link, dict(authority or {}))
         connection.send(msgspec.msgpack.encode(hello))
         welcome, fd = _receive(connection, offer)
         connection.setblocking(False)
@@ -133,12 +156,23 @@ def owner_pid(connection: socket.socket) -> int:
 
 class Watch:
     """A writer's look at the connection after the handshake: the owner never says anything more, so all there can be to
-    read is its end. `on_end` is called once, on the event loop that made this."""
+    read is its end. `on_end` is called once, on the event loop that made this.
 
-    def __init__(self, connection: socket.socket, owner_name: str, on_end: Callable[[], None]) -> None:
+    Our end of the connection stays open as long as one of `copies` is running: the owner takes its end for the end of
+    all that we write."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        owner_name: str,
+        copies: Collection[Future[None]],
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._connection = connection
         self._owner_name = owner_name
+        self._copies = copies
         self._on_end = on_end
+        self._closing: asyncio.Task[None] | None = None
         self._is_open = True
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connection, self._look)
@@ -154,8 +188,15 @@ class Watch:
         if self._is_open:
             self._is_open = False
             self._loop.remove_reader(self._connection)
-            self._connection.close()
+            if self._copies:
+                self._closing = self._loop.create_task(self._close_behind(list(self._copies)))
+            else:
+                self._connection.close()
             self._on_end()
+
+    async def _close_behind(self, copies: Iterable[Future[None]]) -> None:
+        await ended(copies)
+        self._connection.close()
 
     def _look(self) -> None:
         if self._is_open and self._has_ended():
@@ -169,6 +210,14 @@ class Watch:
         except OSError:
             return True
         return True
+
+
+async def ended(copies: Iterable[Future[None]]) -> None:
+    """Waits for copies, cancelled or not: what they touch must be free afterwards."""
+    waiting = [asyncio.wrap_future(copy) for copy in copies]
+    while not all(copy.done() for copy in waiting):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(waiting)
 
 
 def _receive(connection: socket.socket, offer: GrantOffer) -> tuple[Welcome, int | None]:

@@ -16,6 +16,7 @@ import torch
 
 from common.kv.copies import check_plan, gather, packed, scatter, split
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
+from common.kv.fence import Authority
 from common.kv.gate import Gate, GivenUp
 from common.kv.geometry import CopyPlan
 from common.kv.nixl_agent import Region, Transfer, initiator
@@ -45,12 +46,12 @@ class NixlLink:
         self._mover: _Mover | None = None
 
     @classmethod
-    async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float) -> NixlLink:
+    async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> NixlLink:
         """The first link of a process takes about a second more than the handshake. Raises `LinkRefused`,
         `LinkTimeout` or `LinkLost`."""
         link = cls(offer, timeout_s)
         try:
-            welcome = await link._connection.enter(pool, cls.name)
+            welcome = await link._connection.enter(pool, cls.name, authority)
             memory = welcome.nixl
             if memory is None:
                 raise LinkRefused(f"{pool.name} wants the transfer library, {offer.name} does not have it")

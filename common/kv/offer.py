@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 
 from common.kv.errors import LinkRefused
+from common.kv.fence import Fence
 from common.kv.layout import PoolLayout
 from dejavu.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Changes whenever two ends would no longer understand each other; the checksum and the memory order count
 too."""
 
@@ -55,6 +56,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     layout: PoolLayout
     link: str
     """Name of the link that the writer wants."""
+    authority: dict[str, int] = {}
+    """Under which epochs it writes (`fence.Authority`)."""
 
 
 class NixlMemory(msgspec.Struct, frozen=True, array_like=True):
@@ -113,12 +116,14 @@ def misfit(writer_name: str, writer: PoolLayout, owner_name: str, owner: PoolLay
     return None
 
 
-def judge(hello: Hello, offer: GrantOffer) -> Welcome | Refusal:
+def judge(hello: Hello, offer: GrantOffer, fence: Fence) -> Welcome | Refusal:
     """The owner's answer to a writer."""
     if hello.protocol != offer.protocol:
         return Refusal(f"{hello.name} speaks KV protocol {hello.protocol}, {offer.name} speaks {offer.protocol}")
     if not hmac.compare_digest(hello.token, offer.token):
         return Refusal(f"{hello.name} does not have the token of {offer.name}")
+    if fence.stops(hello.authority):
+        return Refusal(f"{hello.name} would write to {offer.name} under an epoch that is over")
     reason = misfit(hello.name, hello.layout, offer.name, offer.layout)
     return Welcome(offer.incarnation, offer.layout) if reason is None else Refusal(reason)
 

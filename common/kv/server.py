@@ -7,12 +7,15 @@ import asyncio
 import secrets
 import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import zmq
 
 from common.kv.errors import LinkLost
+from common.kv.fence import Authority, Fence
 from common.kv.memory_door import MemoryDoor
 from common.kv.offer import CudaMemory, GrantOffer, host_id
 from common.kv.pool import KvPool
@@ -27,10 +30,14 @@ class PoolServer:
 
     def __init__(self, pool: KvPool, host: str, incarnation: str, port: int) -> None:
         self._nixl = _nixl_grant(pool)
-        self._zmq_door = ZmqDoor(pool, host, port, None if self._nixl is None else self._nixl.memory)
+        self._fence = Fence()
+        self._work: deque[Callable[[], None]] = deque()
+        """for the thread"""
+        self._fencing: list[tuple[Fence, Future[None]]] = []
+        self._zmq_door = ZmqDoor(pool, self._fence, host, port, None if self._nixl is None else self._nixl.memory)
         cuda = _exported(pool)
         can_share = (pool.fd is not None or cuda is not None) and sys.platform == "linux"
-        self._memory_door = MemoryDoor(pool, cuda) if can_share else None
+        self._memory_door = MemoryDoor(pool, self._fence, cuda) if can_share else None
         self.offer = GrantOffer(
             name=pool.name,
             incarnation=incarnation,
@@ -52,6 +59,25 @@ class PoolServer:
         `zmq.ZMQError`."""
         return cls(pool, host, incarnation, port)
 
+    async def fence(self, oldest: Authority) -> None:
+        """Nobody is let in any more under older epochs than these. When it returns, nothing that was opened under older
+        ones changes the pool, for ever. That takes until writers that cannot be refused (they have the memory, or the
+        transfer library writes for them) have ended: for ever, if one stands still. Raises `LinkLost` once closed."""
+        done: Future[None] = Future()
+        self._have_done(lambda: self._raise_fence(oldest, done))
+        await asyncio.wrap_future(done)
+
+    async def bury(self, name: str) -> None:
+        """Who has this name in its authority is dead, so that nothing of it is under way. Raises `LinkLost` once
+        closed."""
+        self._have_done(lambda: self._zmq_door.bury(name))
+
+    def _have_done(self, work: Callable[[], None]) -> None:
+        if self._wake.fileno() < 0:
+            raise LinkLost(f"{self.offer.name} is closed")
+        self._work.append(work)
+        self._wake.send(b"\0")
+
     async def aclose(self) -> None:
         """Writers see their links end. Idempotent."""
         if self._wake.fileno() < 0:
@@ -68,6 +94,10 @@ class PoolServer:
                 pass
         finally:
             self._woken.close()
+            while self._work:
+                self._work.popleft()()
+            for _, done in self._fencing:
+                done.cancel()
             self._zmq_door.close()
             if self._nixl is not None:
                 self._nixl.close(self._zmq_door.has_one_sided_writers)
@@ -82,12 +112,32 @@ class PoolServer:
             poller.register(fileno, zmq.POLLIN)
         for ready, _ in poller.poll():
             if ready == self._woken.fileno():
-                return False
-            if ready == self._zmq_door.socket:
+                if not self._woken.recv(1):
+                    return False
+                self._work.popleft()()
+            elif ready == self._zmq_door.socket:
                 self._zmq_door.on_readable(self.offer)
             elif self._memory_door is not None and isinstance(ready, int):
                 self._memory_door.on_readable(ready, self.offer)
+        self._tell_who_waits()
         return True
+
+    def _raise_fence(self, oldest: Authority, done: Future[None]) -> None:
+        self._fence.raise_to(oldest)
+        self._zmq_door.shut_out()
+        if self._memory_door is not None:
+            self._memory_door.ask_to_leave()
+        self._fencing.append((Fence(oldest), done))
+
+    def _tell_who_waits(self) -> None:
+        waiting, self._fencing = self._fencing, []
+        for fence, done in waiting:
+            if not (
+                self._zmq_door.is_clear(fence) and (self._memory_door is None or self._memory_door.is_clear(fence))
+            ):
+                self._fencing.append((fence, done))
+            elif done.set_running_or_notify_cancel():
+                done.set_result(None)
 
 
 def _nixl_grant(pool: KvPool) -> NixlGrant | None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
-from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 
 import numpy as np
 
 from common.kv.copies import check_plan, copy_pieces
 from common.kv.errors import LinkRefused, LinkTimeout
+from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan
-from common.kv.memory_door import Entrance, Watch, enter
+from common.kv.memory_door import Entrance, Watch, ended, enter
 from common.kv.offer import GrantOffer
 from common.kv.pool import Bytes, KvPool, map_memory
 
@@ -32,13 +31,15 @@ class ShmLink:
         self._executor = executor
         self._timeout_s = timeout_s
         self._copies: set[Future[None]] = set()
-        self._owner = Watch(entrance.connection, offer.name, self._forget)
+        self._owner = Watch(entrance.connection, offer.name, self._copies, self._forget)
 
     @classmethod
-    async def open(cls, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float) -> ShmLink:
+    async def open(
+        cls, offer: GrantOffer, pool: KvPool, executor: Executor | None, timeout_s: float, authority: Authority
+    ) -> ShmLink:
         """Raises `ConnectionRefusedError` where nobody listens (another host or network namespace),
         `LinkRefused`, `LinkTimeout` or `LinkLost`."""
-        entering = asyncio.ensure_future(asyncio.to_thread(_enter, offer, pool, timeout_s))
+        entering = asyncio.ensure_future(asyncio.to_thread(_enter, offer, pool, timeout_s, authority))
         try:
             entrance, memory = await asyncio.shield(entering)
         except asyncio.CancelledError:
@@ -90,17 +91,9 @@ class ShmLink:
         self._memory = np.empty(0, dtype=np.uint8)
 
 
-async def ended(copies: Iterable[Future[None]]) -> None:
-    """Waits for copies, cancelled or not: what they touch must be free afterwards."""
-    waiting = [asyncio.wrap_future(copy) for copy in copies]
-    while not all(copy.done() for copy in waiting):
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait(waiting)
-
-
-def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float) -> tuple[Entrance, Bytes]:
+def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> tuple[Entrance, Bytes]:
     """The handshake, and the mapping with all its pages; blocks."""
-    entrance = enter(offer, pool, ShmLink.name, timeout_s)
+    entrance = enter(offer, pool, ShmLink.name, timeout_s, authority)
     try:
         return entrance, _map(entrance.fd, offer)
     except BaseException:

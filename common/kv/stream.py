@@ -8,12 +8,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from common.kv.arrival import Arrival
 from common.kv.errors import LinkError, LinkLost
-from common.kv.lane import HandoffSpan, Job, Lane, Written
+from common.kv.fence import Authority
+from common.kv.lane import HandoffSpan, Job, Lane, LinkNumbers, Written
 from common.kv.link import DEFAULT_TIMEOUT_S
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
@@ -32,7 +33,24 @@ class _Progress:
 
     num_jobs: int = 0
     error: LinkError | None = None
+    unconfirmed: dict[str, int] = field(default_factory=dict)
     drained: Future[LinkError | None] | None = None
+
+    def note(self, error: LinkError | None) -> None:
+        """A job is over."""
+        if error is None:
+            return
+        for name, number in error.unconfirmed.items():
+            self.unconfirmed[name] = max(number, self.unconfirmed.get(name, 0))
+        if self.error is None or (error.may_still_write and not self.error.may_still_write):
+            self.error = error
+
+    def outcome(self) -> LinkError | None:
+        """The first error, unless a later one is worse, with what is unconfirmed of all."""
+        error = self.error
+        if error is None or not self.unconfirmed:
+            return error
+        return type(error)(error.message, may_still_write=error.may_still_write, unconfirmed=self.unconfirmed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +76,9 @@ class HandoffWriter:
         self._home = asyncio.get_running_loop()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kv-copier", daemon=True)
+        self._numbers = LinkNumbers(pool.name)
         self._lanes: dict[str, list[Lane]] = {}
+        self._closed_lanes: set[asyncio.Task[None]] = set()
         self._early: dict[str, _Early] = {}
         self._forgotten: deque[str] = deque(maxlen=MAX_FORGOTTEN)
         self._progress: dict[tuple[str, int], _Progress] = {}
@@ -76,14 +96,18 @@ class HandoffWriter:
         """`timeout_s` is the deadline of every single write."""
         return cls(pool, on_arrival, timeout_s)
 
-    async def connect(self, destination: str, offers: Sequence[GrantOffer]) -> None:
+    async def attach(self, destination: str, offers: Sequence[GrantOffer], authority: Authority | None = None) -> None:
+        """`connect`, but links are opened when they are needed: this waits for nobody."""
+        await self._on_copier(self._attach(destination, list(offers), authority or {}))
+
+    async def connect(self, destination: str, offers: Sequence[GrantOffer], authority: Authority | None = None) -> None:
         """Opens the way into a pipeline's pools, one offer per stage in order; ways to pools it had before
         and that are not offered again are closed, with what still waited for them (`[]`: forget the
-        pipeline, and fail at once what comes for it later).
+        pipeline, and fail at once what comes for it later). `authority` is what owners may fence off.
 
         Raises the first `LinkError`; the way is tried again when it is needed.
         """
-        await self._on_copier(self._connect(destination, list(offers)))
+        await self._on_copier(self._connect(destination, list(offers), authority or {}))
 
     def links(self, destination: str) -> list[str | None]:
         """Name of the link to each of the pipeline's stages; None where there is none at present."""
@@ -108,7 +132,8 @@ class HandoffWriter:
     def drain(self, sequence_id: str, attempt: int) -> Future[LinkError | None]:
         """Done when everything submitted for this attempt is over: our blocks may then be overwritten. The
         result is the first error, None if all of it arrived. Where the error says `may_still_write` the
-        destination's blocks are not safe yet. Call it once, after the last `submit`."""
+        destination's blocks are not safe before the owners have fenced off what is `unconfirmed`. Call it once,
+        after the last `submit`."""
         future: Future[LinkError | None] = Future()
         key = (sequence_id, attempt)
         with self._lock:
@@ -120,19 +145,22 @@ class HandoffWriter:
         if progress.num_jobs:
             future.set_exception(self._crash)
         else:
-            future.set_result(progress.error)
+            future.set_result(progress.outcome())
         return future
 
-    async def reset(self) -> None:
-        """Drops what waits, and returns when nothing is being written any more. The ways are opened again when they are
-        needed."""
-        ways = {destination: [lane.offer for lane in lanes] for destination, lanes in self._lanes.items()}
+    async def reset(self, authority: Authority | None = None) -> None:
+        """Drops what waits, and returns when nothing reads our pool any more. The ways are opened again when they are
+        needed, under the epochs of before and these."""
+        ways = {
+            destination: ([lane.offer for lane in lanes], {**lanes[0].authority, **(authority or {})})
+            for destination, lanes in self._lanes.items()
+        }
         for destination in ways:
-            await self.connect(destination, [])
+            await self.attach(destination, [])
         with self._lock:
             self._progress = {key: progress for key, progress in self._progress.items() if progress.num_jobs}
-        for destination, offers in ways.items():
-            await self._on_copier(self._attach(destination, offers))
+        for destination, (offers, epochs) in ways.items():
+            await self.attach(destination, offers, epochs)
 
     async def aclose(self) -> None:
         """Closes all ways; what waited counts as failed, so every `drain` ends. Idempotent."""
@@ -150,20 +178,19 @@ class HandoffWriter:
     async def _on_copier(self, work: Coroutine[Any, Any, Result]) -> Result:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
-    async def _connect(self, destination: str, offers: list[GrantOffer]) -> None:
-        results = await asyncio.gather(
-            *(lane.open() for lane in await self._attach(destination, offers)), return_exceptions=True
-        )
+    async def _connect(self, destination: str, offers: list[GrantOffer], authority: Authority) -> None:
+        lanes = await self._attach(destination, offers, authority)
+        results = await asyncio.gather(*(lane.open() for lane in lanes), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _attach(self, destination: str, offers: list[GrantOffer]) -> list[Lane]:
+    async def _attach(self, destination: str, offers: list[GrantOffer], authority: Authority) -> list[Lane]:
         """A lane to each offer, with its link if there was one; other lanes to this destination are closed."""
-        before = {lane.offer: lane for lane in self._lanes.get(destination, [])}
-        lanes = [
-            before.pop(offer) if offer in before else self._new_lane(index, offer) for index, offer in enumerate(offers)
-        ]
+        before = {lane.offer: lane for lane in self._lanes.get(destination, []) if lane.authority == authority}
+        kept = {offer: before[offer] for offer in offers if offer in before}
+        others = [lane for lane in self._lanes.get(destination, []) if lane not in kept.values()]
+        lanes = [kept.get(offer) or self._new_lane(index, offer, authority) for index, offer in enumerate(offers)]
         self._lanes[destination] = lanes
         if lanes:
             with contextlib.suppress(ValueError):
@@ -172,12 +199,19 @@ class HandoffWriter:
             del self._lanes[destination]
             self._forgotten.append(destination)
         self._end_early(destination)
-        await asyncio.gather(*(lane.aclose() for lane in before.values()))
+        await asyncio.gather(*(self._end(lane) for lane in others))
         return lanes
+
+    async def _end(self, lane: Lane) -> None:
+        await lane.aclose()
+        letting_go = asyncio.create_task(lane.let_go())
+        self._closed_lanes.add(letting_go)
+        letting_go.add_done_callback(self._closed_lanes.discard)
 
     async def _close(self) -> None:
         known = {*self._lanes, *self._early}
-        await asyncio.gather(*(self._connect(destination, []) for destination in known))
+        await asyncio.gather(*(self._attach(destination, [], {}) for destination in known))
+        await asyncio.gather(*self._closed_lanes)
 
     def _enter(self, job: Job) -> None:
         destination = job.span.destination
@@ -212,8 +246,8 @@ class HandoffWriter:
         error = LinkLost(f"no way to layer {job.layer} of {job.span.destination}")
         self._written(Written(job.span, 1, 0, None, error))
 
-    def _new_lane(self, index: int, offer: GrantOffer) -> Lane:
-        lane = Lane(self._pool, index, offer, self._timeout_s, self._written)
+    def _new_lane(self, index: int, offer: GrantOffer, authority: Authority) -> Lane:
+        lane = Lane(self._pool, index, offer, authority, self._numbers, self._timeout_s, self._written)
         lane.task.add_done_callback(self._lane_ended)
         return lane
 
@@ -237,18 +271,11 @@ class HandoffWriter:
             self.sent_bytes += written.num_bytes
             progress = self._progress[key]
             progress.num_jobs -= written.num_jobs
-            progress.error = _worse(progress.error, written.error)
+            progress.note(written.error)
             is_over = progress.num_jobs == 0 and progress.drained is not None
             if is_over:
                 del self._progress[key]
         if written.arrival is not None:
             self._home.call_soon_threadsafe(self._on_arrival, written.arrival)
         if is_over and progress.drained is not None:
-            progress.drained.set_result(progress.error)
-
-
-def _worse(one: LinkError | None, other: LinkError | None) -> LinkError | None:
-    """The first error, unless a later one is worse."""
-    if one is None or (other is not None and other.may_still_write and not one.may_still_write):
-        return other
-    return one
+            progress.drained.set_result(progress.outcome())

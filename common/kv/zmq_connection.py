@@ -15,6 +15,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from common.keys import protect_service
 from common.kv.errors import LinkError, LinkLost, LinkTimeout
+from common.kv.fence import Authority
 from common.kv.offer import PROTOCOL_VERSION, GrantOffer, Hello, Welcome, check_answer
 from common.kv.pool import Bytes, KvPool
 
@@ -49,11 +50,11 @@ class ZmqConnection:
         self._socket.connect(offer.zmq_endpoint)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
 
-    async def enter(self, pool: KvPool, link: str) -> Welcome:
+    async def enter(self, pool: KvPool, link: str, authority: Authority) -> Welcome:
         """The handshake, for a link of this name. Raises `LinkRefused`, `LinkTimeout` or `LinkLost`; the connection
         is closed then."""
         try:
-            hello = Hello(PROTOCOL_VERSION, self._offer.token, pool.name, pool.layout, link)
+            hello = Hello(PROTOCOL_VERSION, self._offer.token, pool.name, pool.layout, link, dict(authority))
             async with asyncio.timeout(self._timeout_s):
                 await self._socket.send(msgspec.msgpack.encode(hello))
                 return check_answer(await self._answer, self._offer)

@@ -12,6 +12,7 @@ import zmq
 
 from common.keys import protect_server
 from common.kv.copies import check_pieces
+from common.kv.fence import Authority, Fence
 from common.kv.geometry import Int64
 from common.kv.offer import GrantOffer, Hello, Leave, NixlMemory, Refusal, Welcome, judge
 from common.kv.pool import Bytes, KvPool
@@ -34,11 +35,12 @@ _MAX_MESSAGES_AT_ONCE = 16
 class ZmqDoor:
     """A ROUTER for one pool. Never blocks; the caller polls `socket`. Who wants the transfer library gets `nixl`."""
 
-    def __init__(self, pool: KvPool, host: str, port: int, nixl: NixlMemory | None = None) -> None:
+    def __init__(self, pool: KvPool, fence: Fence, host: str, port: int, nixl: NixlMemory | None = None) -> None:
         self._pool = pool
+        self._fence = fence
         self._nixl = nixl
-        self._writers: OrderedDict[bytes, None] = OrderedDict()
-        self._one_sided: set[bytes] = set()
+        self._writers: OrderedDict[bytes, Authority] = OrderedDict()
+        self._one_sided: dict[bytes, Authority] = {}
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, 2 * MAX_IN_FLIGHT)
@@ -71,6 +73,20 @@ class ZmqDoor:
         """Somebody may write to the pool without asking."""
         return bool(self._one_sided)
 
+    def shut_out(self) -> None:
+        """Whatever the writers that the fence stops have sent, or will send, is refused from now on."""
+        for writer in [writer for writer, authority in self._writers.items() if self._fence.stops(authority)]:
+            del self._writers[writer]
+
+    def bury(self, name: str) -> None:
+        """Whoever names this in its authority is dead."""
+        for writer in [writer for writer, authority in self._one_sided.items() if name in authority]:
+            del self._one_sided[writer]
+
+    def is_clear(self, fence: Fence) -> bool:
+        """Whether nobody whom this fence stops may still write; one-sided writers cannot be refused."""
+        return not any(fence.stops(authority) for authority in self._one_sided.values())
+
     def close(self) -> None:
         self.socket.close(linger=0)
 
@@ -82,7 +98,7 @@ class ZmqDoor:
             if isinstance(message, Hello):
                 return self._let_in(writer, message, offer), []
             if isinstance(message, Leave):
-                self._one_sided.discard(writer)
+                self._one_sided.pop(writer, None)
                 return Done(0), []
             if writer not in self._writers:
                 return Refusal(f"{offer.name} does not know this writer"), []
@@ -91,15 +107,15 @@ class ZmqDoor:
             return Refusal(f"{offer.name} cannot make sense of a message: {error}"), []
 
     def _let_in(self, writer: bytes, hello: Hello, offer: GrantOffer) -> Welcome | Refusal:
-        answer = judge(hello, offer)
+        answer = judge(hello, offer, self._fence)
         if isinstance(answer, Refusal):
             return answer
-        self._writers[writer] = None
+        self._writers[writer] = hello.authority
         if len(self._writers) > _MAX_WRITERS:
             self._writers.popitem(last=False)
         if hello.link != "nixl":
             return answer
-        self._one_sided.add(writer)
+        self._one_sided[writer] = hello.authority
         return msgspec.structs.replace(answer, nixl=self._nixl)
 
     def _carry_out(self, request: Write | Read, payload: Sequence[memoryview]) -> list[Bytes]:

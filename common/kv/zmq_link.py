@@ -15,6 +15,7 @@ import msgspec
 
 from common.kv.copies import check_plan, split
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
+from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan, Int64
 from common.kv.offer import GrantOffer, Refusal
 from common.kv.pool import Bytes, KvPool
@@ -56,10 +57,10 @@ class ZmqLink:
         self._connection = ZmqConnection(offer, timeout_s, self._on_message, self._fail)
 
     @classmethod
-    async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float) -> ZmqLink:
+    async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> ZmqLink:
         """Raises `LinkRefused`, `LinkTimeout` or `LinkLost`."""
         link = cls(offer, timeout_s)
-        await link._connection.enter(pool, cls.name)
+        await link._connection.enter(pool, cls.name, authority)
         return link
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:

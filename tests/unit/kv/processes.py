@@ -1,8 +1,8 @@
 """Owners and writers in processes of their own, for tests that kill and freeze them.
 
 `python -m tests.unit.kv.processes owner [--port N] [--incarnation NAME] [--device NAME]` prints its offer and serves;
-every line on its
-input is an arrival to verify. `... writer OFFER` writes without end and says so. `... spiller DIRECTORY` stores one
+every line on its input is an arrival to verify.
+`... writer OFFER [--epoch N]` writes without end and says so. `... spiller DIRECTORY` stores one
 file after the other under the same key, each full of one byte.
 """
 
@@ -101,9 +101,9 @@ async def serve(port: int, incarnation: str, device: str) -> None:
     await server.aclose()
 
 
-async def write(offer: GrantOffer) -> None:
+async def write(offer: GrantOffer, epoch: int) -> None:
     pool = KvPool.create(BIG, name="writer")
-    link = await open_link(offer, pool, timeout_s=5.0)
+    link = await open_link(offer, pool, authority={"prompt-0": epoch}, timeout_s=5.0)
     plan = plan_copies(BIG, range(256), BIG, range(256), (0, 4096), (0, 4))
     while True:
         await link.write(pool, plan)
@@ -135,11 +135,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--incarnation", default="first")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--epoch", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.role == "owner":
         asyncio.run(serve(arguments.port, arguments.incarnation, arguments.device))
     elif arguments.role == "writer":
-        asyncio.run(write(GrantOffer.decode(arguments.place)))
+        asyncio.run(write(GrantOffer.decode(arguments.place), arguments.epoch))
     else:
         asyncio.run(spill(arguments.place))
 

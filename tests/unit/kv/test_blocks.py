@@ -65,7 +65,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def quarantine(self, data: st.DataObject) -> None:
         owner = data.draw(st.sampled_from(sorted(self.held)))
-        self.allocator.quarantine(owner)
+        self.allocator.quarantine(owner, owner)
         self.quarantined.setdefault(owner, set()).update(self.held.pop(owner))
 
     @precondition(lambda self: self.quarantined)
@@ -129,14 +129,15 @@ def test_pieces_are_used_when_no_run_is_left() -> None:
 def test_quarantined_blocks_are_given_to_nobody() -> None:
     allocator = BlockAllocator(10)
     allocator.allocate("a", 6, 10)
-    allocator.quarantine("a")
+    allocator.quarantine("a", "somebody")
+    assert allocator.quarantines == ["somebody"]
     assert (allocator.num_free, allocator.num_quarantined) == (4, 6)
     assert allocator.allocate("a", 5, 5) is None
     assert allocator.allocate("a", 4, 4) == [6, 7, 8, 9]
-    allocator.release_quarantine("a")
+    allocator.release_quarantine("somebody")
     assert allocator.extend("a", 6) == [0, 1, 2, 3, 4, 5]
     with pytest.raises(KeyError):
-        allocator.release_quarantine("a")
+        allocator.release_quarantine("somebody")
 
 
 def test_check_names_the_numbers() -> None:

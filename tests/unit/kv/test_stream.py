@@ -189,10 +189,12 @@ async def test_a_replaced_stage_gets_a_new_link_and_the_others_keep_theirs(kind:
 @pytest.mark.parametrize("kind", KINDS)
 async def test_after_a_reset_nothing_old_is_written_and_new_work_goes_on(kind: str) -> None:
     async with scene(kind) as s:
-        await s.writer.connect("token-0", s.offers)
+        await s.writer.connect("token-0", s.offers, {"prompt-0": 1})
         for layer in range(6):
             s.writer.submit(span(), layer)
-        await s.writer.reset()
+        await s.writer.reset({"prompt-0": 2})
+        for server in s.servers:
+            await server.fence({"prompt-0": 2})
         written = [pool.memory.copy() for pool in s.pools]
         s.source.memory[:] ^= 0xFF
         assert all(np.array_equal(pool.memory, before) for pool, before in zip(s.pools, written, strict=True))
@@ -239,6 +241,7 @@ async def test_a_frozen_stage_says_that_its_blocks_are_not_safe_and_delays_no_ot
         assert not ending.done() and arrivals[0].stage_index == 1
         error = await asyncio.wrap_future(ending)
         assert isinstance(error, LinkTimeout) and error.may_still_write
+        assert [name.partition(">")[2] for name in error.unconfirmed] == [offer.name]
         await writer.aclose()
         await server.aclose()
         process.kill()
