@@ -237,7 +237,8 @@ class KvConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="kv_confirme
 
 
 class HandoffEnded(msgspec.Struct, frozen=True, array_like=True, tag="handoff_ended"):
-    """Prompt stage to token driver: it will write nothing more for this attempt; `error` if a write failed."""
+    """Prompt stage to token driver: it will write nothing more for this attempt; `error` if a write failed. What it
+    wrote before may yet arrive until what is `unconfirmed` (name: oldest epoch) has been fenced off."""
 
     epoch: int
     sequence_id: str
@@ -245,6 +246,24 @@ class HandoffEnded(msgspec.Struct, frozen=True, array_like=True, tag="handoff_en
     stage_index: int
     num_stages: int
     error: str | None = None
+    unconfirmed: dict[str, int] = {}
+
+
+class FenceOff(msgspec.Struct, frozen=True, array_like=True, tag="fence_off"):
+    """Token driver to each of its stages: let nobody write to your pool under older epochs than these (by the name of
+    what the epoch belongs to: a pipeline, or a link)."""
+
+    epoch: int
+    oldest: dict[str, int]
+
+
+class FencedOff(msgspec.Struct, frozen=True, array_like=True, tag="fenced_off"):
+    """Answers `FenceOff` once nothing of older epochs can change the pool any more: as long as a writer that cannot be
+    refused has not ended there is no answer."""
+
+    epoch: int
+    stage_index: int
+    oldest: dict[str, int]
 
 
 class SequenceOpen(msgspec.Struct, frozen=True, array_like=True):
@@ -317,6 +336,8 @@ StageInboxMessage = (
     | KvArrived
     | KvConfirmed
     | HandoffEnded
+    | FenceOff
+    | FencedOff
     | Step
     | StepDone
     | Claim

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -54,6 +55,19 @@ def is_stopped(pid: int) -> bool:
     try:
         # the name before it may contain anything, also spaces and brackets
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):
+        return False
+
+
+def is_over(host: str, pid: int) -> bool:
+    """Whether a process that is said to run, or to have run, on `host` is certain to run no more; False where that
+    cannot be known. A number that is in use again tells nothing."""
+    if host != socket.gethostname() or not Path("/proc/self").exists():
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except FileNotFoundError:
+        return True
     except (OSError, IndexError):
         return False
 

@@ -11,6 +11,7 @@ import functools
 import gc
 import logging
 import time
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -73,6 +74,7 @@ class StageService(StageRole):
         self._clock = StepClock()
         self._monitor = LoopMonitor()
         self._counters = {"refused_frames": 0, "bad_frames": 0, "steps": 0, "tokens": 0}
+        self._background: set[asyncio.Task[None]] = set()
         self._stop: asyncio.Event
         self._crash: asyncio.Future[None]
         self._runner: StageRunner
@@ -141,10 +143,16 @@ class StageService(StageRole):
         waiting = self.tasks.create_task(stop.wait())
         ends: list[asyncio.Future[Any]] = [waiting, self._crash]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for task in [*tasks, waiting]:
+        for task in [*tasks, waiting, *self._background]:
             task.cancel()
         if self._crash.done():
             self._crash.result()
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs while the process serves; its end does not wait for this."""
+        task = self.tasks.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def _routers(self) -> list[str]:
         return [member.name for member in self.members.values() if member.role == "router"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from common.kv.checksum import hash_tokens
 from common.kv.choice import restricted
 from common.kv.errors import LinkError
+from common.kv.fence import Authority
 from common.kv.link import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.stream import Arrival, HandoffSpan, HandoffWriter
@@ -30,7 +31,12 @@ class Handoffs:
     """All hand-offs of one prompt stage. `start` it on the event loop; `submit` and `close` belong to the compute
     thread."""
 
-    def __init__(self, stage_index: int, num_stages: int, link: str, send: Send) -> None:
+    def __init__(
+        self, pipeline: str, incarnation: str, stage_index: int, num_stages: int, link: str, send: Send
+    ) -> None:
+        self._pipeline = pipeline
+        self._incarnation = incarnation
+        self._epoch = 0
         self._stage_index = stage_index
         self._num_stages = num_stages
         self._link = link
@@ -42,26 +48,43 @@ class Handoffs:
     async def start(self, pool: KvPool) -> None:
         self._writer = await HandoffWriter.start(pool, self._on_arrival)
 
-    async def reset(self) -> None:
-        """What an older epoch of our own pipeline had not handed off is dropped; nothing of it is written any more."""
-        await self._writer.reset()
+    async def reset(self, epoch: int) -> None:
+        """What an older epoch of our own pipeline had not handed off is dropped. Token stages refuse whatever would
+        still come of it."""
+        self._epoch = epoch
+        await self._writer.reset({self._pipeline: epoch})
 
     async def aclose(self) -> None:
         await self._writer.aclose()
 
-    async def connect(self, record: PipelineRecord) -> None:
-        """Opens links into a token pipeline's pools, in the place of those of its older epoch."""
+    async def attach(self, record: PipelineRecord) -> None:
+        """What is handed off to a token pipeline goes to its stages of this epoch; nothing more to those of an older
+        one. Waits for nobody."""
         known = self._records.get(record.pipeline)
         self._records[record.pipeline] = record
+        if known is not None:
+            await self._writer.attach(_destination(known.pipeline, known.epoch), [])
         try:
-            if known is not None:
-                await self._writer.connect(_destination(known.pipeline, known.epoch), [])
-            offers = [self._offer(str(stage.detail.get("kv_offer", ""))) for stage in record.stages]
-            await self._writer.connect(_destination(record.pipeline, record.epoch), offers)
-        except (LinkError, ProtocolError) as error:
+            await self._writer.attach(*self._way(record))
+        except ProtocolError as error:
             logger.warning("links to %s: %s", record.pipeline, error)
         self._connected[record.pipeline] = record.epoch
+
+    async def open(self, record: PipelineRecord) -> None:
+        """Opens the links ahead of the first write."""
+        if self.epoch_of(record.pipeline) != record.epoch or not self._epoch:
+            return
+        try:
+            await self._writer.connect(*self._way(record))
+        except (LinkError, ProtocolError) as error:
+            logger.warning("links to %s: %s", record.pipeline, error)
         logger.info("links to %s: %s", record.pipeline, ", ".join(self._links_to(record)))
+
+    def _way(self, record: PipelineRecord) -> tuple[str, list[GrantOffer], Authority]:
+        """Raises `ProtocolError`."""
+        offers = [self._offer(str(stage.detail.get("kv_offer", ""))) for stage in record.stages]
+        authority = {record.pipeline: record.epoch, self._pipeline: self._epoch, self._incarnation: 0}
+        return _destination(record.pipeline, record.epoch), offers, authority
 
     def epoch_of(self, pipeline: str) -> int:
         """The epoch that we have links for; those of older ones are closed."""
@@ -113,6 +136,7 @@ class Handoffs:
             self._stage_index,
             self._num_stages,
             None if error is None else str(error),
+            {} if error is None else dict(error.unconfirmed),
         )
 
     def tell_driver(self, pipeline: str, ended: HandoffEnded) -> None:

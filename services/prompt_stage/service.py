@@ -49,7 +49,14 @@ class PromptStage(StageService):
 
     async def open_pool(self) -> dict[str, str]:
         options = self.options
-        self._handoffs = Handoffs(options.stage_index, options.num_stages, options.link, self.peers.send)
+        self._handoffs = Handoffs(
+            options.pipeline,
+            self.incarnation,
+            options.stage_index,
+            options.num_stages,
+            options.link,
+            self.peers.send,
+        )
         await self._handoffs.start(self.pool)
         self._pulls = Pulls(self.pool, self._copier, self._pulled)
         return {}
@@ -77,8 +84,14 @@ class PromptStage(StageService):
 
     async def quiesce(self) -> None:
         await self._pulls.idle()
-        # once we are ready, token drivers take back the blocks that our older epochs were granted
-        await self._handoffs.reset()
+        # token drivers take back the blocks that our older epochs were granted
+        await self._handoffs.reset(self.epoch)
+        for record in self.records.values():
+            self._open_links(record)
+
+    def _open_links(self, record: PipelineRecord) -> None:
+        if record.role == "token_stage":
+            self.in_background(self._handoffs.open(record))
 
     async def close_pool(self) -> None:
         await self._pulls.aclose()
@@ -87,14 +100,15 @@ class PromptStage(StageService):
 
     async def pipeline_published(self, record: PipelineRecord) -> None:
         if record.role == "token_stage":
-            await self._handoffs.connect(record)
+            await self._handoffs.attach(record)
             self._answer_claims()
+            self._open_links(record)
             if self._scheduler is not None:
                 self._carry_out(self._scheduler.cancel_older(record.pipeline, record.epoch))
                 self.pump()
 
     def _answer_claims(self) -> None:
-        """Whoever claims a pipeline for an epoch hears when our links of its older ones are closed."""
+        """Whoever claims a pipeline for an epoch hears when we hand off to its stages of that epoch."""
         for claim, driver in list(self._claims.items()):
             if self._handoffs.epoch_of(claim.pipeline) >= claim.epoch:
                 del self._claims[claim]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from common.messages import Drawn
 from common.replica_messages import HeldReplica, replica_key
 from dejavu.params import SamplingParams
@@ -133,12 +135,21 @@ class Intake(SequenceTable):
         return self._start_decoding_if_complete(sequence)
 
     def handoff_ended(
-        self, sequence_id: str, attempt: int, stage_index: int, num_stages: int, failed: bool
+        self,
+        sequence_id: str,
+        attempt: int,
+        stage_index: int,
+        num_stages: int,
+        failed: bool,
+        unconfirmed: Mapping[str, int] | None = None,
     ) -> list[Action]:
-        """A prompt stage will write nothing more for this attempt."""
+        """A prompt stage will write nothing more for this attempt. What it wrote may arrive late until what is
+        `unconfirmed` has been fenced off."""
         sequence = self._sequences.get(sequence_id)
         if sequence is None or sequence.attempt != attempt:
             return []
+        if unconfirmed:
+            self._fence(sequence, unconfirmed)
         sequence.num_writers = num_stages
         sequence.ended_writers.add(stage_index)
         actions: list[Action] = []
@@ -166,15 +177,30 @@ class Intake(SequenceTable):
 
     def pipeline_replaced(self, pipeline: str, epoch: int) -> list[Action]:
         """A prompt pipeline runs a new epoch: what its older epochs had not finished is prefilled again."""
+        self.fences.ask({pipeline: epoch})
         for sequence in list(self._sequences.values()):
             writer = sequence.writer
             if not sequence.awaits_writers or writer is None or writer[0] != pipeline or writer[1] >= epoch:
                 continue
             sequence.awaits_writers = False
+            self._fence(sequence, {pipeline: epoch})
             if sequence.phase is Phase.PREFILLING and not self._is_complete(sequence):
                 sequence.requeue = True
             self._release_if_untouched(sequence)
         return self._grant_waiting()
+
+    def fenced_off(self, stage_index: int, oldest: Mapping[str, int]) -> list[Action]:
+        """Nothing of older epochs changes this stage's pool any more."""
+        self.fences.confirm(stage_index, oldest)
+        for need in self.allocator.quarantines:
+            if isinstance(need, frozenset) and self.fences.holds(need):
+                self.allocator.release_quarantine(need)
+        return self._grant_waiting()
+
+    def _fence(self, sequence: Sequence, oldest: Mapping[str, int]) -> None:
+        """Its blocks are safe only once this has been fenced off."""
+        self.fences.ask(oldest)
+        sequence.need |= set(oldest.items())
 
     def _restart(self, sequence: Sequence) -> list[Action]:
         """Its prefill is void: stop the writers, then prefill again."""

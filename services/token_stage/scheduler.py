@@ -172,7 +172,7 @@ class TokenScheduler(Intake):
         victim = max(self._ready.values(), key=lambda sequence: sequence.arrival, default=None)
         if victim is None:
             return False
-        if victim is needy and len(self._sequences) - len(self._waiting) == 1:
+        if victim is needy and len(self._sequences) - len(self._waiting) == 1 and not self.allocator.num_quarantined:
             raise AssertionError("a sequence that fits alone found no block")
         self._requeue(victim)
         return victim is not needy

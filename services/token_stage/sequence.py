@@ -10,6 +10,7 @@ from common.messages import Drawn, SequenceOpen, Step, pack_ids
 from common.replica_messages import HeldReplica
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
+from services.token_stage.fences import Need
 
 MAX_SHOWN = 64
 """So many tokens that a router was given are kept, in case it dies before it has passed them on."""
@@ -69,6 +70,8 @@ class Sequence:
     awaits_writers: bool = False
     writer: tuple[str, int] | None = None
     """prompt pipeline and its epoch that compute the current attempt"""
+    need: Need = frozenset()
+    """what must be fenced off before its blocks are safe from those who were to write to them"""
     requeue: bool = False
     """once nothing touches its blocks: back to the queue (preempted, or its KV was lost)"""
 

@@ -16,8 +16,8 @@ from common.messages import (
     Admit,
     CancelPrefill,
     CancelSequence,
-    FirstToken,
-    HandoffEnded,
+    FencedOff,
+    FenceOff,
     KvArrived,
     KvConfirmed,
     Orphans,
@@ -33,13 +33,15 @@ from common.messages import (
     unpack_ids,
 )
 from common.model.spec import ModelSpec
-from common.replica_messages import Claimed, Located, Pull, Pulled, Replicated, replica_key
+from common.replica_messages import Pull, Pulled, replica_key
 from common.stage.options import StageOptions
 from common.stage.pulls import Pulls, shares
 from common.stage.role import Sender
 from common.stage.service import StageService
 from services.token_stage.arrivals import Arrivals
 from services.token_stage.audience import Audience
+from services.token_stage.door import Door
+from services.token_stage.events import Event, take
 from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
@@ -72,7 +74,7 @@ class TokenStage(StageService):
         self._prompts = PromptPipelines()
         self._totals = Counter[str]()
         """what the drivers of older epochs counted"""
-        self._server: PoolServer | None = None
+        self._door: Door
         self._pulls: Pulls
         self._arrivals: Arrivals
         self._verifier = ThreadPoolExecutor(1, thread_name_prefix="verify")
@@ -80,21 +82,25 @@ class TokenStage(StageService):
     # ------------------------------------------------------------ the stage's part
 
     async def open_pool(self) -> dict[str, str]:
-        self._server = await PoolServer.start(self.pool, self.options.host, self.incarnation)
+        server = await PoolServer.start(self.pool, self.options.host, self.incarnation)
+        self._door = Door(server, self.options.stage_index, self._stop.set)
         self._pulls = Pulls(self.pool, self._verifier, self._pulled)
         self._arrivals = Arrivals(self.pool, self._verifier, self._tell_driver)
-        return {"kv_offer": self._server.offer.encode()}
+        return {"kv_offer": self._door.offer}
 
     async def close_pool(self) -> None:
         await self._pulls.aclose()
         self._verifier.shutdown(wait=True, cancel_futures=True)
-        if self._server is not None:
-            await self._server.aclose()
+        await self._door.aclose()
 
     def _pulled(self, pull: Pull, intact: bool) -> None:
         self._tell_driver(Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact))
 
-    def _tell_driver(self, message: KvConfirmed | Pulled) -> None:
+    def _fenced_off(self, fenced: FencedOff) -> None:
+        if fenced.epoch == self.epoch:
+            self._tell_driver(fenced)
+
+    def _tell_driver(self, message: KvConfirmed | Pulled | FencedOff) -> None:
         if self.options.is_driver:
             self.handle(Sender(self.options.name, self.incarnation), message)
         elif self.record is not None:
@@ -102,6 +108,11 @@ class TokenStage(StageService):
 
     async def quiesce(self) -> None:
         await self._pulls.idle()
+        fenced = self._door.begin_epoch(self.options.pipeline, self.epoch)
+        if self.record is None:
+            self.in_background(fenced)  # nobody waits for a spare
+        else:
+            await fenced
 
     # ------------------------------------------------------------ the driver's part
 
@@ -127,6 +138,8 @@ class TokenStage(StageService):
             durability=self.options.durability,
             device=device_tier(options.swap, stages),
         )
+        for record in self.records.values():
+            self._fence_off_older(record)
         self.pump()
 
     def end_driver(self) -> None:
@@ -141,8 +154,28 @@ class TokenStage(StageService):
     def pump(self) -> None:
         super().pump()
         if self._scheduler is not None:
+            self._send_fences(self._scheduler)
             for store, message in self._scheduler.replication.flush():
                 self.peers.send(store, message)
+
+    def _send_fences(self, scheduler: TokenScheduler) -> None:
+        oldest = scheduler.fences.take_asked()
+        if oldest and self.record is not None:
+            for stage in self.record.stages:
+                self._to_stage(stage.name, FenceOff(self.epoch, oldest))
+
+    def _to_stage(self, name: str, message: FenceOff | Pull) -> None:
+        """To a stage of ours, this one perhaps."""
+        if name == self.options.name:
+            self.handle(Sender(name, self.incarnation), message)
+        else:
+            self.peers.send(name, message)
+
+    def _fence_off_older(self, record: PipelineRecord) -> None:
+        """Whoever still writes for an older epoch of a prompt pipeline is to end before its prompts are asked for
+        again."""
+        if record.role == "prompt_stage" and self._scheduler is not None:
+            self._scheduler.fences.ask({record.pipeline: record.epoch})
 
     def step_done(self, done: StepDone) -> None:
         if self._scheduler is not None:
@@ -157,6 +190,10 @@ class TokenStage(StageService):
         if isinstance(message, Pull):
             if self.accepts(message.epoch):
                 self._pulls.start(message)
+            return
+        if isinstance(message, FenceOff):
+            if self.accepts(message.epoch):
+                self.in_background(self._door.fence_off(message, self._fenced_off))
             return
         scheduler = self._scheduler
         if scheduler is None:
@@ -174,19 +211,9 @@ class TokenStage(StageService):
                 ours = self._audience.called(sequence_id)
                 if ours is not None:
                     self._cancel(scheduler, ours)
-            case FirstToken(epoch, sequence_id, attempt, drawn, num_computed):
-                if self.accepts(epoch):
-                    self._carry_out(scheduler.first_token(sequence_id, attempt, drawn, num_computed))
-            case KvConfirmed(epoch, sequence_id, attempt, layers, start, count, intact):
-                if self.accepts(epoch):
-                    tokens = (start, start + count)
-                    self._carry_out(scheduler.kv_confirmed(sequence_id, attempt, layers, tokens, intact))
-            case HandoffEnded():
+            case _ if isinstance(message, Event):
                 if self.accepts(message.epoch):
-                    self._carry_out(_handoff_ended(scheduler, message))
-            case Claimed() | Replicated() | Located() | Pulled():
-                if self.accepts(message.epoch):
-                    self._carry_out(_about_replicas(scheduler, message))
+                    self._carry_out(take(scheduler, message))
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
         self.pump()
@@ -206,6 +233,8 @@ class TokenStage(StageService):
     async def member_lost(self, record: MemberRecord) -> None:
         if record.role == "cache_store":
             await self._pulls.store_lost(record.name)
+        elif record.role == "prompt_stage":
+            await self._door.writer_lost(record)
         if self._scheduler is None:
             return
         if record.role in ("cache_store", "prompt_stage"):
@@ -304,6 +333,7 @@ class TokenStage(StageService):
         self.peers.send(record.stages[0].name, prefill)
 
     async def pipeline_published(self, record: PipelineRecord) -> None:
+        self._fence_off_older(record)
         if record.role == "prompt_stage" and self._scheduler is not None:
             waiting = self._prompts.take_waiting()
             self._carry_out(g for g in waiting if self._scheduler.is_granted(g.sequence_id, g.attempt))
@@ -326,10 +356,7 @@ class TokenStage(StageService):
             sequence.blocks, token_hash, held.checksums,
         )  # fmt: skip
         for name, pull in shares(wanted, self.record):
-            if name == self.options.name:
-                self._pulls.start(pull)
-            else:
-                self.peers.send(name, pull)
+            self._to_stage(name, pull)
 
     def _stop_prefill(self, sequence_id: str, attempt: int) -> None:
         writer = None if self._scheduler is None else self._scheduler.writer(sequence_id)
@@ -369,24 +396,3 @@ class TokenStage(StageService):
                 "waiting": self._scheduler.num_waiting,
             }
         return stats
-
-
-def _about_replicas(scheduler: TokenScheduler, message: Claimed | Replicated | Located | Pulled) -> list[Action]:
-    match message:
-        case Claimed(store, _, _, keys):
-            return scheduler.store_claimed(store, keys)
-        case Replicated(store, _, batch, failed):
-            return scheduler.replicated(store, batch, failed)
-        case Located(store, _, sequence_id, attempt, held):
-            return scheduler.located(sequence_id, attempt, store, held)
-        case Pulled(_, sequence_id, attempt, intact):
-            return scheduler.pulled(sequence_id, attempt, intact)
-    assert_never(message)
-
-
-def _handoff_ended(scheduler: TokenScheduler, ended: HandoffEnded) -> list[Action]:
-    if ended.error is not None:
-        logger.warning("hand-off of %s failed: %s", ended.sequence_id, ended.error)
-    return scheduler.handoff_ended(
-        ended.sequence_id, ended.attempt, ended.stage_index, ended.num_stages, ended.error is not None
-    )

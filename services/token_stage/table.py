@@ -1,7 +1,8 @@
 """The sequences of one token pipeline and their blocks: how they become ready, end, and give their blocks back (pure).
 
 Blocks are given away only when nothing can touch them: no step in flight uses them, no store reads them, no stage
-copies a replica into them, and every prompt stage that was granted them has said that it will not write again.
+copies a replica into them, and every prompt stage that was granted them has said that it will not write again, or has
+been fenced off. Until then they are quarantined: their sequence goes on without them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from common.ends import finish_reason
 from common.kv.blocks import BlockAllocator
 from common.messages import Drawn, SequenceOpen
 from common.replica_messages import replica_key
+from services.token_stage.fences import Fences
 from services.token_stage.replication import Replication
 from services.token_stage.sequence import Action, FlyingStep, Phase, Produce, Sequence, StopPrefill
 from services.token_stage.swapping import DeviceTier
@@ -41,6 +43,7 @@ class SequenceTable:
     ) -> None:
         self.epoch = epoch
         self.replication = replication
+        self.fences = Fences(num_stages)
         self.device = device
         self._durability = durability
         self.num_recoveries = self.num_recomputed = 0
@@ -170,9 +173,7 @@ class SequenceTable:
     def _release_if_untouched(self, sequence: Sequence) -> None:
         if not sequence.is_leaving or sequence.is_touched:
             return
-        if sequence.blocks:
-            self.allocator.release(sequence.sequence_id)
-            sequence.blocks = []
+        self._give_back(sequence)
         if sequence.is_open:
             self._closes.append(sequence.sequence_id)
             sequence.is_open = False
@@ -182,6 +183,17 @@ class SequenceTable:
                 del self._by_key[replica_key(sequence.sequence_id)]
         else:
             self._back_to_queue(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Its blocks, unless somebody may still write to them."""
+        need, sequence.need = sequence.need, frozenset()
+        if not sequence.blocks:
+            return
+        if self.fences.holds(need):
+            self.allocator.release(sequence.sequence_id)
+        else:
+            self.allocator.quarantine(sequence.sequence_id, need)
+        sequence.blocks = []
 
     def _back_to_queue(self, sequence: Sequence) -> None:
         sequence.requeue = False

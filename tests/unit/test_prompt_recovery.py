@@ -1,22 +1,41 @@
-"""A prompt pipeline dies in the middle of prompts: what had arrived comes back out of a store, on both sides."""
+"""A prompt pipeline dies in the middle of prompts: what had arrived comes back out of a store, on both sides. What it
+had begun to write may land later, as long as nobody has fenced it off."""
 
 from __future__ import annotations
 
 import random
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import pytest
 
+from common.kv.fence import Fence
 from common.messages import Drawn, Handoff, Prefill, Step, pack_ids
 from services.prompt_stage.scheduler import Action as PromptAction
 from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler, PullHeld
 from services.token_stage.sequence import Action, Grant, StopPrefill
-from tests.unit.replication_world import BLOCK_SIZE, STORE_BLOCK_SIZE, World, kv_of, next_token, slot
+from tests.unit.replication_world import BLOCK_SIZE, NUM_STAGES, STORE_BLOCK_SIZE, World, kv_of, next_token, slot
 
 NUM_PROMPT_BLOCKS = 40
 CHUNK_TOKENS = 16
 NUM_PROMPT_STAGES = 2
+OWN_KINDS = (
+    "prefill", "cancel_prefill", "prompt_pull", "kv_confirmed", "handoff_ended", "first_token", "fence_off",
+    "fenced_off",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LateWrite:
+    """Something that a writer which lives on, unheard, may yet put into a token stage's pool. The stage can refuse it
+    once it was told to, unless the writer has the memory (`is_direct`)."""
+
+    stage: int
+    authority: dict[str, int]
+    prefill: Prefill
+    span: tuple[int, int]
+    is_direct: bool
 
 
 class TwoPipelines(World):
@@ -26,6 +45,14 @@ class TwoPipelines(World):
 
     def __init__(self, seed: int, num_blocks: int) -> None:
         self.prompt_epoch = 0
+        self.late: list[LateWrite] = []
+        self.fencing: list[tuple[int, dict[str, int]]] = []
+        """what stages were asked to fence off and have not"""
+        self.links = 0
+        self.loses_writes = False
+        """links break now and then"""
+        self.unconfirmed: dict[tuple[str, int], dict[str, int]] = {}
+        self.num_late = 0
         self.num_prompt_tokens = 0
         """computed by all prompt pipelines together"""
         self.begin_prompt_epoch()
@@ -33,6 +60,8 @@ class TwoPipelines(World):
 
     def begin_epoch(self) -> None:
         pulls = [each for each in getattr(self, "wire", []) if each[0] == "prompt_pull"]
+        # a stage is not ready before nobody can write under an older epoch of its pipeline
+        self.late, self.fencing = [], []
         super().begin_epoch()
         self.wire += pulls
         self.prompt_actions(self.prompt.cancel_older("token-0", self.epoch))
@@ -52,9 +81,53 @@ class TwoPipelines(World):
         self.prefills: dict[str, Prefill] = {}
 
     def lose_prompt_pipeline(self) -> None:
+        for prefill, _ in self.prompt_table.values():
+            if prefill.handoff.epoch == self.epoch and self.draws.random() < 0.5:
+                self.leave_behind(prefill, is_direct=self.draws.random() < 0.7)
         self.begin_prompt_epoch()
         self.wire = [each for each in self.wire if each[0] not in ("prefill", "cancel_prefill", "prompt_pull")]
         self.carry_out(self.token.pipeline_replaced("prompt-0", self.prompt_epoch))
+
+    # ------------------------------------------------------------ writers that live on
+
+    def leave_behind(self, prefill: Prefill, *, is_direct: bool) -> dict[str, int]:
+        """A write of one of its stages is not over; returns what to fence off before it is."""
+        self.links += 1
+        start, end = prefill.handoff.start, len(prefill.token_ids) // 4
+        span = (self.draws.randrange(start, end), end)
+        authority = {f"link {self.links}": 1, "prompt-0": self.prompt_epoch}
+        self.late.append(LateWrite(self.draws.randrange(NUM_STAGES), authority, prefill, span, is_direct))
+        return {f"link {self.links}": 2}
+
+    def write_late(self) -> None:
+        """One of them happens, and perhaps it was the writer's last."""
+        late = self.draws.choice(self.late)
+        prefill, tokens = late.prefill, list(memoryview(late.prefill.token_ids).cast("i"))
+        first, last = (position // BLOCK_SIZE for position in (late.span[0], late.span[1] - 1))
+        for other in self.token._sequences.values():
+            if (other.sequence_id, other.attempt) != (prefill.sequence_id, prefill.attempt):
+                touched = set(prefill.handoff.blocks[first : last + 1])
+                assert not touched & set(other.blocks), "a block was given away that somebody may still write to"
+        for position in range(*late.span):
+            self.pool[slot(prefill.handoff.blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+        self.num_late += 1
+        if self.draws.random() < 0.3:
+            self.late.remove(late)
+            self.answer_fences()
+
+    def fence_off(self, stage: int, oldest: dict[str, int]) -> None:
+        fence = Fence(oldest)
+        refused = [w for w in self.late if w.stage == stage and not w.is_direct and fence.stops(w.authority)]
+        self.late = [write for write in self.late if write not in refused]
+        self.fencing.append((stage, oldest))
+        self.answer_fences()
+
+    def answer_fences(self) -> None:
+        for stage, oldest in list(self.fencing):
+            fence = Fence(oldest)
+            if not any(write.stage == stage and fence.stops(write.authority) for write in self.late):
+                self.fencing.remove((stage, oldest))
+                self.wire.append(("fenced_off", (self.epoch, stage, oldest)))
 
     def carry_out(self, actions: Iterable[Action], *, were_shown: bool = False) -> None:
         others: list[Action] = []
@@ -87,6 +160,8 @@ class TwoPipelines(World):
 
     def start_steps(self) -> None:
         super().start_steps()
+        if oldest := self.token.fences.take_asked():
+            self.wire += [("fence_off", (self.epoch, stage, oldest)) for stage in range(NUM_STAGES)]
         while (step := self.prompt.next_step()) is not None:
             self.prompt_flying.append(step)
         for pull in self.prompt.take_pulls():
@@ -121,13 +196,19 @@ class TwoPipelines(World):
         handoff = prefill.handoff
         if handoff.epoch != self.epoch or span[0] >= span[1]:
             return
+        if self.loses_writes and self.draws.random() < 0.1:
+            key = (prefill.sequence_id, prefill.attempt)
+            self.unconfirmed.setdefault(key, {}).update(self.leave_behind(prefill, is_direct=False))
+            return
         for position in range(*span):
             self.pool[slot(handoff.blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
         self.wire.append(("kv_confirmed", (self.epoch, prefill.sequence_id, prefill.attempt, (0, 1), span, True)))
 
     def end_writing(self, prefill: Prefill) -> None:
+        unconfirmed = self.unconfirmed.pop((prefill.sequence_id, prefill.attempt), {})
         for stage in range(NUM_PROMPT_STAGES):
-            ended = (prefill.sequence_id, prefill.attempt, stage, NUM_PROMPT_STAGES, False)
+            lost = unconfirmed if stage == 1 else {}
+            ended = (prefill.sequence_id, prefill.attempt, stage, NUM_PROMPT_STAGES, bool(lost), lost)
             self.wire.append(("handoff_ended", (prefill.handoff.epoch, *ended)))
 
     def prompt_actions(self, actions: Iterable[PromptAction]) -> None:
@@ -158,7 +239,7 @@ class TwoPipelines(World):
     def deliver_one(self) -> None:
         picked = self.wire[self.draws.randrange(len(self.wire))]
         kind = picked[0]
-        if kind not in ("prefill", "cancel_prefill", "prompt_pull", "kv_confirmed", "handoff_ended", "first_token"):
+        if kind not in OWN_KINDS:
             self.wire.remove(picked)
             self.deliver(*picked)
             return
@@ -176,6 +257,8 @@ class TwoPipelines(World):
             self.prompt.prefill(prefill)
         elif kind == "cancel_prefill":
             self.prompt_actions(self.prompt.cancel(*rest))  # type: ignore[arg-type]
+        elif epoch == self.epoch and kind == "fence_off":
+            self.fence_off(*rest)  # type: ignore[arg-type]
         elif epoch == self.epoch:
             self.carry_out(getattr(self.token, kind)(*rest))
 
@@ -193,7 +276,7 @@ def run_one(world: TwoPipelines, draws: random.Random) -> bool:
     """One thing that can happen happens; False: nothing can."""
     world.start_steps()
     choices = ["step"] * bool(world.flying) + ["prompt"] * bool(world.prompt_flying) + ["wire"] * bool(world.wire)
-    choices += [name for name, store in world.stores.items() if store.inbox]
+    choices += [name for name, store in world.stores.items() if store.inbox] + ["late"] * bool(world.late)
     if not choices:
         return False
     choice = draws.choice(choices)
@@ -201,6 +284,8 @@ def run_one(world: TwoPipelines, draws: random.Random) -> bool:
         world.run_step()
     elif choice == "prompt":
         world.run_prompt_step()
+    elif choice == "late":
+        world.write_late()
     elif choice == "wire":
         world.deliver_one()
     else:
@@ -214,6 +299,7 @@ def run_one(world: TwoPipelines, draws: random.Random) -> bool:
 def test_whatever_dies_every_token_is_right(seed: int) -> None:
     draws = random.Random(seed + 2000)
     world = TwoPipelines(seed, num_blocks=40)
+    world.loses_writes = seed % 2 == 1
     to_submit = [(f"r{i}", draws.randrange(1, 100), draws.randrange(1, 30)) for i in range(20)]
     faults = draws.sample(["prompt"] * 4 + ["token"] * 2 + ["router"] * 2 + ["lose"], 6)
     for _ in range(100_000):
@@ -231,6 +317,25 @@ def test_whatever_dies_every_token_is_right(seed: int) -> None:
     assert world.ended == set(world.requests)
     assert world.token.allocator.num_free == 40
     assert world.prompt.num_free == NUM_PROMPT_BLOCKS
+
+
+def test_writers_that_live_on_write_late() -> None:
+    """The runs would say little if nothing landed late, or nothing was ever quarantined."""
+    num_late, most_quarantined = 0, 0
+    for seed in range(200, 210):
+        world = TwoPipelines(seed, num_blocks=40)
+        world.loses_writes = True
+        draws = random.Random(seed)
+        for index in range(12):
+            world.submit(f"r{index}", draws.randrange(20, 100), draws.randrange(1, 30))
+        while run_one(world, draws):
+            if draws.random() < 0.005:
+                world.lose_prompt_pipeline()
+            most_quarantined = max(most_quarantined, world.token.allocator.num_quarantined)
+        assert world.ended == set(world.requests)
+        assert world.token.allocator.num_free == 40
+        num_late += world.num_late
+    assert num_late > 50 and most_quarantined > 10
 
 
 def inject(world: TwoPipelines, fault: str) -> None:

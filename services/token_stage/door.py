@@ -1,0 +1,52 @@
+"""The way into a token stage's pool, and who is kept out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from common.kv.server import PoolServer
+from common.membership import MemberRecord
+from common.messages import FencedOff, FenceOff
+from common.process import is_over
+
+logger = logging.getLogger(__name__)
+
+FENCE_LIMIT_S = 5.0
+
+
+class Door:
+    """Fences off what belongs to older epochs. `on_stuck()` is called where that cannot be done for those of our own
+    pipeline."""
+
+    def __init__(self, server: PoolServer, stage_index: int, on_stuck: Callable[[], None]) -> None:
+        self.offer = server.offer.encode()
+        self._server = server
+        self._stage_index = stage_index
+        self._on_stuck = on_stuck
+
+    async def begin_epoch(self, pipeline: str, epoch: int) -> None:
+        """Returns when nobody can write under an older epoch of our pipeline. Who cannot be kept from it may write
+        anywhere, as the driver of that epoch, who knew where, is perhaps gone: then there is no way but another process
+        with another pool."""
+        try:
+            async with asyncio.timeout(FENCE_LIMIT_S):
+                await self._server.fence({pipeline: epoch})
+        except TimeoutError:
+            logger.error("somebody who does not end may still write to our pool: another process is to take over")
+            self._on_stuck()
+
+    async def fence_off(self, fence: FenceOff, tell: Callable[[FencedOff], None]) -> None:
+        """Does what a driver asks for, and tells it when it is done."""
+        await self._server.fence(fence.oldest)
+        tell(FencedOff(fence.epoch, self._stage_index, fence.oldest))
+
+    async def writer_lost(self, writer: MemberRecord) -> None:
+        """A prompt stage has lost its lease. What it had begun is over if its process is, which can be seen here where
+        it ran on this host."""
+        if is_over(writer.host, writer.pid):
+            await self._server.bury(writer.incarnation)
+
+    async def aclose(self) -> None:
+        await self._server.aclose()
