@@ -179,6 +179,8 @@ class CacheStore:
     async def _watch_pipelines(self) -> None:
         async for record in self._membership.watch_pipelines():
             if record.role == "token_stage":
+                # what is being read for the epoch before would be of no use, and its stage may never answer
+                await self._keeper.disconnect(record.pipeline)
                 async with self._record_changed:
                     self._records[record.pipeline] = record
                     self._record_changed.notify_all()
