@@ -169,7 +169,7 @@ def _line(run: dict[str, Any]) -> str:
     detected = "-" if run["detected_s"] is None else f"{run['detected_s']:.3f} s"
     names = ", ".join(sorted({name for name, _, _ in run["anomalies"]})) or "no anomaly"
     return (
-        f"{'+'.join(run['struck']) or 'etcd'} detected {detected}, next token {run['next_token_s']:.3f} s, "
+        f"{'+'.join(run['struck']) or 'nobody'} detected {detected}, next token {run['next_token_s']:.3f} s, "
         f"{run['recomputed_tokens']} tokens recomputed, {names}"
     )
 

@@ -40,7 +40,7 @@ class History:
 @dataclass(frozen=True, slots=True)
 class Anomaly:
     """`name` is one of lost, duplicated, reordered, phantom, divergent, stuck, failed, leaked, over-recomputed,
-    false fail-over."""
+    false fail-over, zombie accepted."""
 
     name: str
     where: str
@@ -54,6 +54,7 @@ def check(history: History) -> list[Anomaly]:
         *_leaks(history.after),
         *_recomputation(history),
         *_false_failovers(history),
+        *_zombies(history),
     ]
 
 
@@ -118,10 +119,28 @@ def _surviving(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
 
 
 def _false_failovers(history: History) -> list[Anomaly]:
+    """Only services are replaced; that etcd was missed changes nothing."""
     return [
         Anomaly("false fail-over", event["service"], str(event))
         for event in history.after["events"]
         if event["kind"] in ("detected", "suspected")
         and event["at_monotonic_s"] >= history.fault_at_s
-        and event["service"] not in history.struck
+        and event["service"] not in (*history.struck, "etcd")
     ]
+
+
+def _zombies(history: History) -> list[Anomaly]:
+    """Hand-offs whose bytes were not what their writer had sent, where nobody meant to damage any: somebody else wrote
+    to the blocks after they had been given away."""
+    known = {(service["name"], service["incarnation"]): _num_corrupt(service) for service in history.before["services"]}
+    return [
+        Anomaly("zombie accepted", service["name"], f"{count} hand-offs were overwritten by somebody else")
+        for service in history.after["services"]
+        if (count := _num_corrupt(service) - known.get((service["name"], service["incarnation"]), 0)) > 0
+    ]
+
+
+def _num_corrupt(service: Mapping[str, Any]) -> int:
+    """Hand-offs whose checksum did not hold."""
+    count: int = service.get("handoff", {}).get("corrupt", 0)
+    return count

@@ -19,6 +19,8 @@ import numpy as np
 
 from dejavu import AsyncClient
 
+ETCD = "etcd"
+"""its name in `events`"""
 Status = Mapping[str, Any]
 Service = Mapping[str, Any]
 
@@ -101,7 +103,7 @@ async def kill_twice(scene: Scene) -> list[str]:
 async def kill_etcd(scene: Scene) -> list[str]:
     """The one that belongs to the same `serve` as the services."""
     os.kill(_etcd_pid(scene.status), signal.SIGKILL)
-    return []
+    return [ETCD]
 
 
 def stop_etcd(outage_s: float) -> Strike:
@@ -111,7 +113,7 @@ def stop_etcd(outage_s: float) -> Strike:
         pid = _etcd_pid(scene.status)
         os.kill(pid, signal.SIGSTOP)
         asyncio.get_running_loop().call_later(outage_s, _continue, pid)
-        return []
+        return [ETCD]
 
     return strike
 

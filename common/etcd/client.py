@@ -177,9 +177,9 @@ class EtcdClient:
 
     # ------------------------------------------------------------ keys
 
-    async def get(self, key: str) -> KeyValue | None:
+    async def get(self, key: str, deadline_s: float = CALL_DEADLINE_S) -> KeyValue | None:
         """The key as it is now, or None."""
-        response = await self._call(self._kv.Range, rpc.RangeRequest(key=key.encode()))
+        response = await self._call(self._kv.Range, rpc.RangeRequest(key=key.encode()), deadline_s)
         return _key_value(response.kvs[0]) if response.kvs else None
 
     async def get_prefix(self, prefix: str) -> tuple[list[KeyValue], int]:

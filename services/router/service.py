@@ -29,6 +29,7 @@ from dejavu.errors import ConfigurationError, DejavuError
 from services.router.admission import malformed
 from services.router.clients import Clients
 from services.router.cluster import Cluster
+from services.router.etcd_watch import watch_etcd
 from services.router.requests import LONG_TEXT_CHARS, Requests, wire_error
 from services.router.status import Journal, StatsRound, describe
 
@@ -168,7 +169,8 @@ class RouterService:
         self._is_live = True
         await membership.register(record)
         beating = beat(self._peers, self._cluster.other_routers, options.name, self._incarnation, lambda: 0.0)
-        work = (self._cluster.run(), self._watch_clients(), self._monitor.watch(), beating)
+        watching = watch_etcd(etcd, self._journal)
+        work = (self._cluster.run(), self._watch_clients(), self._monitor.watch(), beating, watching)
         tasks = [self._tasks.create_task(each) for each in work]
         logger.info("listening for clients on %s", self._public.endpoint)
         await stop.wait()

@@ -33,7 +33,7 @@ def history() -> History:
     """A good one: the stage `a` was struck, one token computed again."""
     stream = Stream("s", EXPECTED, [(float(i), i, token_id) for i, token_id in enumerate(EXPECTED)], "finished")
     before = status(service("a"), service("b", recomputed=7))
-    after = status(service("b", recomputed=8), events=(("detected", "a"),))
+    after = status(service("b", recomputed=8), events=(("detected", "a"), ("detected", "etcd"), ("restored", "etcd")))
     return History([stream], before, after, ["a"], 2.0, 4)
 
 
@@ -78,6 +78,10 @@ def evict(h: History) -> None:
     h.after = status(service("b", recomputed=8), events=(("suspected", "b"),))
 
 
+def overwrite(h: History) -> None:
+    h.after["services"][0]["handoff"] = {"corrupt": 1, "received_bytes": 9}
+
+
 def test_a_good_history_has_no_anomaly() -> None:
     assert check(history()) == []
     assert history().streams[0].longest_gap_s(3.5) == 1.0
@@ -96,6 +100,7 @@ def test_a_good_history_has_no_anomaly() -> None:
         ("leaked", leak),
         ("over-recomputed", recompute),
         ("false fail-over", evict),
+        ("zombie accepted", overwrite),
     ],
 )
 def test_each_anomaly_is_found_alone(name: str, spoil: Callable[[History], None]) -> None:
