@@ -91,6 +91,13 @@ def _silences() -> dict[str, Fault]:
             4,
             lasts_s=STOPPED_S + LEASE_S,
         ),
+        "prompt-stop-no-kill": Fault(
+            "SIGSTOP of a prompt stage, and nobody kills it: it wakes up 10 s later",
+            stop("prompt_stage"),
+            (*STANDBY, "--no-kill"),
+            CHUNK_TOKENS,
+            lasts_s=STOPPED_S + LEASE_S,
+        ),
         "prompt-stop": Fault(stopped.format("prompt stage"), stop("prompt_stage"), STANDBY, CHUNK_TOKENS),
         "router-stop": Fault(stopped.format("leading router"), stop("router", "leader"), ("--routers", "2"), 0),
         "stuck-loop": Fault(
