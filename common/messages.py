@@ -249,6 +249,14 @@ class HandoffEnded(msgspec.Struct, frozen=True, array_like=True, tag="handoff_en
     unconfirmed: dict[str, int] = {}
 
 
+class LetGo(msgspec.Struct, frozen=True, array_like=True, tag="let_go"):
+    """Prompt stage to its driver: nothing reads the blocks of this closed prompt any more."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+
+
 class FenceOff(msgspec.Struct, frozen=True, array_like=True, tag="fence_off"):
     """Token driver to each of its stages: let nobody write to your pool under older epochs than these (by the name of
     what the epoch belongs to: a pipeline, or a link)."""
@@ -336,6 +344,7 @@ StageInboxMessage = (
     | KvArrived
     | KvConfirmed
     | HandoffEnded
+    | LetGo
     | FenceOff
     | FencedOff
     | Step

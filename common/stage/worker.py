@@ -42,7 +42,7 @@ CloseHook = Callable[[StageSequence], None]
 
 class StageWorker:
     """Layers [a, b) of one pipeline at one epoch. `on_layer(step, local_layer)` is told as soon as the step's KV
-    of a layer is in the pool; `on_close(sequence)` before a sequence's blocks can be overwritten. With a `residency`
+    of a layer is in the pool; `on_close(sequence)` when a sequence is closed. With a `residency`
     the blocks of the steps are those of the host pool, and `runner` works on the device's."""
 
     def __init__(

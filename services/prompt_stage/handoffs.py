@@ -1,14 +1,15 @@
 """What a prompt stage hands off, and whom it tells: the messages around DéjàVuLib's `HandoffWriter`.
 
 Every layer of every step is submitted as soon as it exists. When all layers of a chunk that a token stage owns are in
-its pool, that stage gets `KvArrived`. Before a sequence's blocks can be overwritten `close` waits for its writes and
-tells the token driver that nothing more comes (`HandoffEnded`).
+its pool, that stage gets `KvArrived`. When a sequence is closed and all of its writes are over, the token driver hears
+that nothing more comes (`HandoffEnded`), and our own that nothing reads its blocks any more; no step waits for that.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 
 from common.kv.checksum import hash_tokens
 from common.kv.choice import restricted
@@ -18,7 +19,7 @@ from common.kv.link import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.stream import Arrival, HandoffSpan, HandoffWriter
 from common.membership import PipelineRecord
-from common.messages import HandoffEnded, KvArrived, Message, Step, pack_ids
+from common.messages import HandoffEnded, KvArrived, Message, SequenceOpen, Step, pack_ids
 from common.stage.worker import StageSequence
 from dejavu.errors import ProtocolError
 
@@ -28,7 +29,7 @@ Send = Callable[[str, Message], bool]
 
 
 class Handoffs:
-    """All hand-offs of one prompt stage. `start` it on the event loop; `submit` and `close` belong to the compute
+    """All hand-offs of one prompt stage. `start` it on the event loop; `submit` and `drain` belong to the compute
     thread."""
 
     def __init__(
@@ -122,14 +123,17 @@ class Handoffs:
             )
         return spans
 
-    def close(self, sequence: StageSequence) -> HandoffEnded | None:
-        """Returns when nothing reads the sequence's blocks any more, with what the token driver must hear."""
-        opened = sequence.opened
+    def drain(self, opened: SequenceOpen) -> Future[LinkError | None]:
+        """Done when nothing reads the sequence's blocks any more, with what `ended` wants to know."""
+        return self._writer.drain(opened.sequence_id, opened.attempt)
+
+    def ended(self, opened: SequenceOpen, error: LinkError | None) -> None:
+        """Tells the token driver that nothing more comes, unless its pipeline runs another epoch by now."""
         handoff = opened.handoff
-        if handoff is None:
-            return None
-        error = self._writer.drain(opened.sequence_id, opened.attempt).result()
-        return HandoffEnded(
+        record = None if handoff is None else self._records.get(handoff.pipeline)
+        if handoff is None or record is None or record.epoch != handoff.epoch:
+            return
+        ended = HandoffEnded(
             handoff.epoch,
             opened.sequence_id,
             opened.attempt,
@@ -138,12 +142,7 @@ class Handoffs:
             None if error is None else str(error),
             {} if error is None else dict(error.unconfirmed),
         )
-
-    def tell_driver(self, pipeline: str, ended: HandoffEnded) -> None:
-        """Sends it, unless that pipeline runs another epoch by now."""
-        record = self._records.get(pipeline)
-        if record is not None and record.epoch == ended.epoch:
-            self._send(record.stages[0].name, ended)
+        self._send(record.stages[0].name, ended)
 
     def stats(self) -> dict[str, object]:
         """Links in use and bytes sent, for `status`."""

@@ -1,8 +1,7 @@
 """The driver of a prompt pipeline decides here (pure): which prompts get blocks, what the next chunk computes.
 
-A prompt's blocks are its own from its open to its close; every stage finishes the hand-off of a sequence when it
-sees the close, before anything later in the same step can overwrite the blocks. What was computed stays there until the
-blocks are needed (`Retained`).
+A prompt's blocks are its own from its open until every stage has seen its close and has nothing left to hand off out of
+them. What was computed stays there until the blocks are needed (`Retained`).
 """
 
 from __future__ import annotations
@@ -34,6 +33,8 @@ class PromptSequence:
     num_in_flight: int = 0
     num_pulls: int = 0
     """stages that are copying the beginning out of a store"""
+    num_readers: int = 0
+    """stages that may still be handing off, once it is closed"""
     is_open: bool = False
     is_cancelled: bool = False
     lease: int = -1
@@ -88,6 +89,8 @@ class PromptScheduler:
         self._chunk_tokens = chunk_tokens
         self._waiting: OrderedDict[Key, PromptSequence] = OrderedDict()
         self._running: dict[str, PromptSequence] = {}
+        self._closed: dict[Key, PromptSequence] = {}
+        """some stage may still be handing them off"""
         self._retained = Retained()
         self._num_found_tokens = 0
         self._num_leases = 0
@@ -230,10 +233,13 @@ class PromptScheduler:
     def _start_waiting(self) -> None:
         """First come, first served for memory: a big prompt at the head waits for room, none overtakes it."""
         started: list[Key] = []
-        computing = {sequence.request_id: sequence for sequence in self._running.values()}
+        computing = {s.request_id: s for s in (*self._closed.values(), *self._running.values())}
+        closed = {sequence_id for sequence_id, _ in self._closed}
         for key, sequence in self._waiting.items():
             if sequence.prefill.sequence_id in self._running:
                 break  # its previous attempt is still being closed
+            if sequence.prefill.sequence_id in closed:
+                continue  # what that has computed will be found
             other = computing.get(sequence.request_id)
             if other is not None and other.prefill.token_ids == sequence.prefill.token_ids:
                 continue  # another choice, whose KV will be found
@@ -287,12 +293,28 @@ class PromptScheduler:
         if sequence.num_in_flight or sequence.num_pulls:
             return []
         del self._running[sequence.prefill.sequence_id]
-        if sequence.num_computed:
-            token_ids = sequence.prefill.token_ids[: ID_BYTES * sequence.num_computed]
-            self._retained.keep(Kept(sequence.lease, sequence.request_id, sequence.blocks, token_ids))
-        else:
-            self.allocator.release(sequence.lease)
         if not sequence.is_open:
+            self._give_back(sequence)
             return [NeverStarted(sequence.prefill)]
+        sequence.num_readers = self._num_stages
+        self._closed[sequence.key] = sequence
         self._closes.append(sequence.prefill.sequence_id)
         return []
+
+    def let_go(self, sequence_id: str, attempt: int) -> None:
+        """A stage has nothing left to hand off of a prompt that it was told to close."""
+        sequence = self._closed.get((sequence_id, attempt))
+        if sequence is None:
+            return
+        sequence.num_readers -= 1
+        if not sequence.num_readers:
+            del self._closed[sequence.key]
+            self._give_back(sequence)
+            self._start_waiting()
+
+    def _give_back(self, sequence: PromptSequence) -> None:
+        if not sequence.num_computed:
+            self.allocator.release(sequence.lease)
+            return
+        token_ids = sequence.prefill.token_ids[: ID_BYTES * sequence.num_computed]
+        self._retained.keep(Kept(sequence.lease, sequence.request_id, sequence.blocks, token_ids))

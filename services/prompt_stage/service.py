@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, assert_never
 
 from common.kv.checksum import hash_tokens
+from common.kv.errors import LinkError
 from common.kv.stream import HandoffSpan
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import (
     CancelPrefill,
     FirstToken,
     HandoffEnded,
+    LetGo,
     Prefill,
+    SequenceOpen,
     StageInboxMessage,
     StageReady,
     Step,
@@ -62,11 +66,7 @@ class PromptStage(StageService):
         return {}
 
     def _pulled(self, pull: Pull, intact: bool) -> None:
-        pulled = Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact)
-        if self.options.is_driver:
-            self.handle(Sender(self.options.name, self.incarnation), pulled)
-        elif self.record is not None:
-            self.peers.send(self.record.stages[0].name, pulled)
+        self._tell_driver(Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact))
 
     async def member_joined(self, record: MemberRecord) -> None:
         if record.role == "cache_store":
@@ -122,17 +122,35 @@ class PromptStage(StageService):
             nonlocal spans
             if local_layer == 0:
                 spans = handoffs.spans(step, worker.sequences)
-            handoffs.submit(spans, local_layer)
+            with self._clock.excused():  # where too much waits, it is for a token stage that does not answer
+                handoffs.submit(spans, local_layer)
 
         def on_close(sequence: StageSequence) -> None:
-            with self._clock.excused():  # a token stage that died holds up its writer for a while
-                ended = handoffs.close(sequence)
-            if ended is not None and sequence.opened.handoff is not None:
-                pipeline = sequence.opened.handoff.pipeline
-                self.loop.call_soon_threadsafe(handoffs.tell_driver, pipeline, ended)
+            drained = functools.partial(self._drained, epoch, sequence.opened)
+            future = handoffs.drain(sequence.opened)
+            future.add_done_callback(lambda done: self._on_loop(functools.partial(drained, done)))
 
-        worker = self.make_worker(on_layer, on_close)
+        epoch, worker = self.epoch, self.make_worker(on_layer, on_close)
         return worker
+
+    def _on_loop(self, work: Callable[[], None]) -> None:
+        self.loop.call_soon_threadsafe(work)
+
+    def _drained(self, epoch: int, opened: SequenceOpen, done: Future[LinkError | None]) -> None:
+        """Nothing reads the blocks of a closed sequence any more."""
+        crash = done.exception()
+        if crash is not None:
+            self._on_crash(crash)
+            return
+        self._handoffs.ended(opened, done.result())
+        if epoch == self.epoch:
+            self._tell_driver(LetGo(epoch, opened.sequence_id, opened.attempt))
+
+    def _tell_driver(self, message: Pulled | LetGo) -> None:
+        if self.options.is_driver:
+            self.handle(Sender(self.options.name, self.incarnation), message)
+        elif self.record is not None:
+            self.peers.send(self.record.stages[0].name, message)
 
     # ------------------------------------------------------------ the driver's part
 
@@ -177,6 +195,9 @@ class PromptStage(StageService):
                     self._scheduler.prefill(message)
             case CancelPrefill(sequence_id, attempt):
                 self._carry_out(self._scheduler.cancel(sequence_id, attempt))
+            case LetGo(epoch, sequence_id, attempt):
+                if self.accepts(epoch):
+                    self._scheduler.let_go(sequence_id, attempt)
             case Pulled(epoch, sequence_id, attempt, intact):
                 if self.accepts(epoch):
                     self._carry_out(self._scheduler.pulled(sequence_id, attempt, intact))

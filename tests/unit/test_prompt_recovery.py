@@ -22,7 +22,7 @@ CHUNK_TOKENS = 16
 NUM_PROMPT_STAGES = 2
 OWN_KINDS = (
     "prefill", "cancel_prefill", "prompt_pull", "kv_confirmed", "handoff_ended", "first_token", "fence_off",
-    "fenced_off",
+    "fenced_off", "let_go",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class TwoPipelines(World):
         super().__init__(seed, num_blocks)
 
     def begin_epoch(self) -> None:
-        pulls = [each for each in getattr(self, "wire", []) if each[0] == "prompt_pull"]
+        pulls = [each for each in getattr(self, "wire", []) if each[0] in ("prompt_pull", "let_go")]
         # a stage is not ready before nobody can write under an older epoch of its pipeline
         self.late, self.fencing = [], []
         super().begin_epoch()
@@ -78,6 +78,8 @@ class TwoPipelines(World):
         self.prompt_pool: dict[int, int] = {}
         self.prompt_flying: deque[Step] = deque()
         self.prompt_table: dict[str, tuple[Prefill, list[int]]] = {}
+        self.prompt_ends: dict[str, int] = {}
+        """so many tokens of each are computed"""
         self.prefills: dict[str, Prefill] = {}
 
     def lose_prompt_pipeline(self) -> None:
@@ -85,7 +87,8 @@ class TwoPipelines(World):
             if prefill.handoff.epoch == self.epoch and self.draws.random() < 0.5:
                 self.leave_behind(prefill, is_direct=self.draws.random() < 0.7)
         self.begin_prompt_epoch()
-        self.wire = [each for each in self.wire if each[0] not in ("prefill", "cancel_prefill", "prompt_pull")]
+        lost = ("prefill", "cancel_prefill", "prompt_pull", "let_go")
+        self.wire = [each for each in self.wire if each[0] not in lost]
         self.carry_out(self.token.pipeline_replaced("prompt-0", self.prompt_epoch))
 
     # ------------------------------------------------------------ writers that live on
@@ -171,7 +174,11 @@ class TwoPipelines(World):
     def run_prompt_step(self) -> None:
         step = self.prompt_flying.popleft()
         for sequence_id in step.closes:
-            self.end_writing(self.prompt_table.pop(sequence_id)[0])
+            prefill, blocks = self.prompt_table.pop(sequence_id)
+            self.end_writing(prefill)
+            computed = list(memoryview(prefill.token_ids).cast("i"))[: self.prompt_ends.pop(sequence_id)]
+            for _ in range(NUM_PROMPT_STAGES):
+                self.wire.append(("let_go", (self.epoch, self.prompt_epoch, prefill, blocks, computed)))
         opened_now = {opened.sequence_id for opened in step.opens}
         for opened in step.opens:
             prefill = self.prefills[opened.sequence_id]
@@ -186,6 +193,7 @@ class TwoPipelines(World):
             for position in range(chunk.start, end):
                 self.prompt_pool[slot(blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
             self.num_prompt_tokens += chunk.num_tokens
+            self.prompt_ends[chunk.sequence_id] = end
             start = 0 if chunk.sequence_id in opened_now else chunk.start
             self.hand_off(prefill, tokens, (max(start, prefill.handoff.start), end))
             if chunk.draws:
@@ -210,6 +218,12 @@ class TwoPipelines(World):
             lost = unconfirmed if stage == 1 else {}
             ended = (prefill.sequence_id, prefill.attempt, stage, NUM_PROMPT_STAGES, bool(lost), lost)
             self.wire.append(("handoff_ended", (prefill.handoff.epoch, *ended)))
+
+    def let_go(self, prefill: Prefill, blocks: list[int], computed: list[int]) -> None:
+        """The last of what a stage hands off is read only now."""
+        for position in range(len(computed)):
+            assert self.prompt_pool[slot(blocks, position, BLOCK_SIZE)] == kv_of(computed, position)
+        self.prompt.let_go(prefill.sequence_id, prefill.attempt)
 
     def prompt_actions(self, actions: Iterable[PromptAction]) -> None:
         for action in actions:
@@ -247,7 +261,10 @@ class TwoPipelines(World):
             picked = next(each for each in self.wire if _way(*each) == sent)
         self.wire.remove(picked)
         kind, (epoch, *rest) = picked
-        if kind == "prompt_pull":
+        if kind == "let_go":
+            if rest[0] == self.prompt_epoch:
+                self.let_go(*rest[1:])  # type: ignore[arg-type]
+        elif kind == "prompt_pull":
             if rest[0] == self.prompt_epoch:
                 self.prompt_pull(rest[1])  # type: ignore[arg-type]
         elif kind == "prefill":

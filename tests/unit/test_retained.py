@@ -27,6 +27,9 @@ def run(prompts: PromptScheduler) -> tuple[list[Step], list[DeliverFirst]]:
         steps.append(step)
         drawn = [Drawn(7) for chunk in step.chunks if chunk.draws]
         first += [action for action in prompts.step_done(step.step, drawn) if isinstance(action, DeliverFirst)]
+        for sequence_id, attempt in list(prompts._closed):
+            if sequence_id in step.closes:
+                prompts.let_go(sequence_id, attempt)
     return steps, first
 
 

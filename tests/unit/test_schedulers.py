@@ -116,6 +116,7 @@ class Pipelines:
                 sequence_id, attempt = self.opened.pop(name)
                 for stage in range(2):
                     self.wire.append(("handoff_ended", (sequence_id, attempt, stage, 2, False)))
+                    self.wire.append(("let_go", (sequence_id, attempt)))
         for opened in step.opens:
             assert opened.sequence_id not in table
             table[opened.sequence_id] = list(memoryview(opened.token_ids).cast("i"))
@@ -180,6 +181,8 @@ class Pipelines:
         kind, arguments = picked
         if kind == "prefill":
             self.prompt.prefill(*arguments)  # type: ignore[arg-type]
+        elif kind == "let_go":
+            self.prompt.let_go(*arguments)  # type: ignore[arg-type]
         elif kind == "cancel_prefill":
             # same connection as its prefill: never before it
             if any(k == "prefill" and a[0].sequence_id == arguments[0] for k, a in self.wire):  # type: ignore[attr-defined]
