@@ -113,10 +113,8 @@ class Pipelines:
         for name in step.closes:
             del table[name]
             if pipeline == "prompt":
-                sequence_id, attempt = self.opened.pop(name)
-                for stage in range(2):
-                    self.wire.append(("handoff_ended", (sequence_id, attempt, stage, 2, False)))
-                    self.wire.append(("let_go", (sequence_id, attempt)))
+                key = self.opened.pop(name)
+                self.wire += [("handoff_ended", (*key, stage, 2, False)) for stage in range(2)] + 2 * [("let_go", key)]
         for opened in step.opens:
             assert opened.sequence_id not in table
             table[opened.sequence_id] = list(memoryview(opened.token_ids).cast("i"))
