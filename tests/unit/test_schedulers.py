@@ -114,7 +114,8 @@ class Pipelines:
             del table[name]
             if pipeline == "prompt":
                 key = self.opened.pop(name)
-                self.wire += [("handoff_ended", (*key, stage, 2, False)) for stage in range(2)] + 2 * [("let_go", key)]
+                self.wire += [("handoff_ended", (*key, stage, 2, False)) for stage in range(2)]
+                self.wire += [("let_go", key) for _ in range(2)]
         for opened in step.opens:
             assert opened.sequence_id not in table
             table[opened.sequence_id] = list(memoryview(opened.token_ids).cast("i"))
