@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -25,6 +26,8 @@ from common.replica_messages import HeldReplica, Pull, ReplicaItem
 from common.stage.pulls import Pulls
 from services.cache_store.keeper import Keeper
 from services.cache_store.shelf import Shelf
+from tests.unit.kv.link_ends import only
+from tests.unit.kv.processes import BIG, owner
 
 NUM_LAYERS = 5
 CUT = 2
@@ -137,6 +140,23 @@ async def test_when_a_stage_is_lost_what_was_copied_before_stays() -> None:
         for index in (0, 1):
             _, intact = await pull(found, held, index)
             assert intact
+
+
+async def test_a_stage_that_does_not_answer_is_not_waited_for_once_its_epoch_is_over() -> None:
+    store_pool = KvPool.create(BIG, name="store")
+    keeper = Keeper(store_pool, Shelf(BIG.num_blocks, BIG.block_size))
+    with owner() as (process, offer):
+        stage = member("s", "token_stage", only("zmq", offer).encode())
+        await keeper.connect(PipelineRecord("token-0", "token_stage", 1, (stage,)))
+        process.freeze()
+        wanted = ReplicaItem(KEY, 0, 299, list(range(19)), pack_ids(TOKENS))
+        keeping = asyncio.create_task(keeper.keep("token-0", [wanted]))
+        await asyncio.sleep(0)
+        assert not keeping.done()
+        async with asyncio.timeout(1.0):  # the link itself would wait for five
+            await keeper.disconnect("token-0")
+            assert await keeping == [KEY]
+    assert keeper.held(KEY, pack_ids(TOKENS)) is None
 
 
 async def test_what_does_not_fit_is_refused_and_leaves_nothing() -> None:
