@@ -75,14 +75,15 @@ async def divided_system(arguments: Sequence[str], environment: Mapping[str, str
 
 
 async def move_far(client: AsyncClient) -> None:
-    """The far stage does the work from now on."""
+    """The far stage does the work from now on, and the near one is back to stand by."""
     async with asyncio.timeout(START_LIMIT_S):
         while True:
             services = (await client.status())["services"]
             states = {service["name"]: service["state"] for service in services if service["pipeline"] == "token-0"}
             if states.get(FAR_NAME) == "active":
-                return
-            if FAR_NAME in states:
+                if "standby" in states.values():
+                    return
+            elif FAR_NAME in states:
                 await client.drain(next(name for name, state in states.items() if state == "active"))
             await asyncio.sleep(0.1)
 
