@@ -21,7 +21,7 @@ from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.kv.staging import HostStaging
 from common.kv.stream import HandoffWriter
-from tests.unit.kv.processes import BIG, owner
+from tests.unit.kv.processes import BIG, owner, until
 from tests.unit.kv.reference import layout
 
 KINDS = ["shm", "zmq"]
@@ -245,6 +245,23 @@ async def test_a_frozen_stage_says_that_its_blocks_are_not_safe_and_delays_no_ot
         await writer.aclose()
         await server.aclose()
         process.kill()
+
+
+async def test_nobody_waits_for_a_frozen_stage_that_is_replaced() -> None:
+    source = random_pool(BIG)
+    with owner() as (process, offer):
+        writer = await HandoffWriter.start(source, lambda arrival: None, timeout_s=60.0)
+        await writer.connect("token-0", [msgspec.structs.replace(offer, host_id="elsewhere")])
+        process.freeze()
+        writer.submit(HandoffSpan("r/0", 1, "token-0", (0, 512), range(32), range(32), b""), 0)
+        [lane] = writer._lanes["token-0"]
+        await until(lambda: lane._writing is not None)
+        async with asyncio.timeout(5.0):
+            await writer.connect("token-0", [])
+            error = await drained(writer)
+        assert isinstance(error, LinkLost) and error.may_still_write and error.unconfirmed
+        process.kill()
+        await writer.aclose()
 
 
 def test_what_waits_together_is_written_together() -> None:
