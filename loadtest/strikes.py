@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from dejavu import AsyncClient
+from loadtest.history import ETCD
 
-ETCD = "etcd"
-"""its name in `events`"""
 Status = Mapping[str, Any]
 Service = Mapping[str, Any]
 
