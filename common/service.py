@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 FATAL_EXIT = 78
 """Exit code of a service that has said why it cannot run (EX_CONFIG); starting it again would not help."""
 
+DRAIN_SIGNAL = signal.SIGUSR1
+"""Tells a router that the whole system is about to stop: it lets nothing new in."""
+
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that all services share."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.etcd.client import EtcdClient
 from common.model.spec import ModelSpec, load_spec
+from common.service import DRAIN_SIGNAL
 from common.text import TextCodec
 from dejavu import AsyncClient
 from dejavu.errors import ConfigurationError, DejavuError
@@ -28,12 +29,14 @@ from deploy.layout import Place, ServiceCommand, plan_services
 from deploy.obituary import Obituaries
 from deploy.options import ROOT, ServeOptions, bind_error, check_memory, parse_options
 from deploy.ports import lasting_ports
-from deploy.supervisor import ServiceGaveUp, Supervisor
+from deploy.supervisor import STOP_LIMIT_S, ServiceGaveUp, Supervisor
 
 logger = logging.getLogger("serve")
 
 POLL_S = 0.1
 PROGRESS_S = 2.0
+DRAIN_LIMIT_S = 5.0
+"""For live requests to finish, of the ten seconds in which everything ends."""
 STAGE_MODULES = ("services.prompt_stage.service", "services.token_stage.service")
 
 
@@ -78,15 +81,28 @@ async def _supervise(supervisor: Supervisor, endpoints: Sequence[str], commands:
     stopping = _stop_on_signals(supervisor)
     announcing = asyncio.ensure_future(_announce(endpoints, commands))
     await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
+    was_ready = announcing.done()
     announcing.cancel()
     if stopping.done():
         logger.info("stopping")
-        await supervisor.stop()
+        asked_s = time.monotonic()
+        if was_ready:
+            await _drain(supervisor, endpoints)
+        await supervisor.stop(STOP_LIMIT_S - (time.monotonic() - asked_s))
     await running
 
 
+async def _drain(supervisor: Supervisor, endpoints: Sequence[str]) -> None:
+    """Nothing new is let in; what is live gets a while to finish, unless a second signal comes."""
+    supervisor.signal_role("router", DRAIN_SIGNAL)
+    with contextlib.suppress(DejavuError, TimeoutError):
+        async with asyncio.timeout(DRAIN_LIMIT_S), AsyncClient(endpoints, connect_timeout_s=1.0) as client:
+            while (await client.status())["live"]["requests"] and not await supervisor.is_stopping_within(POLL_S):
+                pass
+
+
 def _stop_on_signals(supervisor: Supervisor) -> asyncio.Future[None]:
-    """Done at the first SIGINT or SIGTERM; a second one kills at once."""
+    """Done at the first SIGINT, SIGTERM or SIGHUP (the terminal is closed); a second one kills at once."""
     loop = asyncio.get_running_loop()
     asked: asyncio.Future[None] = loop.create_future()
 
@@ -96,7 +112,9 @@ def _stop_on_signals(supervisor: Supervisor) -> asyncio.Future[None]:
         else:
             asked.set_result(None)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # nohup asks to be spared the end of the terminal
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         loop.add_signal_handler(number, on_signal)
     return asked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -68,13 +69,26 @@ class Supervisor:
         child = self._children.get(name)
         return None if child is None else child.pid
 
-    async def stop(self) -> None:
-        """SIGTERM to all, SIGKILL to what is left after ten seconds."""
+    async def is_stopping_within(self, limit_s: float) -> bool:
+        """Waits so long at most for `stop()` or `kill()`."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), limit_s)
+        return self._stopping.is_set()
+
+    def signal_role(self, role: str, number: int) -> None:
+        """To all services of a role that live now."""
+        for command in self._commands:
+            child = self._children.get(command.name)
+            if command.role == role and child is not None:
+                child.send_signal(number)
+
+    async def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
+        """SIGTERM to all, SIGKILL to what is left after `limit_s`."""
         self._stopping.set()
         self._signal(signal.SIGTERM)
         exits = [child.exited for child in self._children.values()]
         if exits:
-            await asyncio.wait(exits, timeout=STOP_LIMIT_S)
+            await asyncio.wait(exits, timeout=limit_s)
         self.kill()
 
     def kill(self) -> None:

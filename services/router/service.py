@@ -23,9 +23,10 @@ from common.messages import Beat, Orphans, PipelineReady, SequenceFailed, StatsQ
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
 from common.process import own_incarnation
+from common.service import DRAIN_SIGNAL
 from common.text import TextCodec
 from dejavu import wire
-from dejavu.errors import ConfigurationError, DejavuError
+from dejavu.errors import ConfigurationError, DejavuError, Unavailable
 from services.router.admission import malformed
 from services.router.clients import Clients
 from services.router.cluster import Cluster
@@ -78,6 +79,8 @@ class RouterService:
         self._num_queries = 0
         self._is_live = False
         """about to register; before that there is nothing to say to anybody"""
+        self._is_draining = False
+        """nothing new is let in any more"""
         self._cluster: Cluster
         self._stop: asyncio.Event
         self._inbox: Inbox
@@ -172,10 +175,14 @@ class RouterService:
         watching = watch_etcd(etcd, self._journal)
         work = (self._cluster.run(), self._watch_clients(), self._monitor.watch(), beating, watching)
         tasks = [self._tasks.create_task(each) for each in work]
+        asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, self._start_to_drain)
         logger.info("listening for clients on %s", self._public.endpoint)
         await stop.wait()
         for task in tasks:
             task.cancel()
+
+    def _start_to_drain(self) -> None:
+        self._is_draining = True
 
     def _succeed(self, router: str) -> None:
         self._requests.succeed(router)
@@ -255,6 +262,8 @@ class RouterService:
         try:
             if not self._requests.precheck(client, submit):
                 return
+            if self._is_draining:
+                raise Unavailable("the system is stopping")
             if isinstance(submit.prompt, str) and len(submit.prompt) > LONG_TEXT_CHARS:
                 self._tasks.create_task(self._accept_long(client, submit))
                 return
