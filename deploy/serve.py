@@ -62,7 +62,7 @@ async def _serve(options: ServeOptions, spec: ModelSpec, device: str) -> int:
     ports = _router_ports(options)
     endpoints = [f"tcp://{options.host}:{port}" for port in ports]
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(_endpoints_file(options.state_dir, endpoints))
+        stack.enter_context(endpoints_file(options.state_dir, endpoints))
         os.environ["DEJAVU_STATE_DIR"] = str(options.state_dir.resolve())  # where services find their keys
         # first what takes longest
         spawner = stack.enter_context(_spawner(options, spec, device))
@@ -157,20 +157,24 @@ def _router_ports(options: ServeOptions) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]:
+def endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]:
     """Tells clients on this machine where the routers are, and gives them and the services their keys."""
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         make_keys(state_dir)
         file = state_dir / "endpoints"
         file.touch(mode=0o600)
-        file.write_text("".join(f"{endpoint}\n" for endpoint in endpoints))
+        ours = "".join(f"{endpoint}\n" for endpoint in endpoints)
+        file.write_text(ours)
     except OSError as error:
         raise ConfigurationError(f"{state_dir}: {error.strerror}", field="state_dir") from error
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        # a system that was started later with the same directory has put its own there
+        with contextlib.suppress(FileNotFoundError):
+            if file.read_text() == ours:
+                file.unlink()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,17 @@
+"""What `dejavu serve` leaves for clients on its machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deploy.serve import endpoints_file
+
+
+def test_the_end_of_a_system_hides_no_other_that_began_later(tmp_path: Path) -> None:
+    file = tmp_path / "endpoints"
+    first, second = endpoints_file(tmp_path, ["tcp://h:1"]), endpoints_file(tmp_path, ["tcp://h:2", "tcp://h:3"])
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)
+        assert file.read_text().split() == ["tcp://h:2", "tcp://h:3"]
+    assert not file.exists()
