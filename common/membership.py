@@ -70,12 +70,14 @@ class MemberRecord(msgspec.Struct, frozen=True):
 
 
 class PipelineRecord(msgspec.Struct, frozen=True):
-    """The processes of a pipeline, first stage first. `epoch` rises with every publication."""
+    """The processes of a pipeline, first stage first. `epoch` rises with every publication. With a `successor` the
+    pipeline is over: its processes are to form that one, in the other role."""
 
     pipeline: Name
     role: Word
     epoch: int
     stages: Annotated[tuple[MemberRecord, ...], msgspec.Meta(min_length=1, max_length=256)]
+    successor: Name | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +210,21 @@ class Membership:
             logger.warning("update comes later: %s", error)
 
     async def publish_pipeline(self, record: PipelineRecord, guard: Compare) -> int | None:
-        """Publishes a pipeline if `guard` (the leader's) holds. Returns its new epoch; None: not the leader.
+        """Publishes a pipeline if `guard` (the leader's) holds and what was published last is still of `record.epoch`
+        (0: nothing was). Returns its new epoch; None: not the leader, or not up to date.
 
         Raises `EtcdUnavailable`: it may be published all the same, the watch will tell.
         """
-        value = msgspec.json.encode(msgspec.structs.replace(record, epoch=0))
-        result = await self._client.transaction([guard], [Put(self._pipelines + record.pipeline, value)])
+        key, value = self._pipelines + record.pipeline, msgspec.json.encode(msgspec.structs.replace(record, epoch=0))
+        seen = has_mod_revision(key, record.epoch) if record.epoch else is_absent(key)
+        result = await self._client.transaction([guard, seen], [Put(key, value)])
         return result.revision if result.succeeded else None
+
+    async def pipelines(self) -> dict[str, PipelineRecord]:
+        """The latest publications, by name. Raises `EtcdUnavailable`."""
+        items, _ = await self._client.get_prefix(self._pipelines)
+        records = [record for item in items if (record := _decode_pipeline(item)) is not None]
+        return {record.pipeline: record for record in records}
 
     async def evict(self, record: MemberRecord) -> None:
         """Ends the lease of an incarnation that must be taken for dead. Raises `EtcdUnavailable`."""

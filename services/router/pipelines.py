@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from common.membership import MemberRecord, PipelineRecord
+from common.succession import is_retired, standing
 
 
 def missing_pipelines(
@@ -17,27 +18,30 @@ def missing_pipelines(
     """Records to publish: every stage of the pipeline is registered, their layers join without a gap, and the
     incarnations differ from those published, or the pipeline is `broken`: it has lost a stage, which may be back. Where
     several stand ready for one stage, the one that is published stays, unless it is `draining`; the others are spares.
-    The epoch is filled in by the store."""
+    Nobody forms a pipeline that is over. The epoch is that of the publication that each replaces, 0 for the first."""
+    standing_now = standing(published)
     candidates: dict[str, dict[int, list[MemberRecord]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
         # a new pipeline waits for those that are meant for it
-        is_early = member.state == "standby" and member.pipeline not in published
+        is_early = member.state == "standby" and member.pipeline not in standing_now
         if member.pipeline is not None and member.stage_index is not None and not is_early:
             candidates[member.pipeline][member.stage_index].append(member)
     records = []
     for pipeline, found in sorted(candidates.items()):
-        known = published.get(pipeline)
-        incarnations = [] if known is None else [member.incarnation for member in known.stages]
+        if is_retired(pipeline, published):
+            continue
+        last = published.get(pipeline)
+        incarnations = [member.incarnation for member in last.stages] if pipeline in standing_now and last else []
         stages = [_choose(found[index], incarnations, draining) for index in sorted(found)]
         has_changed = pipeline in broken or incarnations != [member.incarnation for member in stages]
         if has_changed and _is_complete(stages):
-            records.append(PipelineRecord(pipeline, stages[0].role, 0, tuple(stages)))
+            records.append(PipelineRecord(pipeline, stages[0].role, last.epoch if last else 0, tuple(stages)))
     return records
 
 
 def is_spare(member: MemberRecord, published: Mapping[str, PipelineRecord]) -> bool:
     """Whether a stage is warm but not part of its pipeline."""
-    record = published.get(member.pipeline or "")
+    record = standing(published).get(member.pipeline or "")
     return record is not None and all(stage.incarnation != member.incarnation for stage in record.stages)
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from common.etcd.client import Delete, EtcdClient, Put, has_mod_revision, has_value, is_absent, rpc
@@ -240,7 +241,9 @@ async def test_deposed_leader_can_publish_nothing(shared_etcd: EtcdServer) -> No
             await client.revoke_lease(first.lease.id)
             assert [event.name for event in await take(watch_1, 2)] == ["", "second"]
             assert await first.publish_pipeline(record, elections[0].guard()) is None
-            epoch_1 = await second.publish_pipeline(record, elections[1].guard())
+            assert await second.publish_pipeline(record, elections[1].guard()) is None, "it does not know of the first"
+            known = msgspec.structs.replace(record, epoch=epoch_0 or 0)
+            epoch_1 = await second.publish_pipeline(known, elections[1].guard())
             for campaign in campaigns:
                 campaign.cancel()
         assert epoch_0 is not None and epoch_1 is not None and epoch_1 > epoch_0

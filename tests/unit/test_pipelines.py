@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from common.membership import MemberRecord, PipelineRecord
+from common.succession import is_retired, standing
 from services.router.pipelines import is_spare, missing_pipelines, stand_in
 
 
@@ -50,3 +53,27 @@ def test_a_draining_stage_gives_way_where_somebody_can_take_over() -> None:
     assert stand_in(SECOND, [FIRST, SECOND, SPARE], draining) is SPARE
     assert names(missing_pipelines([FIRST, SECOND, SPARE], PUBLISHED, draining)) == [["a", "b-standby-0"]]
     assert missing_pipelines([FIRST, SECOND], PUBLISHED, draining) == []
+
+
+def test_who_belongs_to_a_pipeline_that_is_over_forms_none() -> None:
+    over = {"token-0": msgspec.structs.replace(PUBLISHED["token-0"], epoch=6, successor="prompt-1")}
+    assert missing_pipelines([FIRST, SECOND, SPARE], over) == []
+    assert not is_spare(SPARE, over)
+    turned_back = over | {"prompt-1": PipelineRecord("prompt-1", "prompt_stage", 9, (FIRST,), "token-0")}
+    (record,) = missing_pipelines([SPARE, SECOND, FIRST], turned_back)
+    assert [stage.name for stage in record.stages] == ["a", "b"]
+    assert (record.epoch, record.successor) == (6, None), "it takes the place of what is published"
+
+
+def test_the_latest_word_says_where_a_process_belongs() -> None:
+    token = msgspec.structs.replace(PUBLISHED["token-0"], epoch=6, successor="prompt-1")
+    prompt = PipelineRecord("prompt-1", "prompt_stage", 9, (FIRST,))
+    assert not is_retired("token-0", {}) and not is_retired("token-0", PUBLISHED)
+    assert is_retired("token-0", {"token-0": token})
+    records = {"token-0": token, "prompt-1": prompt}
+    assert (is_retired("token-0", records), is_retired("prompt-1", records)) == (True, False)
+    records["prompt-1"] = msgspec.structs.replace(prompt, epoch=12, successor="token-0")
+    assert (is_retired("token-0", records), is_retired("prompt-1", records)) == (False, True)
+    records["token-0"] = msgspec.structs.replace(token, epoch=15)
+    assert (is_retired("token-0", records), is_retired("prompt-1", records)) == (True, False)
+    assert list(standing(records)) == []
