@@ -28,6 +28,16 @@ def own_incarnation() -> str:
     return os.environ.get(INCARNATION_VARIABLE) or new_incarnation()
 
 
+def later_incarnation(incarnation: str, count: int) -> str:
+    """What the same process is called once it has begun anew `count` times."""
+    return f"{incarnation}-{count}" if count else incarnation
+
+
+def is_of_process(incarnation: str, first: str) -> bool:
+    """Whether `incarnation` is that of the process which began as `first`."""
+    return incarnation == first or incarnation.startswith(f"{first}-")
+
+
 def die_with_parent() -> None:
     """This process is killed when its parent dies (Linux; elsewhere nothing happens)."""
     if sys.platform != "linux":

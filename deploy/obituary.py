@@ -13,6 +13,7 @@ from common.etcd.client import EtcdClient, backoff_s
 from common.etcd.errors import EtcdError, EtcdLeaseNotFound, EtcdUnavailable
 from common.etcd.values import decode_value
 from common.membership import MemberRecord, member_key
+from common.process import is_of_process
 
 logger = logging.getLogger(__name__)
 
@@ -37,29 +38,29 @@ class Obituaries:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.__aexit__(*exception)
 
-    def report(self, name: str, incarnation: str) -> None:
-        """The process that was this incarnation of member `name` has ended."""
-        task = asyncio.get_running_loop().create_task(self._revoke(name, incarnation))
+    def report(self, incarnation: str) -> None:
+        """The process that began as this incarnation has ended, whatever its role and its name were by then."""
+        task = asyncio.get_running_loop().create_task(self._revoke(incarnation))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _revoke(self, name: str, incarnation: str) -> None:
-        """Again and again until etcd has heard it, or another incarnation has the name."""
+    async def _revoke(self, incarnation: str) -> None:
+        """Again and again until etcd has heard it, or no member is that process."""
         for pause_s in backoff_s():
             with contextlib.suppress(EtcdUnavailable):
-                await self._revoke_once(name, incarnation)
+                await self._revoke_once(incarnation)
                 return
             await asyncio.sleep(pause_s)
 
-    async def _revoke_once(self, name: str, incarnation: str) -> None:
-        key = member_key(self._cluster, name)
-        found = await self._client.get(key)
-        record = None if found is None else decode_value(key, found.value, MemberRecord)
-        if found is None or record is None or record.incarnation != incarnation:
-            return
-        try:
-            await self._client.revoke_lease(found.lease_id, REVOKE_DEADLINE_S)
-        except EtcdLeaseNotFound:
-            pass
-        except EtcdError as error:
-            logger.warning("the lease of %s lapses by itself: %s", name, error)
+    async def _revoke_once(self, incarnation: str) -> None:
+        found, _ = await self._client.get_prefix(member_key(self._cluster, ""))
+        for item in found:
+            record = decode_value(item.key, item.value, MemberRecord)
+            if record is None or not is_of_process(record.incarnation, incarnation):
+                continue
+            try:
+                await self._client.revoke_lease(item.lease_id, REVOKE_DEADLINE_S)
+            except EtcdLeaseNotFound:
+                pass
+            except EtcdError as error:
+                logger.warning("the lease of %s lapses by itself: %s", record.name, error)

@@ -70,7 +70,7 @@ async def _serve(options: ServeOptions, spec: ModelSpec, device: str) -> int:
         place = Place(etcd_url, f"c{secrets.token_hex(4)}", device, ports, tuple(sorted(os.sched_getaffinity(0))))
         commands = plan_services(options, spec, place)
         obituaries = await stack.enter_async_context(Obituaries(etcd_url, place.cluster))
-        supervisor = Supervisor(commands, spawner, lambda ended: obituaries.report(ended.name, ended.incarnation))
+        supervisor = Supervisor(commands, spawner, lambda ended: obituaries.report(ended.incarnation))
         await _supervise(supervisor, endpoints, commands)
     return 0
 
