@@ -38,14 +38,20 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
 
 
-def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]], cores: str = "") -> int:
-    """Runs `serve(stop)` on uvloop until it returns; `stop` is set by SIGTERM. The terminal's SIGINT is the
-    parent's business. Returns the process's exit code."""
+def log_as(name: str) -> None:
+    """From now on this process logs under `name`, to stderr."""
     logging.basicConfig(
         stream=sys.stderr,
         level=os.environ.get("DEJAVU_LOG_LEVEL", "INFO").upper(),
         format=f"%(asctime)s {name} %(levelname)s %(message)s",
+        force=True,
     )
+
+
+def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]], cores: str = "") -> int:
+    """Runs `serve(stop)` on uvloop until it returns; `stop` is set by SIGTERM. The terminal's SIGINT is the
+    parent's business. Returns the process's exit code."""
+    log_as(name)
     die_with_parent()
     if cores:
         set_affinity([int(core) for core in cores.split(",")])

@@ -84,23 +84,26 @@ def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list
         # refused before anything is started
         largest = max(last - first for first, last in ranges)
         fitting_layout(spec, (0, largest), options.block_size, options.kv_memory_bytes)
-        for pipeline in (f"{kind}-{index}" for index in range(num_pipelines)):
+        for number in range(num_pipelines):
+            pipeline = f"{kind}-{number}"
             for index, (first, last) in enumerate(ranges):
-                arguments = [
-                    "--pipeline",
-                    pipeline,
-                    "--stage-index",
-                    str(index),
-                    "--num-stages",
-                    str(len(ranges)),
-                ]
+                arguments = ["--pipeline", pipeline, "--other-pipeline", _other_pipeline(options, kind, number)]
+                arguments += ["--stage-index", str(index), "--num-stages", str(len(ranges))]
                 arguments += ["--layers", f"{first}:{last}"] + ["--colocated"] * options.is_colocated
-                if kind == "token":
-                    arguments += ["--replicas", str(options.replicas), "--recovery", options.recovery]
-                    arguments += ["--durability", options.durability, "--swap", options.swap]
-                    arguments += ["--host-kv-memory", str(options.host_kv_memory_bytes)]
+                arguments += ["--replicas", str(options.replicas), "--recovery", options.recovery]
+                arguments += ["--durability", options.durability, "--swap", options.swap]
+                arguments += ["--host-kv-memory", str(options.host_kv_memory_bytes)]
                 stages.append((f"{pipeline}-stage-{index}", f"{kind}_stage", arguments))
     return stages
+
+
+def _other_pipeline(options: ServeOptions, kind: str, number: int) -> str:
+    """What a pipeline is called in the other role: a number that no other has. Colocated ones have one role only."""
+    if options.is_colocated:
+        return ""
+    if kind == "prompt":
+        return f"token-{options.token_pipelines + number}"
+    return f"prompt-{options.prompt_pipelines + number}"
 
 
 def _core_shares(options: ServeOptions, cores: Sequence[int], num_stages: int) -> list[Sequence[int]]:

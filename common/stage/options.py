@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.kv.choice import LINK_NAMES
 from common.service import add_common_options
@@ -11,7 +11,8 @@ from common.service import add_common_options
 
 @dataclass(frozen=True, slots=True)
 class StageOptions:
-    """`layers` is absolute, end exclusive; `chunk_tokens` bounds the tokens of one step."""
+    """`layers` is absolute, end exclusive; `chunk_tokens` bounds the tokens of one step. `other_pipeline` is what the
+    pipeline is called in the other role, '' where it has none."""
 
     name: str
     role: str
@@ -21,6 +22,7 @@ class StageOptions:
     model: str
     dtype: str
     pipeline: str
+    other_pipeline: str
     stage_index: int
     num_stages: int
     layers: tuple[int, int]
@@ -38,6 +40,17 @@ class StageOptions:
     num_replicas: int
     recovery: str
     durability: str
+
+    @property
+    def host_tier_bytes(self) -> int:
+        """Prompt stages have none."""
+        return self.host_kv_memory_bytes if self.role == "token_stage" else 0
+
+    def in_other_role(self) -> StageOptions:
+        """The same stage of the same layers, in the pipeline that takes this one's place."""
+        role = "token_stage" if self.role == "prompt_stage" else "prompt_stage"
+        name = self.name.replace(self.pipeline, self.other_pipeline, 1)
+        return replace(self, name=name, role=role, pipeline=self.other_pipeline, other_pipeline=self.pipeline)
 
     @property
     def is_driver(self) -> bool:
@@ -61,23 +74,24 @@ def parse_stage_options(role: str, description: str | None, argv: list[str] | No
         model=arguments.model,
         dtype=arguments.dtype,
         pipeline=arguments.pipeline,
+        other_pipeline=arguments.other_pipeline,
         stage_index=arguments.stage_index,
         num_stages=arguments.num_stages,
         layers=(first, last),
         device=arguments.device,
         kv_memory_bytes=arguments.kv_memory,
-        host_kv_memory_bytes=getattr(arguments, "host_kv_memory", 0),
-        swap=getattr(arguments, "swap", "off"),
+        host_kv_memory_bytes=arguments.host_kv_memory,
+        swap=arguments.swap,
         block_size=arguments.block_size,
         chunk_tokens=arguments.chunk_size,
         num_threads=arguments.threads,
         cores=arguments.cores,
         link=arguments.link,
-        is_colocated=getattr(arguments, "colocated", False),
+        is_colocated=arguments.colocated,
         is_standby=arguments.standby,
-        num_replicas=getattr(arguments, "replicas", 0),
-        recovery=getattr(arguments, "recovery", "auto"),
-        durability=getattr(arguments, "durability", "async"),
+        num_replicas=arguments.replicas,
+        recovery=arguments.recovery,
+        durability=arguments.durability,
     )
 
 
@@ -85,6 +99,7 @@ def _parser(role: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"services.{role}", description=description)
     add_common_options(parser)
     parser.add_argument("--pipeline", required=True, help="name of the pipeline, the same for all its stages")
+    parser.add_argument("--other-pipeline", default="", metavar="NAME", help="its name should it change its role")
     parser.add_argument("--stage-index", type=int, required=True)
     parser.add_argument("--num-stages", type=int, required=True)
     parser.add_argument("--layers", required=True, metavar="A:B", help="layers A to B-1 of the model")
@@ -96,11 +111,11 @@ def _parser(role: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--cores", default="", metavar="LIST", help="run on these cores only, e.g. 0,1")
     parser.add_argument("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels")
     parser.add_argument("--standby", action="store_true", help="wait until somebody's place is free")
-    if role == "token_stage":
-        parser.add_argument("--host-kv-memory", type=int, default=0, metavar="BYTES", help="size of the host tier")
-        parser.add_argument("--swap", default="auto", choices=["auto", "on", "off"])
-        parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
-        parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
-        parser.add_argument("--recovery", default="auto", choices=["auto", "restore", "replay"])
-        parser.add_argument("--durability", default="async", help="async, lag:k or sync, for requests that do not say")
+    # the rest concerns a prompt stage, too, should it become a token stage
+    parser.add_argument("--host-kv-memory", type=int, default=0, metavar="BYTES", help="size of the host tier")
+    parser.add_argument("--swap", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
+    parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
+    parser.add_argument("--recovery", default="auto", choices=["auto", "restore", "replay"])
+    parser.add_argument("--durability", default="async", help="async, lag:k or sync, for requests that do not say")
     return parser

@@ -53,6 +53,11 @@ class StageRole(abc.ABC):
     async def quiesce(self) -> None:  # noqa: B027
         """Returns when nothing that this process has begun outside of its steps reads or writes any pool any more."""
 
+    async def leave(self, record: PipelineRecord) -> None:
+        """Our pipeline is over as of `record`, and nothing is scheduled any more. Returns when this process touches
+        nobody's pool and nobody touches its own, so that it can be given up."""
+        await self.quiesce()
+
     async def open_pool(self) -> dict[str, str]:
         """Called once the pool exists; returns details to register under."""
         return {}

@@ -37,8 +37,9 @@ from common.model.loader import load_stage
 from common.model.runner import StageRunner
 from common.model.spec import ModelSpec
 from common.peers import Peers, beat
-from common.process import own_incarnation
+from common.process import later_incarnation, own_incarnation
 from common.stage.compute import ComputeThread
+from common.stage.life import StageLife
 from common.stage.options import StageOptions
 from common.stage.readiness import Readiness
 from common.stage.role import Sender, StageRole
@@ -46,6 +47,7 @@ from common.stage.setup import stage_record
 from common.stage.step_clock import StepClock
 from common.stage.tiers import Tiers
 from common.stage.worker import CloseHook, LayerHook, StageWorker, StepOutput
+from common.succession import is_retired
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,11 @@ logger = logging.getLogger(__name__)
 class StageService(StageRole):
     """One stage process. Subclasses say what a prompt or a token stage does around its steps."""
 
-    def __init__(self, options: StageOptions, spec: ModelSpec) -> None:
+    def __init__(self, options: StageOptions, spec: ModelSpec, life: StageLife) -> None:
         self.options = options
         self.spec = spec
         self.epoch = 0
-        self.incarnation = own_incarnation()
+        self.incarnation = later_incarnation(own_incarnation(), life.num_changes)
         self.peers = Peers(f"{options.name}.{self.incarnation}")
         self.members: dict[str, MemberRecord] = {}
         self.records: dict[str, PipelineRecord] = {}
@@ -77,6 +79,8 @@ class StageService(StageRole):
         self._background: set[asyncio.Task[None]] = set()
         self._stop: asyncio.Event
         self._crash: asyncio.Future[None]
+        self._over: asyncio.Future[PipelineRecord]  # our pipeline's last record
+        self._life = life
         self._runner: StageRunner
 
     def new_worker(self) -> StageWorker:
@@ -85,27 +89,31 @@ class StageService(StageRole):
 
     # ------------------------------------------------------------ life
 
-    async def serve(self, stop: asyncio.Event) -> None:
-        """Loads the layers, registers and works until `stop` is set. Raises `ConfigurationError`."""
+    async def serve(self, stop: asyncio.Event) -> bool:
+        """Loads the layers, registers and works until `stop` is set (False), or until this stage is to go on in its
+        other role (True). Raises `ConfigurationError`."""
         self.loop = asyncio.get_running_loop()
         self._stop = stop
-        self._crash = self.loop.create_future()
+        self._crash, self._over = self.loop.create_future(), self.loop.create_future()
         self.compute = ComputeThread(self.loop, self._on_crash)
         install_fault_hook(self.loop, STUCK_STEP, lambda: self.compute.submit(stall, lambda _: None))
         self.inbox = await Inbox.bind(f"tcp://{self.options.host}:*", self._on_frames)
         self._runner = await asyncio.to_thread(self._load)
         details = await self.open_pool()
-        # what is loaded stays: keep it out of every later collection
-        gc.collect()
-        gc.freeze()
+        if not self._life.num_changes:
+            # what is loaded stays: keep it out of every later collection
+            gc.collect()
+            gc.freeze()
         try:
             async with (
                 EtcdClient(self.options.etcd) as etcd,
                 Membership(etcd, self.options.cluster) as membership,
             ):
+                if is_retired(self.options.pipeline, await membership.pipelines()):
+                    return True
                 await membership.register(stage_record(self.options, self.incarnation, self.inbox.endpoint, details))
                 async with asyncio.TaskGroup() as self.tasks:
-                    await self._attend(membership, stop)
+                    return await self._attend(membership, stop)
         finally:
             self.inbox.close()
             self.peers.close()
@@ -118,7 +126,8 @@ class StageService(StageRole):
         options = self.options
         torch.set_num_threads(options.num_threads)
         started_s = time.monotonic()
-        model = load_stage(self.spec, options.layers, options.device)
+        if self._life.model is None:
+            self._life.model = load_stage(self.spec, options.layers, options.device)
         self.tiers = Tiers(options, self.spec)
         self.pool, layout = self.tiers.pool, self.tiers.pool.layout
         logger.info(
@@ -129,9 +138,9 @@ class StageService(StageRole):
             layout.num_blocks,
             layout.block_size,
         )
-        return StageRunner(model, self.tiers.compute_pool)
+        return StageRunner(self._life.model, self.tiers.compute_pool)
 
-    async def _attend(self, membership: Membership, stop: asyncio.Event) -> None:
+    async def _attend(self, membership: Membership, stop: asyncio.Event) -> bool:
         tasks = [
             self.tasks.create_task(self._watch_members(membership)),
             self.tasks.create_task(self._watch_pipelines(membership)),
@@ -142,11 +151,16 @@ class StageService(StageRole):
         ]
         waiting = self.tasks.create_task(stop.wait())
         ends: list[asyncio.Future[Any]] = [waiting, self._crash]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([*ends, self._over], return_when=asyncio.FIRST_COMPLETED)
+        if self._over.done():
+            ending = self.tasks.create_task(self._end(self._over.result()))
+            await asyncio.wait([*ends, ending], return_when=asyncio.FIRST_COMPLETED)
+            tasks.append(ending)
         for task in [*tasks, waiting, *self._background]:
             task.cancel()
         if self._crash.done():
             self._crash.result()
+        return self._over.done() and not stop.is_set()
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs while the process serves; its end does not wait for this."""
@@ -203,11 +217,14 @@ class StageService(StageRole):
         # a driver must know which stores there were before its epoch
         await self._members_known.wait()
         async for record in membership.watch_pipelines():
-            # its members may become known to us only later
-            for stage in record.stages:
+            for stage in record.stages if record.successor is None else ():
+                # its members may become known to us only later
                 await self.peers.connect(stage.name, stage.endpoint)
             self.records[record.pipeline] = record
-            if record.pipeline == self.options.pipeline and record.epoch > self.epoch:
+            if is_retired(self.options.pipeline, self.records):
+                if not self._over.done():
+                    self._over.set_result(self.records[self.options.pipeline])
+            elif record.pipeline == self.options.pipeline and record.successor is None and record.epoch > self.epoch:
                 await self._activate(record)
             await self.pipeline_published(record)
 
@@ -222,13 +239,24 @@ class StageService(StageRole):
         self.worker = self.new_worker()
         logger.info("epoch %d of %s begins", record.epoch, record.pipeline)
         # ready means that nothing of an older epoch reads or writes any pool any more: first no step is running ...
+        await self._idle()
+        # ... then nothing that steps have begun
+        await self.quiesce()
+        self._report_stage_ready(record)
+
+    async def _idle(self) -> None:
+        """Returns when the steps and the copies of older epochs are over."""
         idle = self.loop.create_future()
         self.compute.submit(lambda: None, idle.set_result)
         await idle
         await asyncio.to_thread(self.tiers.wait_for_copies)
-        # ... then nothing that steps have begun
-        await self.quiesce()
-        self._report_stage_ready(record)
+
+    async def _end(self, record: PipelineRecord) -> None:
+        """Returns when this process has nothing to do with its pipeline any more, as of its last record."""
+        logger.info("%s is over: this stage goes on in %s", record.pipeline, record.successor)
+        self._set_aside(record.epoch)
+        await self._idle()
+        await self.leave(record)
 
     def _report_stage_ready(self, record: PipelineRecord) -> None:
         if self.epoch != record.epoch:
@@ -249,7 +277,10 @@ class StageService(StageRole):
         """Another process has this place. Whatever still arrives for us is of an epoch that is over."""
         if self.record is not None:
             logger.info("replaced by %s in epoch %d", record.stages[self.options.stage_index].name, record.epoch)
-        self.epoch = record.epoch
+        self._set_aside(record.epoch)
+
+    def _set_aside(self, epoch: int) -> None:
+        self.epoch = epoch
         self.record = None
         self._ready.clear()
         self.worker = self.new_worker()

@@ -34,5 +34,5 @@ def stage_record(options: StageOptions, incarnation: str, endpoint: str, details
         num_stages=options.num_stages,
         layers=options.layers,
         state="standby" if options.is_standby else "active",
-        detail={"colocated": int(options.is_colocated), **details},
+        detail={"colocated": int(options.is_colocated), "other_pipeline": options.other_pipeline, **details},
     )

@@ -29,8 +29,8 @@ class Tiers:
         self.block_copy_s = 0.0
         self._keeps_idle = options.swap != "on"
         self._copier: ThreadPoolExecutor | None = None
-        if options.host_kv_memory_bytes:
-            layout = fitting_layout(spec, options.layers, options.block_size, options.host_kv_memory_bytes)
+        if options.host_tier_bytes:
+            layout = fitting_layout(spec, options.layers, options.block_size, options.host_tier_bytes)
             self.pool = KvPool.create(layout, name=f"{options.name}-host")
             if options.device == "cuda":
                 _lock_pages(self.pool)

@@ -55,8 +55,10 @@ class Keeper:
 
     async def connect(self, record: PipelineRecord) -> None:
         """Opens links to all stages of a pipeline in the place of those of its older epoch; where one cannot be had,
-        the pipeline's sequences are not kept."""
+        the pipeline's sequences are not kept. To one that is over there are none."""
         await self.disconnect(record.pipeline)
+        if record.successor is not None:
+            return
         sources: list[_Source] = []
         try:
             for stage in record.stages:

@@ -184,6 +184,8 @@ class CacheStore:
                 async with self._record_changed:
                     self._records[record.pipeline] = record
                     self._record_changed.notify_all()
+                if record.successor is not None:  # what is kept of it expires, even if nobody lives to claim it
+                    await self._queue.put(("", Claim(record.pipeline, record.epoch)))
 
     # ------------------------------------------------------------ messages
 
@@ -268,8 +270,8 @@ class CacheStore:
         if record is None:
             self._queue.put_nowait((sender, claim))  # our watch is behind
             return
-        # the driver may become known to us as a member only later
-        await self._peers.connect(record.stages[0].name, record.stages[0].endpoint)
+        if record.successor is None:  # the driver may become known to us as a member only later
+            await self._peers.connect(record.stages[0].name, record.stages[0].endpoint)
         keys = self._shelf.claim(claim.pipeline, claim.epoch, time.monotonic() + UNCLAIMED_S)
         if keys is None or record.epoch > claim.epoch:
             return

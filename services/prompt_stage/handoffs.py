@@ -60,7 +60,7 @@ class Handoffs:
 
     async def attach(self, record: PipelineRecord) -> None:
         """What is handed off to a token pipeline goes to its stages of this epoch; nothing more to those of an older
-        one. Waits for nobody."""
+        one, or to one that is over. Waits for nobody."""
         known = self._records.get(record.pipeline)
         self._records[record.pipeline] = record
         if known is not None:
@@ -83,7 +83,8 @@ class Handoffs:
 
     def _way(self, record: PipelineRecord) -> tuple[str, list[GrantOffer], Authority]:
         """Raises `ProtocolError`."""
-        offers = [self._offer(str(stage.detail.get("kv_offer", ""))) for stage in record.stages]
+        stages = record.stages if record.successor is None else ()
+        offers = [self._offer(str(stage.detail.get("kv_offer", ""))) for stage in stages]
         authority = {record.pipeline: record.epoch, self._pipeline: self._epoch, self._incarnation: 0}
         return _destination(record.pipeline, record.epoch), offers, authority
 

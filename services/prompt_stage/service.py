@@ -26,6 +26,7 @@ from common.messages import (
 )
 from common.model.spec import ModelSpec
 from common.replica_messages import Claim, Claimed, Pull, Pulled
+from common.stage.life import StageLife
 from common.stage.options import StageOptions
 from common.stage.pulls import Pulls, shares
 from common.stage.role import Sender
@@ -40,8 +41,8 @@ logger = logging.getLogger(__name__)
 class PromptStage(StageService):
     """Layers [a, b) of a prompt pipeline; stage 0 drives it."""
 
-    def __init__(self, options: StageOptions, spec: ModelSpec) -> None:
-        super().__init__(options, spec)
+    def __init__(self, options: StageOptions, spec: ModelSpec, life: StageLife) -> None:
+        super().__init__(options, spec, life)
         self._scheduler: PromptScheduler | None = None
         self._handoffs: Handoffs
         self._pulls: Pulls
@@ -89,8 +90,12 @@ class PromptStage(StageService):
         for record in self.records.values():
             self._open_links(record)
 
+    async def leave(self, record: PipelineRecord) -> None:
+        await self._pulls.idle()
+        await self._handoffs.reset(record.epoch)
+
     def _open_links(self, record: PipelineRecord) -> None:
-        if record.role == "token_stage":
+        if record.role == "token_stage" and record.successor is None:
             self.in_background(self._handoffs.open(record))
 
     async def close_pool(self) -> None:

@@ -22,11 +22,16 @@ class PromptPipelines:
 
     def pick(self, grant: Grant, wanted: str, records: Mapping[str, PipelineRecord]) -> PipelineRecord | None:
         """The one the router chose, or any other that is there; None: the grant waits for `take_waiting`."""
-        others = (record for record in records.values() if record.role == "prompt_stage")
-        record = records.get(wanted) or next(others, None)
+        able = [r for r in records.values() if r.role == "prompt_stage" and r.successor is None]
+        chosen = next((r for r in able if r.pipeline == wanted), None)
+        record = chosen or max(able, key=lambda r: self.capacity_tokens(r.pipeline) or 0, default=None)
         if record is None:
             self._waiting.append(grant)
         return record
+
+    def over(self, pipeline: str) -> None:
+        """This one is over."""
+        self._ready.pop(pipeline, None)
 
     def take_waiting(self) -> list[Grant]:
         """The grants that can be tried again now that a pipeline was published."""

@@ -33,7 +33,8 @@ from common.messages import (
     unpack_ids,
 )
 from common.model.spec import ModelSpec
-from common.replica_messages import Pull, Pulled, replica_key
+from common.replica_messages import Claim, Claimed, Pull, Pulled, replica_key
+from common.stage.life import StageLife
 from common.stage.options import StageOptions
 from common.stage.pulls import Pulls, shares
 from common.stage.role import Sender
@@ -42,6 +43,8 @@ from services.token_stage.arrivals import Arrivals
 from services.token_stage.audience import Audience
 from services.token_stage.door import Door
 from services.token_stage.events import Event, take
+from services.token_stage.figures import driver_stats
+from services.token_stage.guests import Guests
 from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
@@ -67,14 +70,15 @@ ORPHAN_S = 30.0
 class TokenStage(StageService):
     """Layers [a, b) of a token pipeline, with the pool that prompt stages write into."""
 
-    def __init__(self, options: StageOptions, spec: ModelSpec) -> None:
-        super().__init__(options, spec)
+    def __init__(self, options: StageOptions, spec: ModelSpec, life: StageLife) -> None:
+        super().__init__(options, spec, life)
         self._scheduler: TokenScheduler | None = None
         self._audience = Audience()
         self._prompts = PromptPipelines()
         self._totals = Counter[str]()
         """what the drivers of older epochs counted"""
         self._door: Door
+        self._guests = Guests()
         self._pulls: Pulls
         self._arrivals: Arrivals
         self._verifier = ThreadPoolExecutor(1, thread_name_prefix="verify")
@@ -113,6 +117,14 @@ class TokenStage(StageService):
             self.in_background(fenced)  # nobody waits for a spare
         else:
             await fenced
+
+    async def leave(self, record: PipelineRecord) -> None:
+        await self._pulls.idle()
+        await self._door.begin_epoch(record.pipeline, record.epoch)
+        stores = [member.name for member in self.members.values() if member.role == "cache_store"]
+        for name in stores:
+            self.peers.send(name, Claim(record.pipeline, record.epoch))
+        await self._guests.gone(stores)
 
     # ------------------------------------------------------------ the driver's part
 
@@ -199,6 +211,8 @@ class TokenStage(StageService):
         if scheduler is None:
             if isinstance(message, PipelineReady):
                 self._prompts.reported(message)
+            elif isinstance(message, Claimed) and self.accepts(message.epoch):
+                self._guests.left(message.name)
             return
         match message:
             case PipelineReady(pipeline, epoch):
@@ -233,6 +247,7 @@ class TokenStage(StageService):
     async def member_lost(self, record: MemberRecord) -> None:
         if record.role == "cache_store":
             await self._pulls.store_lost(record.name)
+            self._guests.left(record.name)
         elif record.role == "prompt_stage":
             await self._door.writer_lost(record)
         if self._scheduler is None:
@@ -334,7 +349,11 @@ class TokenStage(StageService):
 
     async def pipeline_published(self, record: PipelineRecord) -> None:
         self._fence_off_older(record)
+        if record.role == "prompt_stage" and record.successor is not None:
+            self._prompts.over(record.pipeline)
         if record.role == "prompt_stage" and self._scheduler is not None:
+            if record.successor is not None:
+                self._carry_out(self._scheduler.pipeline_replaced(record.pipeline, record.epoch))
             waiting = self._prompts.take_waiting()
             self._carry_out(g for g in waiting if self._scheduler.is_granted(g.sequence_id, g.attempt))
             self.pump()
@@ -374,25 +393,6 @@ class TokenStage(StageService):
         return counts
 
     def role_stats(self) -> dict[str, Any]:
-        stats: dict[str, Any] = {
-            "kv_blocks": self.kv_blocks() if self._scheduler is None else self._scheduler.kv_blocks(),
-            "handoff": self._arrivals.stats(),
-        }
-        if self._scheduler is not None:
-            lag_tokens = self._scheduler.replication.lag_tokens()
-            stats["replication"] = {
-                "lag_tokens": lag_tokens,
-                "stores": self._scheduler.replication.num_stores,
-                "pulled_bytes": self._pulls.received_bytes,
-            }
-            stats["counters"] = {
-                **self._counts(),
-                "replica_lag_tokens": lag_tokens,
-            }
-            if self._scheduler.device is not None:
-                stats["swap"] = self._scheduler.device.describe()
-            stats["sequences"] = {
-                "running": self._scheduler.num_running,
-                "waiting": self._scheduler.num_waiting,
-            }
-        return stats
+        scheduler = self._scheduler
+        driver = {} if scheduler is None else driver_stats(scheduler, self._counts(), self._pulls.received_bytes)
+        return {"kv_blocks": self.kv_blocks(), "handoff": self._arrivals.stats(), **driver}

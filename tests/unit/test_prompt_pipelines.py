@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from common.membership import PipelineRecord
 from common.messages import Admit, PipelineReady, pack_ids, unpack_ids
 from dejavu.params import SamplingParams
@@ -32,3 +34,14 @@ def test_one_that_is_not_ready_is_asked_at_an_epoch_that_it_refuses() -> None:
     assert (prefill.epoch, prefill.attempt, prefill.num_prompt_tokens) == (4, 2, 3)
     assert unpack_ids(prefill.token_ids) == [1, 2, 3, 9]
     assert (prefill.handoff.epoch, prefill.handoff.blocks, prefill.handoff.start) == (5, [7], 0)
+
+
+def test_one_that_is_over_is_not_asked() -> None:
+    over = PipelineRecord("prompt-0", "prompt_stage", 6, (), "token-1")
+    others = {name: msgspec.structs.replace(RECORD, pipeline=name) for name in ("prompt-1", "prompt-2")}
+    prompts = PromptPipelines()
+    for name in ("prompt-0", "prompt-2"):
+        prompts.reported(PipelineReady(name, 4, 100))
+    assert prompts.pick(GRANT, "prompt-0", {"prompt-0": over} | others) is others["prompt-2"], "the one that is ready"
+    prompts.over("prompt-0")
+    assert prompts.epoch("prompt-0") == 0 and prompts.capacity_tokens("prompt-0") is None
