@@ -28,6 +28,7 @@ examples:
   dejavu status                               who runs, where, with how much memory
   dejavu status --json | jq .counters
   dejavu drain token-0-stage-0                replace a running process, keep its streams
+  dejavu convert prompt-1 token               have a prompt pipeline generate tokens from now on
 
 The system is found through --endpoint, DEJAVU_ENDPOINT, the state directory of a running `dejavu serve`
 (DEJAVU_STATE_DIR), or at tcp://127.0.0.1:5555, in this order.
@@ -79,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     drain.add_argument("name", metavar="NAME", help="as `dejavu status` shows it")
     _add_endpoint(drain)
+    convert = commands.add_parser(
+        "convert",
+        help="turn a prompt pipeline into a token pipeline, or back",
+        description="Moves the live work of a pipeline to the others of its kind, without a failed request, and has "
+        "its processes work in the other role, under another name. The weights stay where they are.",
+    )
+    convert.add_argument("pipeline", metavar="PIPELINE", help="as `dejavu status` shows it, e.g. prompt-1")
+    convert.add_argument("role", choices=["prompt", "token"], help="what it is to be")
+    _add_endpoint(convert)
     commands.add_parser("serve", help="start a system (`dejavu serve --help` lists its options)", add_help=False)
     return parser
 
@@ -128,6 +138,13 @@ async def _drain(options: argparse.Namespace) -> int:
     return 0
 
 
+async def _convert(options: argparse.Namespace) -> int:
+    async with AsyncClient(options.endpoint) as client:
+        name = await client.convert(options.pipeline, options.role)
+    print(f"{options.pipeline} is now {name}", flush=True)
+    return 0
+
+
 async def _status(options: argparse.Namespace) -> int:
     async with AsyncClient(options.endpoint) as client:
         status = await client.status()
@@ -135,4 +152,4 @@ async def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"generate": _generate, "status": _status, "drain": _drain}
+COMMANDS = {"generate": _generate, "status": _status, "drain": _drain, "convert": _convert}

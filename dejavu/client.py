@@ -84,6 +84,12 @@ class AsyncClient:
         unknown name, `Unavailable` where nobody can take over."""
         await self._session.drain(_check_name(name, "name"))
 
+    async def convert(self, pipeline: str, role: str) -> str:
+        """Turns a prompt pipeline into a token pipeline (`role` "token") or back ("prompt"), without a failed request;
+        returns what it is called from now on. Raises `InvalidParameter` for an unknown pipeline or role, or one that it
+        has already; `Unavailable` where the others of its kind could not take over."""
+        return await self._session.convert(_check_name(pipeline, "pipeline"), _check_name(role, "role"))
+
     async def status(self) -> dict[str, Any]:
         """What runs where, with counters and recent events. Raises `Unavailable`, `ProtocolError`."""
         try:

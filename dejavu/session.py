@@ -36,7 +36,8 @@ MAX_BURST = 16
 DRAIN_LIMIT_S = 60.0
 RETRY_PAUSE_S = 0.1
 """Between two rounds through all known routers."""
-_Query = tuple[wire.StatusQuery | wire.Drain, asyncio.Future[wire.StatusReply | wire.Drained]]
+_Question = wire.StatusQuery | wire.Drain | wire.Convert
+_Answer = wire.StatusReply | wire.Drained | wire.Converted
 
 
 class Session:
@@ -49,7 +50,7 @@ class Session:
         self._routers = RouterList(endpoints)
         self._losses: dict[str, str] = {}
         self._live: dict[str, LiveRequest] = {}
-        self._queries: dict[int, _Query] = {}
+        self._queries: dict[int, tuple[_Question, asyncio.Future[_Answer]]] = {}
         self._num_queries = 0
         self._connection: Connection | None = None
         self._is_served = asyncio.Event()
@@ -108,18 +109,21 @@ class Session:
         """Has a service replaced and ended. Raises `DejavuError`."""
         reply = await self._ask(lambda query_id: wire.Drain(query_id, name), DRAIN_LIMIT_S)
         assert isinstance(reply, wire.Drained)
-        if reply.error is not None:
-            error = reply.error
-            raise error_from_wire(error.code, error.message, error.field, error.details)
+        _raise(reply.error)
 
-    async def _ask(
-        self, new_query: Callable[[int], wire.StatusQuery | wire.Drain], limit_s: float
-    ) -> wire.StatusReply | wire.Drained:
+    async def convert(self, pipeline: str, role: str) -> str:
+        """Has a pipeline change its role; returns its new name. Raises `DejavuError`."""
+        reply = await self._ask(lambda query_id: wire.Convert(query_id, pipeline, role), DRAIN_LIMIT_S)
+        assert isinstance(reply, wire.Converted)
+        _raise(reply.error)
+        return reply.pipeline
+
+    async def _ask(self, new_query: Callable[[int], _Question], limit_s: float) -> _Answer:
         """Asks whichever router serves us, again after each loss of one. Raises `Unavailable`."""
         self._check_open()
         self._num_queries += 1
         query = new_query(self._num_queries)
-        reply: asyncio.Future[wire.StatusReply | wire.Drained] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._queries[query.query_id] = (query, reply)
         self._send(query)
         try:
@@ -278,7 +282,7 @@ class Session:
             case wire.NotLeader(request_id, leader):
                 if request_id in self._live or (not request_id and self._queries):
                     self._redirect(leader)
-            case wire.StatusReply() | wire.Drained():
+            case wire.StatusReply() | wire.Drained() | wire.Converted():
                 _, reply = self._queries.get(message.query_id, (None, None))
                 if reply is not None and not reply.done():
                     reply.set_result(message)
@@ -317,3 +321,8 @@ class Session:
             self._send(query)
         for live in list(self._live.values()):
             self._submit_again(live)
+
+
+def _raise(error: wire.WireError | None) -> None:
+    if error is not None:
+        raise error_from_wire(error.code, error.message, error.field, error.details)

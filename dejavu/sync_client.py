@@ -71,6 +71,10 @@ class Client:
         """See `AsyncClient.drain`."""
         self._call(self._client.drain(name))
 
+    def convert(self, pipeline: str, role: str) -> str:
+        """See `AsyncClient.convert`."""
+        return self._call(self._client.convert(pipeline, role))
+
     def status(self) -> dict[str, Any]:
         """See `AsyncClient.status`."""
         return self._call(self._client.status())

@@ -65,7 +65,15 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag="drain"):
     name: str
 
 
-ClientMessage = Hello | Submit | Cancel | Acknowledge | Ping | StatusQuery | Drain
+class Convert(msgspec.Struct, frozen=True, array_like=True, tag="convert"):
+    """Asks the leader to turn a pipeline into one of another `role`: "prompt" or "token"."""
+
+    query_id: int
+    pipeline: str
+    role: str
+
+
+ClientMessage = Hello | Submit | Cancel | Acknowledge | Ping | StatusQuery | Drain | Convert
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
@@ -146,7 +154,15 @@ class Drained(msgspec.Struct, frozen=True, array_like=True, tag="drained"):
     error: WireError | None = None
 
 
-RouterMessage = Welcome | Accepted | Tokens | Ended | NotLeader | Pong | StatusReply | Drained
+class Converted(msgspec.Struct, frozen=True, array_like=True, tag="converted"):
+    """Answers `Convert` when the pipeline works under its new name, `pipeline`, or cannot."""
+
+    query_id: int
+    pipeline: str
+    error: WireError | None = None
+
+
+RouterMessage = Welcome | Accepted | Tokens | Ended | NotLeader | Pong | StatusReply | Drained | Converted
 
 _encoder = msgspec.msgpack.Encoder()
 _client_decoder = msgspec.msgpack.Decoder(ClientMessage)

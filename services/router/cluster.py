@@ -21,6 +21,7 @@ from common.membership import (
 from common.messages import Stop
 from common.peers import Peers
 from common.process import is_stopped, kill_process, run_delay_s
+from common.succession import is_retired
 from dejavu.errors import InvalidParameter, Unavailable
 from services.router.pipelines import is_spare, missing_pipelines, stand_in
 from services.router.status import Journal
@@ -65,13 +66,12 @@ class Cluster:
         self._on_lost = on_lost
         self._on_lead = on_lead
         self._is_ready = is_ready
-        self._predecessor = ""
-        """the last other process that led"""
+        self._predecessor = ""  # the last other process that led
         self._changed = asyncio.Event()
-        self._draining: set[str] = set()
-        """incarnations that are to be replaced"""
+        self._draining: set[str] = set()  # incarnations that are to be replaced
         self._broken: set[str] = set()
         """pipelines that have lost a stage since they were published"""
+        self._converting = ""  # the pipeline that is being ended
         self._evicted: dict[str, str] = {}
         """the latest incarnation of each name that was taken for dead"""
         self.watchdog = Watchdog(
@@ -112,18 +112,20 @@ class Cluster:
         self.watchdog.lost(record.name)
         self._peers.drop(record.name, record.endpoint)
         self._draining.discard(record.incarnation)
-        self._journal.note("detected", record.name, role=record.role, pid=record.pid)
+        kind = "left" if is_retired(record.pipeline or "", self.records) else "detected"
+        self._journal.note(kind, record.name, role=record.role, pid=record.pid)
         if record.pipeline is not None and not is_spare(record, self.records):
             self._broken.add(record.pipeline)
             self._on_lost(record.pipeline)
 
     async def _watch_pipelines(self) -> None:
         async for record in self._membership.watch_pipelines():
-            # its members may become known to us only later
-            await self._peers.connect(record.stages[0].name, record.stages[0].endpoint)
+            if record.successor is None:  # its members may become known to us only later
+                await self._peers.connect(record.stages[0].name, record.stages[0].endpoint)
             self.records[record.pipeline] = record
             self._broken.discard(record.pipeline)
-            self._journal.note("decided", record.pipeline, epoch=record.epoch)
+            over = {} if record.successor is None else {"successor": record.successor}
+            self._journal.note("decided", record.pipeline, epoch=record.epoch, **over)
             self._on_record(record)
             self._changed.set()
 
@@ -196,6 +198,30 @@ class Cluster:
         if name != self._name:  # else the caller ends itself, once it has answered
             self._peers.send(name, Stop())
             await self._until(lambda: self.members.get(name) is not record)
+
+    async def convert(self, end: PipelineRecord) -> None:
+        """Has the processes of a pipeline form its successor, as `end` says. Returns when that works; raises
+        `Unavailable`."""
+        name, successor = end.pipeline, str(end.successor)
+        if self._converting not in ("", name):
+            raise Unavailable(f"{self._converting} is being converted; one after the other")
+        if not self._converting and self.records[name].successor is None:
+            self._converting = name
+            try:
+                await self._publish_end(end)
+            finally:
+                self._converting = ""
+        await self._until(lambda: self._is_ready(successor))
+        self._journal.note("converted", name, successor=successor)
+
+    async def _publish_end(self, end: PipelineRecord) -> None:
+        try:
+            epoch = await self._membership.publish_pipeline(end, self._election.guard())
+        except EtcdUnavailable as error:
+            raise Unavailable(f"{end.pipeline} stays as it is for now: {error}") from error
+        if epoch is None:
+            raise Unavailable(f"{end.pipeline} has just changed; try again")
+        await self._until(lambda: self.records[end.pipeline].epoch >= epoch)
 
     async def _until(self, is_done: Callable[[], bool]) -> None:
         try:

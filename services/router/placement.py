@@ -29,13 +29,16 @@ class Placement:
 
 
 def place(
-    pipelines: Iterable[PipelineView], num_prompt_tokens: int, home: str = "", known: str = ""
+    pipelines: Iterable[PipelineView], num_prompt_tokens: int, home: str = "", known: str = "", num_tokens: int = 0
 ) -> Placement | None:
-    """The least loaded pair of ready pipelines, or None while there is none. A sequence that already lives in the
-    pipeline `home` goes on there; the prompt pipeline `known` has computed its prompt before, or does so now."""
+    """The least loaded pair of ready pipelines, or None while there is none; with its output the sequence may have
+    `num_tokens`, and goes where these fit if it can. One that already lives in the pipeline `home` goes on there; the
+    prompt pipeline `known` has computed its prompt before, or does so now."""
     views = [view for view in pipelines if view.is_ready]
     able = (view for view in views if view.role == "token_stage")
-    token = min(able, key=lambda v: (v.name != home, v.load_tokens, v.name), default=None)
+    token = min(
+        able, key=lambda v: (v.name != home, v.capacity_tokens < num_tokens, v.load_tokens, v.name), default=None
+    )
     if token is None:
         return None
     if token.is_colocated:

@@ -160,12 +160,37 @@ class Requests:
                     self._place(request, choice)
 
     def pipeline_published(self, record: PipelineRecord) -> None:
-        """A pipeline has a new epoch, which nobody has reported ready yet."""
+        """A pipeline has a new epoch, which nobody has reported ready yet, or is over."""
+        if record.successor is not None:
+            self._pipeline_over(record.pipeline)
+            return
         view = self.pipelines.setdefault(record.pipeline, PipelineView(record.pipeline, record.role))
         if record.epoch > view.epoch:
             view.is_ready = False
         view.driver = record.stages[0].name
         view.is_colocated = bool(record.stages[0].detail.get("colocated"))
+
+    def _pipeline_over(self, name: str) -> None:
+        """Its sequences go on elsewhere, with the delivered tokens forced. Its prompts: token drivers see to that."""
+        self.pipelines.pop(name, None)
+        self._await_less({name})
+        for request in self.ledger:
+            for choice in request.choices:
+                if choice.prompt_pipeline == name:
+                    choice.prompt_pipeline = ""
+                if choice.pipeline == name and not choice.is_done:
+                    self._place(request, choice)
+
+    def is_ready(self, name: str) -> bool:
+        """Whether a pipeline works."""
+        return name in self.pipelines and self.pipelines[name].is_ready
+
+    def longest_tokens(self, name: str) -> int:
+        """What the longest live sequence of a token pipeline may need, or that of a prompt pipeline does."""
+        choices = [(request, choice) for request in self.ledger for choice in request.choices if not choice.is_done]
+        tokens = [len(r.prompt_ids) + r.params.max_tokens for r, c in choices if c.pipeline == name]
+        prompts = [len(r.prompt_ids) + len(c.delivered) for r, c in choices if c.prompt_pipeline == name]
+        return max([*tokens, *prompts], default=0)
 
     def pipeline_lost(self, name: str) -> None:
         """A stage of the pipeline is gone: nothing is placed on it until its next epoch."""
@@ -245,7 +270,9 @@ class Requests:
         home = self._homes.pop(replica_key(choice.sequence_id), "")
         may_live = bool(choice.delivered and self._awaited) and not home
         known = choice.prompt_pipeline or request.choices[0].prompt_pipeline
-        placement = place(self.pipelines.values(), len(request.prompt_ids) + len(choice.delivered), home, known)
+        num_tokens = len(request.prompt_ids) + request.params.max_tokens
+        num_known = len(request.prompt_ids) + len(choice.delivered)
+        placement = place(self.pipelines.values(), num_known, home, known, num_tokens)
         if placement is None or may_live:
             self._unplaced[choice.sequence_id] = (request, choice)
             return

@@ -30,6 +30,7 @@ from dejavu.errors import ConfigurationError, DejavuError, Unavailable
 from services.router.admission import malformed
 from services.router.clients import Clients
 from services.router.cluster import Cluster
+from services.router.conversion import end_of_pipeline
 from services.router.etcd_watch import watch_etcd
 from services.router.requests import LONG_TEXT_CHARS, Requests, wire_error
 from services.router.status import Journal, StatsRound, describe
@@ -166,7 +167,7 @@ class RouterService:
             on_record=self._pipeline_published,
             on_lost=self._requests.pipeline_lost,
             on_lead=self._succeed,
-            is_ready=lambda pipeline: self._requests.pipelines[pipeline].is_ready,
+            is_ready=self._requests.is_ready,
         )
         # from its registration on others tell it things once and never again
         self._is_live = True
@@ -230,6 +231,8 @@ class RouterService:
                 self._tasks.create_task(self._answer_status(client, message.query_id))
             case wire.Drain():
                 self._tasks.create_task(self._drain(client, message))
+            case wire.Convert():
+                self._tasks.create_task(self._convert(client, message))
             case wire.Acknowledge():
                 pass
 
@@ -329,6 +332,20 @@ class RouterService:
         self.to_client(client, wire.Drained(drain.query_id, error))
         if drain.name == self._options.name and error is None:
             asyncio.get_running_loop().call_later(FAREWELL_S, self._stop.set)
+
+    async def _convert(self, client: bytes, convert: wire.Convert) -> None:
+        if not self._cluster.is_leader:
+            self.to_client(client, wire.NotLeader("", self._leader_endpoint()))
+            return
+        successor, error = "", None
+        try:
+            views, longest = self._requests.pipelines.values(), self._requests.longest_tokens(convert.pipeline)
+            end = end_of_pipeline(convert.pipeline, convert.role, self._cluster.records, views, longest)
+            await self._cluster.convert(end)
+            successor = str(end.successor)
+        except DejavuError as reason:
+            error = wire_error(reason)
+        self.to_client(client, wire.Converted(convert.query_id, successor, error))
 
     def _leader_endpoint(self) -> str:
         leader = self._cluster.members.get(self._cluster.leader)

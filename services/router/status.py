@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from common.membership import MemberRecord, PipelineRecord
+from common.succession import is_retired
 from services.router.pipelines import is_spare
 from services.router.placement import PipelineView
 
@@ -66,7 +67,7 @@ def describe(
         "epoch": max((view.epoch for view in views), default=0),
         "leader": leader,
         "services": [
-            _service(m, leader, is_spare(m, published), stats.get(m.name, {}))
+            _service(m, _state(m, leader, published), stats.get(m.name, {}))
             for m in sorted(members, key=lambda m: m.name)
         ],
         "pipelines": [
@@ -95,15 +96,21 @@ def _sums(own: Mapping[str, int], stats: Iterable[Mapping[str, Any]]) -> dict[st
     return dict(sums)
 
 
-def _service(member: MemberRecord, leader: str, is_spare: bool, stats: Mapping[str, Any]) -> dict[str, Any]:
-    state = member.state
+def _state(member: MemberRecord, leader: str, published: Mapping[str, PipelineRecord]) -> str:
     if member.role == "router":
-        state = "leader" if member.name == leader else "standby"
-    elif member.stage_index is not None:
-        state = "standby" if is_spare else "active"
+        return "leader" if member.name == leader else "standby"
+    if member.pipeline is None:
+        return member.state
+    if is_retired(member.pipeline, published):
+        return "draining"
+    return "standby" if is_spare(member, published) else "active"
+
+
+def _service(member: MemberRecord, state: str, stats: Mapping[str, Any]) -> dict[str, Any]:
+    is_spare_stage = member.pipeline is not None and state == "standby"
     described: dict[str, Any] = {
         "name": member.name,
-        "role": "standby" if is_spare else member.role,
+        "role": "standby" if is_spare_stage else member.role,
         "pid": member.pid,
         "host": member.host,
         "pipeline": member.pipeline,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.membership import MemberRecord, PipelineRecord
 from common.messages import Admit, Message, Orphans, PipelineReady
 from common.model.spec import load_spec
 from dejavu.params import SamplingParams
@@ -33,6 +34,12 @@ def router_with_two_pipelines() -> tuple[Requests, Sent]:
         requests.pipelines[name] = view
         requests.pipeline_ready(view, PipelineReady(name, 7, 1000))
     return requests, sent
+
+
+def pipeline(name: str, epoch: int, successor: str | None = None) -> PipelineRecord:
+    role = f"{name.split('-')[0]}_stage"
+    stage = MemberRecord(f"{name}-stage-0", role, "1", 1, "h", "", name, 0, 1, (0, 6), "active")
+    return PipelineRecord(name, role, epoch, (stage,), successor)
 
 
 def come_back(requests: Requests, request_id: str, delivered: list[int]) -> None:
@@ -70,3 +77,39 @@ def test_a_silent_pipeline_is_not_waited_for_for_ever() -> None:
     come_back(requests, "r", [8])
     requests.stop_awaiting()
     assert len(sent.admitted) == 1
+
+
+def test_sequences_of_a_pipeline_that_is_over_go_on_elsewhere() -> None:
+    requests, sent = router_with_two_pipelines()
+    come_back(requests, "r", [8, 9])
+    come_back(requests, "s", [])
+    assert [name for name, _ in sent.admitted] == ["token-0-stage-0", "token-1-stage-0"]
+    assert requests.longest_tokens("token-0") == 3 + 16
+    requests.pipeline_published(pipeline("token-0", 8, successor="prompt-1"))
+    name, admit = sent.admitted[-1]
+    assert (name, admit.sequence_id.split("/")[0], admit.forced) == ("token-1-stage-0", "r", b"\x08\0\0\0\x09\0\0\0")
+    assert not requests.is_ready("token-0") and len(sent.admitted) == 3
+    assert requests.pipelines["token-1"].load_tokens == 32
+
+
+def test_a_prompt_pipeline_that_comes_back_begins_without_load() -> None:
+    requests, sent = router_with_two_pipelines()
+    for name in ("token-0", "token-1"):
+        requests.pipelines[name].is_colocated = False
+    requests.pipeline_published(pipeline("prompt-0", 3))
+    requests.pipeline_ready(requests.pipelines["prompt-0"], PipelineReady("prompt-0", 3, 1000))
+    come_back(requests, "r", [])
+    assert requests.pipelines["prompt-0"].load_tokens == 3
+    requests.pipeline_published(pipeline("prompt-0", 5, successor="token-2"))
+    requests.pipeline_published(pipeline("prompt-0", 8))
+    requests.cancel("r")
+    assert requests.pipelines["prompt-0"].load_tokens == 0
+    assert len(sent.admitted) == 1, "its token driver sees to another prompt pipeline"
+
+
+def test_a_long_sequence_goes_where_it_fits() -> None:
+    requests, sent = router_with_two_pipelines()
+    requests.pipelines["token-0"].capacity_tokens = 10
+    come_back(requests, "r", [])
+    come_back(requests, "s", [])
+    assert [name for name, _ in sent.admitted] == ["token-1-stage-0"] * 2
