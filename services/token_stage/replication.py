@@ -109,6 +109,7 @@ class Replication:
                 store.refused[key] = batch + RETRY_BATCHES
             else:
                 store.acknowledged[key], store.ids[key] = end, num_ids
+                store.refused.pop(key, None)
             self._note_behind(sequence)
         return self._end_reading(store)
 
