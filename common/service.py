@@ -14,6 +14,7 @@ from typing import Any
 
 import uvloop
 
+from common.etcd.errors import EtcdUnavailable
 from common.fault_hooks import STUCK_LOOP, install_fault_hook, stall
 from common.loop_monitor import run_measured
 from common.process import die_with_parent, set_affinity
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 FATAL_EXIT = 78
 """Exit code of a service that has said why it cannot run (EX_CONFIG); starting it again would not help."""
+TRY_AGAIN_EXIT = 75
+"""Exit code of one that has not found etcd (EX_TEMPFAIL): it may be back when the service is started again."""
 
 DRAIN_SIGNAL = signal.SIGUSR1
 """Tells a router that the whole system is about to stop: it lets nothing new in."""
@@ -74,12 +77,16 @@ def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, 
         run = run_measured if os.environ.get("DEJAVU_MEASURE_CALLBACKS") else uvloop.run
         run(main())
     except DejavuError as error:
-        logger.error("%s", error)
-        return FATAL_EXIT
+        return _say_why(error)
     except BaseExceptionGroup as group:
         known, unknown = group.split(DejavuError)
-        if unknown is not None:
+        if known is None or unknown is not None:
             raise
-        logger.error("%s", known.exceptions[0] if known else group)
-        return FATAL_EXIT
+        return _say_why(known.exceptions[0])
     return 0
+
+
+def _say_why(error: Exception) -> int:
+    """The exit code."""
+    logger.error("%s", error)
+    return TRY_AGAIN_EXIT if isinstance(error, EtcdUnavailable) else FATAL_EXIT

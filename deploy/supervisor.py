@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.process import INCARNATION_VARIABLE, new_incarnation
-from common.service import FATAL_EXIT
+from common.service import FATAL_EXIT, TRY_AGAIN_EXIT
 from deploy.children import Child, Spawner
 from deploy.layout import ServiceCommand
 
@@ -110,8 +110,8 @@ class Supervisor:
                     return
                 lived_s = time.monotonic() - started_s
                 logger.warning("%s ended with %s after %.1f s", command.name, code, lived_s)
-                # who is killed from outside, or was told to end in order, is not to blame
-                is_short = lived_s < SHORT_LIFE_S and code not in (0, -signal.SIGKILL)
+                # who is killed from outside, was told to end in order, or waits for etcd is not to blame
+                is_short = lived_s < SHORT_LIFE_S and code not in (0, -signal.SIGKILL, TRY_AGAIN_EXIT)
                 num_short_lives = num_short_lives + 1 if is_short else 0
                 if code == FATAL_EXIT or num_short_lives == MAX_SHORT_LIVES:
                     raise ServiceGaveUp(f"{command.name} cannot be kept alive (exit {code}); its log is above")

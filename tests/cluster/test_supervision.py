@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.process import INCARNATION_VARIABLE
+from common.service import TRY_AGAIN_EXIT
 from deploy.children import DirectSpawner, Nursery, Spawner
 from deploy.layout import ServiceCommand
 from deploy.supervisor import MAX_SHORT_LIVES, ServiceExit, ServiceGaveUp, Supervisor
@@ -136,6 +137,16 @@ async def test_who_ends_in_order_is_started_again_however_often(spawner: Spawner
     running = asyncio.ensure_future(supervisor.run())
     for _ in range(MAX_SHORT_LIVES + 1):
         assert (await ends.get()).exit_code == 0
+    await supervisor.stop()
+    await running
+
+
+async def test_who_waits_for_etcd_is_not_given_up(spawner: Spawner) -> None:
+    ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
+    supervisor = Supervisor([command(str(TRY_AGAIN_EXIT))], spawner, ends_into(ends))
+    running = asyncio.ensure_future(supervisor.run())
+    for _ in range(MAX_SHORT_LIVES + 1):
+        assert (await ends.get()).exit_code == TRY_AGAIN_EXIT
     await supervisor.stop()
     await running
 
