@@ -62,6 +62,11 @@ class Lease:
                 pause_s = min(next(pauses), self.ttl_s / 3)
             await asyncio.sleep(pause_s)
 
+    def is_held(self) -> bool:
+        """Whether it is certain that others still see our keys. Those who do not have let go of us: that we hear
+        nothing of them says nothing then."""
+        return self.id != 0 and time.monotonic() - self._renewed_at_s < self.ttl_s
+
     def settled_at_s(self) -> float:
         """The (monotonic) time from which the absence of other members' keys means that they are gone.
 

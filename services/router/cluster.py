@@ -157,9 +157,12 @@ class Cluster:
                     asyncio.get_running_loop().call_later(RETRY_S, self._changed.set)
 
     async def _watch_pulses(self) -> None:
-        """The leader watches everybody, the other routers watch the leader."""
+        """The leader watches everybody, the other routers watch the leader. Who may have lost its lease judges
+        nobody."""
         while True:
             await asyncio.sleep(TICK_S)
+            if not self._membership.lease.is_held():
+                continue
             others = [member for member in self.members.values() if member.name != self._name]
             watched = [member for member in others if self.is_leader or member.name == self.leader]
             for suspicion in self.watchdog.suspects(watched, time.monotonic()):
