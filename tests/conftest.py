@@ -1,15 +1,31 @@
-"""How many seeds the simulations run (`--seeds`): few with every change, thousands with `make simulate`."""
+"""How many seeds the simulations run (`--seeds`): few with every change, thousands with `make simulate`. One that fails
+names the command that runs it again."""
 
 from __future__ import annotations
+
+from collections.abc import Generator
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seeds", type=int, metavar="N", help="seeds of every simulation, instead of each one's own few")
+    parser.addoption("--seed", type=int, metavar="S", help="this seed alone")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("seeds")
     if marker is not None:
-        metafunc.parametrize("seed", range(metafunc.config.getoption("--seeds") or marker.args[0]))
+        alone = metafunc.config.getoption("--seed")
+        seeds = range(metafunc.config.getoption("--seeds") or marker.args[0]) if alone is None else [alone]
+        metafunc.parametrize("seed", seeds)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and "seed" in getattr(item, "fixturenames", ()):
+        seed = item.callspec.params["seed"]  # type: ignore[attr-defined]
+        command = f".venv/bin/python -m pytest '{item.nodeid}' --seed {seed}"
+        report.sections.append(("to run this seed again", command))
+    return report

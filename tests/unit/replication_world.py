@@ -48,18 +48,23 @@ class World:
 
     is_colocated = True
 
-    def __init__(self, seed: int, num_blocks: int) -> None:
+    def __init__(self, seed: int, num_blocks: int, num_store_blocks: int = 40) -> None:
         self.draws = random.Random(seed)
+        self.num_store_blocks = num_store_blocks
         self.num_blocks = num_blocks
         self.epoch = 0
         self.pool: dict[int, int] = {}
-        self.stores: dict[str, Store] = {"a": Store(40), "b": Store(40)}
+        self.stores: dict[str, Store] = {name: Store(num_store_blocks) for name in "ab"}
+        self.damaged: set[str] = set()
         self.requests: dict[str, list[int]] = {}
         self.max_tokens: dict[str, int] = {}
         self.outputs: dict[str, list[int]] = {}
         self.ended: set[str] = set()
         self.num_restored = 0
-        self.num_refused = 0
+        self.refused: set[tuple[str, str]] = set()
+        """what a store had no room for, as far as its answers have arrived: (store, key)"""
+        self.answers: dict[tuple[int, str, int], list[str]] = {}
+        """the keys that a batch (of an epoch, to a store) was about"""
         self.durability: dict[str, str] = {}
         self.term = 0
         self.ours: dict[str, str] = {}
@@ -77,6 +82,7 @@ class World:
         self.flying: deque[Step] = deque()
         self.wire: list[tuple[str, tuple[object, ...]]] = []
         self.table: dict[str, tuple[list[int], list[int]]] = {}
+        self.refused.clear()
         replication = Replication("token-0", self.epoch, BLOCK_SIZE, num_copies=1)
         for name in self.stores:
             replication.store_joined(name, was_there=True)
@@ -119,8 +125,13 @@ class World:
         self.wire = [(kind, a) for kind, a in self.wire if name not in a]
         self.carry_out(self.token.store_lost(name))
 
+    def damage_store(self, name: str) -> None:
+        """All that it has, not what it gets from now on."""
+        self.damaged.add(name)
+        self.stores[name].pool = {position: value + 1 for position, value in self.stores[name].pool.items()}
+
     def new_store(self, name: str) -> None:
-        self.stores[name] = Store(40)
+        self.stores[name] = Store(self.num_store_blocks)
         self.token.replication.store_joined(name, was_there=False)
 
     # ------------------------------------------------------------ requests
@@ -174,8 +185,10 @@ class World:
                     assert sequence is not None
                     self.to_store(self.token.replication.locate(store, sequence))
                 case PullReplica(sequence_id):
+                    pulling = self.token.restoring(sequence_id)
+                    assert pulling is not None
                     for _ in range(NUM_STAGES):
-                        self.wire.append(("pull", (sequence_id,)))
+                        self.wire.append(("pull", (sequence_id, list(pulling.blocks))))
                 case Fail():
                     raise AssertionError(action)
 
@@ -187,10 +200,11 @@ class World:
             assert any(found is not None and found[1] >= len(tokens) - 3 for found in kept)
 
     def check_safe(self, name: str, tokens: list[int], max_lag: int) -> None:
-        """A token after `tokens` is delivered: a store must have nearly all KV before it, unless none had room."""
+        """A token after `tokens` is delivered: a store must have nearly all KV before it, unless one has no room."""
         kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
         is_safe = any(found is not None and found[1] >= len(tokens) - max_lag for found in kept)
-        assert is_safe or self.num_refused or not self.token.replication.num_stores
+        is_refused = any((store, f"{name}/0") in self.refused for store in self.stores)
+        assert is_safe or is_refused or not self.token.replication.num_stores
 
     # ------------------------------------------------------------ the token pipeline
 
@@ -209,6 +223,8 @@ class World:
             self.table[opened.sequence_id] = (tokens, list(opened.blocks))
         drawn: list[Drawn] = []
         for chunk in step.chunks:
+            lent = self.token.restoring(chunk.sequence_id)
+            assert lent is not None and lent.blocks, "blocks were given away while a step used them"
             tokens, blocks = self.table[chunk.sequence_id]
             blocks += chunk.new_blocks
             if chunk.appended is not None and chunk.start == len(tokens):
@@ -227,14 +243,16 @@ class World:
         assert sequence is not None, "blocks were given away while a stage was pulling"
         store = self.stores.get(sequence.source)
         held = sequence.replica
+        is_intact = store is not None and held is not None
         if store is not None and held is not None:
             for position in range(held.num_tokens):
                 value = store.pool[slot(held.blocks, position, STORE_BLOCK_SIZE)]
+                is_intact = is_intact and value == kv_of(sequence.tokens, position)
                 # of one that was cancelled meanwhile the store keeps nothing
-                assert value == kv_of(sequence.tokens, position) or sequence.is_leaving
+                assert is_intact or sequence.is_leaving or sequence.source in self.damaged
                 self.pool[slot(sequence.blocks, position, BLOCK_SIZE)] = value
-            self.num_restored += 1
-        self.carry_out(self.token.pulled(sequence_id, sequence.attempt, store is not None and held is not None))
+            self.num_restored += is_intact
+        self.carry_out(self.token.pulled(sequence_id, sequence.attempt, is_intact))
 
     # ------------------------------------------------------------ the stores
 
@@ -256,6 +274,7 @@ class World:
         match message:
             case Replicate():
                 failed = [item.key for item in message.items if not self._keep(store, item)]
+                self.answers[message.epoch, name, message.batch] = [item.key for item in message.items]
                 self.wire.append(("replicated", (message.epoch, name, message.batch, failed)))
             case Forget(_, _, keys):
                 for key in keys:
@@ -268,7 +287,6 @@ class World:
     def _keep(self, store: Store, item: ReplicaItem) -> bool:
         blocks = store.shelf.make_room("token-0", item, 0.0)
         if blocks is None:
-            self.num_refused += 1
             return False
         first = item.start // BLOCK_SIZE * BLOCK_SIZE
         for position in range(item.start, item.start + item.num_tokens):
@@ -276,6 +294,28 @@ class World:
             store.pool[slot(blocks, position, STORE_BLOCK_SIZE)] = value
         store.shelf.commit(item, np.zeros((1, item.num_tokens), dtype=np.uint64))
         return True
+
+    # ------------------------------------------------------------ who touches what
+
+    def touches(self) -> list[tuple[str, list[int]]]:
+        """Blocks that somebody is about to read or write, with the key of the sequence that they were lent to."""
+        items = [
+            item
+            for store in self.stores.values()
+            for message in store.inbox
+            if isinstance(message, Replicate) and store.shelf.accepts("token-0", message.epoch)
+            for item in message.items
+        ]
+        pulls = [a for kind, a in self.wire if kind == "pull"]
+        # the sequence and its blocks
+        return [(i.key, i.blocks) for i in items] + [(replica_key(str(a[0])), a[1]) for a in pulls]  # type: ignore[misc]
+
+    def check_blocks(self) -> None:
+        """Nobody else has them meanwhile."""
+        self.token.allocator.check()
+        lent = {b: replica_key(s.sequence_id) for s in self.token._sequences.values() for b in s.blocks}
+        for key, blocks in self.touches():
+            assert all(lent.get(block, key) == key for block in blocks), f"blocks of {key} were given away too early"
 
     # ------------------------------------------------------------ delivery
 
@@ -293,6 +333,10 @@ class World:
             self.carry_out(self.token.store_claimed(*rest))  # type: ignore[arg-type]
             return
         if kind == "replicated":
+            name, batch, failed = rest
+            keys = self.answers[epoch, name, batch]  # type: ignore[index]
+            self.refused -= {(str(name), key) for key in keys}
+            self.refused |= {(str(name), key) for key in failed}  # type: ignore[attr-defined]
             self.carry_out(self.token.replicated(*rest))  # type: ignore[arg-type]
             return
         sequence_id, attempt, store, held = rest

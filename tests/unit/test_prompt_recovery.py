@@ -307,18 +307,23 @@ def run_one(world: TwoPipelines, draws: random.Random) -> bool:
         world.deliver_one()
     else:
         world.run_store(choice)
-    world.token.allocator.check()
+    world.check_blocks()
     world.prompt.allocator.check()
     return True
 
 
 @pytest.mark.seeds(40)
 def test_whatever_dies_every_token_is_right(seed: int) -> None:
+    simulate(seed)
+
+
+def simulate(seed: int) -> TwoPipelines:
+    """One run; raises `AssertionError` where something is wrong, stuck or leaked."""
     draws = random.Random(seed + 2000)
     world = TwoPipelines(seed, num_blocks=40)
     world.loses_writes = seed % 2 == 1
     to_submit = [(f"r{i}", draws.randrange(1, 100), draws.randrange(1, 30)) for i in range(20)]
-    faults = draws.sample(["prompt"] * 4 + ["token"] * 2 + ["router"] * 2 + ["lose"], 6)
+    faults = draws.sample(["prompt"] * 4 + ["token"] * 2 + ["router"] * 2 + ["lose", "damage"], 7)
     for _ in range(100_000):
         if to_submit and draws.random() < 0.1:
             world.submit(*to_submit.pop())
@@ -333,7 +338,9 @@ def test_whatever_dies_every_token_is_right(seed: int) -> None:
                 break
     assert world.ended == set(world.requests)
     assert world.token.allocator.num_free == 40
+    assert world.token.num_running == world.token.num_waiting == 0
     assert world.prompt.num_free == NUM_PROMPT_BLOCKS
+    return world
 
 
 def test_writers_that_live_on_write_late() -> None:
@@ -362,6 +369,8 @@ def inject(world: TwoPipelines, fault: str) -> None:
         world.begin_epoch()
     elif fault == "router":
         world.lose_router()
+    elif fault == "damage":
+        world.damage_store(world.draws.choice(sorted(world.stores)))
     else:
         world.lose_store(sorted(world.stores)[0])
 

@@ -16,10 +16,16 @@ from tests.unit.replication_world import NUM_STAGES, STORE_BLOCK_SIZE, World, ta
 
 @pytest.mark.seeds(40)
 def test_what_comes_back_is_what_went_in(seed: int) -> None:
+    simulate(seed)
+
+
+def simulate(seed: int) -> World:
+    """One run; raises `AssertionError` where something is wrong, unprotected, stuck or leaked."""
     draws = random.Random(seed + 1000)
-    world = World(seed, num_blocks=24)
+    # every other run with stores that have not enough room
+    world = World(seed, num_blocks=24, num_store_blocks=40 if seed % 2 else 8)
     to_submit = [(f"r{i}" + "s" * (i % 4 == 0), draws.randrange(1, 40), draws.randrange(1, 40)) for i in range(20)]
-    faults = draws.sample(["epoch"] * 3 + ["router"] * 3 + ["lose", "join"], 8)
+    faults = draws.sample(["epoch"] * 3 + ["router"] * 3 + ["lose", "join", "damage", "damage"], 9)
     for turn in range(100_000):
         if to_submit and draws.random() < 0.1:
             world.submit(*to_submit.pop())
@@ -40,12 +46,14 @@ def test_what_comes_back_is_what_went_in(seed: int) -> None:
             break
         if world.away and draws.random() < 0.05:
             world.come_back()
-        world.token.allocator.check()
+        world.check_blocks()
     assert world.ended == set(world.requests)
     assert world.token.allocator.num_free == 24
+    assert world.token.num_running == world.token.num_waiting == 0
     for store in world.stores.values():
         store.shelf.sweep(1e9)
         assert store.shelf.kv_blocks()["free"] == store.shelf.kv_blocks()["total"]
+    return world
 
 
 def inject(world: World, fault: str, turn: int) -> None:
@@ -55,6 +63,8 @@ def inject(world: World, fault: str, turn: int) -> None:
         world.lose_router()
     elif fault == "join":
         world.new_store(f"s{turn}")
+    elif world.stores and fault == "damage":
+        world.damage_store(world.draws.choice(sorted(world.stores)))
     elif world.stores:
         world.lose_store(world.draws.choice(sorted(world.stores)))
 

@@ -17,7 +17,7 @@ from common.model.spec import load_spec
 from common.replica_messages import replica_key
 from common.stage.role import Sender
 from dejavu.params import SamplingParams
-from dejavu.wire import Ended, RouterMessage, Submit, Tokens
+from dejavu.wire import Ended, RouterMessage, Submit, TokenFrame, Tokens
 from services.router.requests import Requests
 from services.router.status import Journal
 from services.token_stage.audience import Audience
@@ -51,6 +51,8 @@ class Router:
         self._world.to_clients.append((self.name, client.decode(), message))
 
     def to_member(self, name: str, message: Message) -> bool:
+        if isinstance(message, Admit):
+            self._world.admitted[replica_key(message.sequence_id)] = message.epoch
         self._world.to_driver.append((self.name, message))
         return True
 
@@ -62,6 +64,8 @@ class WholeSystem(TwoPipelines):
         self.clients: dict[str, Client] = {}
         self.num_routers = 0
         self.router: Router
+        self.admitted: dict[str, int] = {}
+        """the epoch to which each sequence was last given, by its key"""
         self.to_clients: deque[tuple[str, str, RouterMessage]] = deque()
         self.to_driver: deque[tuple[str, Message]] = deque()
         self.to_router: deque[tuple[str, Message]] = deque()
@@ -87,7 +91,9 @@ class WholeSystem(TwoPipelines):
             self.publish()
             self.router.requests.succeed(dead)
             for name, client in self.clients.items():
-                if not client.outcome:
+                if not client.outcome and self.draws.random() < 0.25:
+                    client.outcome = "left"
+                elif not client.outcome:
                     self.from_clients.append((self.router.name, name))
 
     def lose_token_stage(self) -> None:
@@ -200,7 +206,11 @@ class WholeSystem(TwoPipelines):
         super().carry_out(others)
 
     def reach_router(self) -> None:
-        name, message = self.to_router.popleft()
+        """The oldest message of one of those who have sent any: who drove an older epoch may be heard late."""
+        sender = self.draws.choice(sorted({_sender(message) for _, message in self.to_router}))
+        picked = next(each for each in self.to_router if _sender(each[1]) == sender)
+        self.to_router.remove(picked)
+        name, message = picked
         if name != self.router.name:
             return
         requests = self.router.requests
@@ -211,7 +221,14 @@ class WholeSystem(TwoPipelines):
         elif isinstance(message, Orphans):
             requests.orphans_found(message)
         elif isinstance(message, TokensProduced):
+            num_before = len(self.to_clients)
             requests.tokens_produced(message)
+            told = [message for _, _, message in list(self.to_clients)[num_before:] if isinstance(message, Tokens)]
+            assert all(self.is_current(frame) for tokens in told for frame in tokens.frames), "a zombie was heard"
+
+    def is_current(self, frame: TokenFrame) -> bool:
+        """Whether it comes from the epoch that its sequence was last given to."""
+        return frame.epoch == self.admitted[f"{frame.request_id}/{frame.choice}"]
 
     def let_time_pass(self) -> None:
         """What waits for a clock happens: nobody is waited for any longer."""
@@ -235,6 +252,11 @@ class WholeSystem(TwoPipelines):
         return bool(possible)
 
 
+def _sender(message: Message) -> tuple[str, int]:
+    assert isinstance(message, PipelineReady | TokensProduced | Orphans)
+    return message.pipeline, message.epoch
+
+
 def inject(world: WholeSystem, fault: str) -> list[str]:
     """What must follow on it some time later."""
     match fault:
@@ -249,6 +271,8 @@ def inject(world: WholeSystem, fault: str) -> list[str]:
             world.carry_out(world.token.stage_back("1"))
         case "router":
             world.new_router()
+        case "damage" if world.stores:
+            world.damage_store(world.draws.choice(sorted(world.stores)))
         case _ if world.stores:
             world.lose_store(sorted(world.stores)[0])
     return []
@@ -264,7 +288,7 @@ def simulate(seed: int) -> WholeSystem:
     draws = random.Random(seed + 3000)
     world = WholeSystem(seed)
     to_submit = [(f"r{i}", draws.randrange(1, 80), draws.randrange(1, 25)) for i in range(15)]
-    faults = draws.sample(["prompt"] * 2 + ["token"] * 2 + ["router"] * 3 + ["lose"], draws.randrange(7))
+    faults = draws.sample(["prompt"] * 2 + ["token"] * 2 + ["router"] * 3 + ["lose", "damage"], draws.randrange(8))
     for _ in range(100_000):
         if to_submit and draws.random() < 0.1:
             world.submit(*to_submit.pop())
@@ -283,6 +307,7 @@ def simulate(seed: int) -> WholeSystem:
             assert all(len(ids) == client.params.max_tokens for ids in client.delivered)
     assert len(world.router.requests.ledger) == 0
     assert world.token.allocator.num_free == NUM_BLOCKS
+    assert world.token.num_running == world.token.num_waiting == 0
     assert world.prompt.num_free == NUM_PROMPT_BLOCKS
     return world
 
