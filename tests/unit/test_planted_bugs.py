@@ -1,0 +1,224 @@
+"""The simulations find what they are there to find: each bug that is planted here into what we ship is noticed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pytest
+
+from common.etcd.client import is_absent
+from common.etcd.election import Election
+from common.etcd.lease import Lease
+from common.membership import Roster
+from common.messages import TokensProduced
+from services.router import cluster, requests
+from services.router.ledger import Ledger, new_request
+from services.router.pipelines import missing_pipelines
+from services.router.requests import Requests
+from services.token_stage.audience import Audience
+from services.token_stage.intake import Intake
+from services.token_stage.replication import Replication
+from services.token_stage.sequence import Sequence
+from services.token_stage.table import SequenceTable
+from tests.unit import test_cluster_simulation, test_prompt_recovery, test_replication, test_whole_system
+
+STORES = test_replication.simulate
+PROMPTS = test_prompt_recovery.simulate
+WHOLE = test_whole_system.simulate
+CLUSTER = test_cluster_simulation.simulate
+REPLACEMENT = test_cluster_simulation.replace_in_time
+NUM_SEEDS = 20
+
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`plant` changes the code; one of `NUM_SEEDS` runs from `first_seed` on must fail."""
+
+    name: str
+    simulate: Callable[[int], object]
+    plant: Callable[[Patch], None]
+    first_seed: int = 0
+
+
+def instead(owner: object, name: str, new: Any) -> Callable[[Patch], None]:
+    """Plants `new` in the place of an attribute."""
+    return lambda patch: patch.setattr(owner, name, new)
+
+
+def around(owner: type, name: str, new: Callable[..., Any]) -> Callable[[Patch], None]:
+    """Plants a method that calls `new(old method, self, ...)`."""
+    old = getattr(owner, name)
+    return instead(owner, name, lambda self, *args, **named: new(old, self, *args, **named))
+
+
+def touched_only_by(*names: str) -> Callable[[Patch], None]:
+    """Whoever else touches a sequence's blocks is not waited for."""
+    return instead(Sequence, "is_touched", property(lambda self: any(getattr(self, name) for name in names)))
+
+
+def whole_watermark(old: Any, self: Replication, name: str, batch: int, failed: list[str]) -> Any:
+    """What was computed while a store was reading counts as read."""
+    store = self._stores.get(name)
+    if store is not None and store.reading:
+        store.reading = {key: (s, s.num_computed, len(s.tokens)) for key, (s, _, _) in store.reading.items()}
+    return old(self, name, batch, failed)
+
+
+def never_tried_again(old: Any, self: Replication, name: str, batch: int, failed: list[str]) -> Any:
+    """Once refused, always thought to be refused."""
+    refused = dict(self._stores[name].refused) if name in self._stores else {}
+    read = old(self, name, batch, failed)
+    if name in self._stores:
+        self._stores[name].refused |= refused
+    return read
+
+
+def first_pull_counts_for_all(old: Any, self: Intake, sequence_id: str, attempt: int, intact: bool) -> Any:
+    sequence = self._sequences.get(sequence_id)
+    if sequence is not None and sequence.attempt == attempt and sequence.num_pulls:
+        sequence.num_pulls = 1
+    return old(self, sequence_id, attempt, intact)
+
+
+def old_epochs_are_heard(old: Any, self: Requests, produced: TokensProduced) -> None:
+    for token in produced.tokens:
+        entry = self.ledger.sequence(token.sequence_id)
+        if entry is not None:
+            entry[1].epoch, entry[1].pipeline = produced.epoch, produced.pipeline
+    old(self, produced)
+
+
+def repetitions_count(old: Any, self: Ledger, token: Any, epoch: int) -> Any:
+    _, choice = self._sequences[token.sequence_id]
+    if not choice.is_done:
+        token = msgspec.structs.replace(token, index=len(choice.delivered))
+    return old(self, token, epoch)
+
+
+def not_made_ready(old: Any, self: Intake, *args: Any) -> Any:
+    adopted = old(self, *args)
+    if adopted is not None:
+        self._ready.pop(adopted[0], None)
+    return adopted
+
+
+def without_delivered(*args: Any) -> Any:
+    return new_request(*(*args[:6], [], *args[7:]))
+
+
+BUGS = [
+    Bug("a step's blocks are given away", STORES, touched_only_by("num_reads", "num_pulls", "awaits_writers")),
+    Bug(
+        "blocks that a store reads are given away",
+        STORES,
+        touched_only_by("num_in_flight", "num_pulls", "awaits_writers"),
+    ),
+    Bug(
+        "blocks that replicas are copied into are given away",
+        WHOLE,
+        touched_only_by("num_in_flight", "num_reads", "awaits_writers"),
+        20,
+    ),
+    Bug(
+        "blocks that prompt stages write into are given away",
+        PROMPTS,
+        touched_only_by("num_in_flight", "num_reads", "num_pulls"),
+    ),
+    Bug("nobody waits for claims", STORES, instead(Replication, "is_settled", property(lambda self: True))),
+    Bug(
+        "the last delivered token is drawn again",
+        STORES,
+        around(Intake, "admit", lambda old, self, i, c, prompt, forced, p: old(self, i, c, prompt, forced[:-1], p)),
+    ),
+    Bug(
+        "what the dead router had not passed on is forgotten",
+        WHOLE,
+        around(Sequence, "frames_after", lambda old, self, *args: None if old(self, *args) is None else []),
+    ),
+    Bug("a stale watermark is trusted", STORES, around(Replication, "replicated", whole_watermark)),
+    Bug(
+        "what a store has refused counts as kept",
+        STORES,
+        around(Replication, "replicated", lambda old, self, name, batch, failed: old(self, name, batch, [])),
+    ),
+    Bug("a refusal is remembered for ever", STORES, around(Replication, "replicated", never_tried_again)),
+    Bug("the first stage's copy counts for all", STORES, around(Intake, "pulled", first_pull_counts_for_all)),
+    Bug(
+        "a damaged copy is used",
+        STORES,
+        around(Intake, "pulled", lambda old, self, i, attempt, intact: old(self, i, attempt, True)),
+    ),
+    Bug("tokens are shown before they are safe", STORES, instead(SequenceTable, "_may_deliver", lambda *args: True)),
+    Bug(
+        "one token more than allowed may be unsafe",
+        PROMPTS,
+        around(
+            Replication,
+            "protects",
+            lambda old, self, s, position, lag, *, is_strict=False: old(
+                self, s, position, lag + 1, is_strict=is_strict
+            ),
+        ),
+    ),
+    Bug("who has lost its router goes on", STORES, instead(Intake, "orphan", lambda *args: None)),
+    Bug("who has lost its router is kept for ever", WHOLE, instead(Intake, "orphans", lambda self: [])),
+    Bug("who was taken over does not go on", WHOLE, around(Intake, "adopt", not_made_ready)),
+    Bug("nothing can be cancelled", WHOLE, instead(Intake, "cancel", lambda *args: [])),
+    Bug("the router hears zombies", WHOLE, around(Requests, "tokens_produced", old_epochs_are_heard)),
+    Bug(
+        "the router hears zombies, and twice",
+        WHOLE,
+        lambda patch: (
+            around(Requests, "tokens_produced", old_epochs_are_heard)(patch),
+            around(Ledger, "deliver", repetitions_count)(patch),
+        )[0],
+    ),
+    Bug("the router forgets what a client has", WHOLE, instead(requests, "new_request", without_delivered)),
+    Bug(
+        "tokens go to the router that is dead",
+        WHOLE,
+        around(Audience, "enter", lambda old, self, i, *rest: i in self._listeners or old(self, i, *rest)),
+    ),
+    Bug("a new prompt epoch is not noticed", PROMPTS, instead(Intake, "pipeline_replaced", lambda *args: [])),
+    Bug("a store's death is not noticed", STORES, instead(Intake, "store_lost", lambda *args: [])),
+    Bug("a deposed router publishes", CLUSTER, instead(Election, "guard", lambda self: is_absent("/nobody")), 20),
+    Bug("an outage of etcd ends everybody", CLUSTER, instead(Lease, "settled_at_s", lambda self: 0.0)),
+    Bug("who has lost its lease judges others", CLUSTER, instead(Lease, "is_held", lambda self: True)),
+    Bug(
+        "who was lost and is back is not published",
+        CLUSTER,
+        instead(
+            cluster,
+            "missing_pipelines",
+            lambda members, records, draining, _: missing_pipelines(members, records, draining),
+        ),
+    ),  # fmt: skip
+    Bug("the dead stay members", REPLACEMENT, instead(Roster, "delete", lambda *args: [])),
+    Bug(
+        "nobody stands in",
+        REPLACEMENT,
+        instead(
+            cluster,
+            "missing_pipelines",
+            lambda members, *rest: missing_pipelines([member for member in members if member.state == "active"], *rest),
+        ),
+    ),  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_a_planted_bug_is_found(bug: Bug, monkeypatch: Patch) -> None:
+    logging.disable(logging.CRITICAL)  # there is much to say
+    bug.plant(monkeypatch)
+    try:
+        with pytest.raises((AssertionError, LookupError)):
+            for seed in range(bug.first_seed, bug.first_seed + NUM_SEEDS):
+                bug.simulate(seed)
+    finally:
+        logging.disable(logging.NOTSET)
