@@ -1,7 +1,10 @@
 """`python -m loadtest.chaos --json FILE`: real faults under real streams; every history is checked.
 
 For each fault a system is started, its streams are run once without a fault, and then again and again with the fault at
-a random moment of prefill, hand-off or decode. The file keeps every run; another call adds to it.
+a random moment: by turns while prompts are computed, as one is handed over, and among token steps. The file keeps every
+run; another call adds to it. A run takes about 4 s (longer where the fault itself lasts), a start 8 s.
+
+`python -m loadtest.chaos --table FILE` prints the figures of all runs so far, and whether the limits were met.
 """
 
 from __future__ import annotations
@@ -9,33 +12,41 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
-import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient
+from loadtest.chaos_table import summarise, table
+from loadtest.doomed_client import doomed_client
 from loadtest.faults import DEFAULT_OUTAGE_S, FAULTS, Fault, known_faults
-from loadtest.history import Anomaly, History, Stream, check, recomputed_tokens
+from loadtest.history import Anomaly, History, Stream, check, detected_s, recomputed_tokens
 from loadtest.machine import describe_machine
+from loadtest.moments import Timing, await_moment, moment_of, timing_of
 from loadtest.partition import is_inside, run_inside
-from loadtest.streams import Work, expecting, follow, make_work, quiet, run_undisturbed, settled
+from loadtest.streams import Work, cancelled, expecting, follow, make_work, quiet, run_undisturbed, settled
 from loadtest.strikes import Scene
 
 NUM_STREAMS = 16
 NUM_TOKENS = 300
 RUN_LIMIT_S = 120.0
-LATE_S = 1.0
+LEAVING_S = 1.0
 """after the strike"""
+HEALTHY_LAG_TOKENS = 4
+POLL_S = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 where no anomaly was found, else 1."""
     options = _parse(argv)
+    if options.table:
+        print(table(json.loads(Path(options.table).read_text())))  # noqa: T201
+        return 0
     file = Path(options.json)
     document = json.loads(file.read_text()) if file.exists() else {"machine": describe_machine(), "faults": {}}
     for name in options.fault or FAULTS:
@@ -57,9 +68,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="faults:\n" + "\n".join(f"  {name:20} {fault.what}" for name, fault in FAULTS.items()),
     )
-    parser.add_argument("--json", required=True, metavar="FILE", help="where the runs are kept")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--json", metavar="FILE", help="where the runs are kept")
+    what.add_argument("--table", metavar="FILE", help="runs nothing: prints what is in it as a table in Markdown")
     parser.add_argument("--fault", action="append", choices=list(FAULTS), help="only this one; may be repeated")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs of each fault (5)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="more runs of each fault (5)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and moments (0)")
     parser.add_argument("--model", metavar="DIR", help="checkpoint (default: the shipped one)")
     parser.add_argument(
@@ -67,7 +80,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=DEFAULT_OUTAGE_S,
         metavar="S",
-        help=f"for how long etcd-outage lasts ({DEFAULT_OUTAGE_S:g})",
+        help=f"for how long an outage of etcd lasts ({DEFAULT_OUTAGE_S:g})",
     )
     return parser.parse_args(argv)
 
@@ -81,41 +94,58 @@ def _arguments(name: str, options: argparse.Namespace) -> list[str]:
 
 async def _run_fault(name: str, options: argparse.Namespace, document: dict[str, Any], file: Path) -> None:
     fault = known_faults(options.outage_s)[name]
-    about = {"what": fault.what, "arguments": fault.arguments, "environment": fault.environment}
-    runs = document["faults"].setdefault(name, about | {"runs": []})["runs"]
+    about = document["faults"].setdefault(name, {"runs": []})
+    about |= {"what": fault.what, "arguments": fault.arguments, "environment": fault.environment}
+    about["limits"] = dataclasses.asdict(fault.limits) | {"recomputed_tokens": fault.max_recomputed_tokens}
+    runs = about["runs"]
     model = ["--model", options.model] if options.model else []
     arguments = [*fault.arguments, *model, "--dtype", "float32"]
+    _say(f"{name}: {fault.what}; a system is being started")
     async with fault.system(arguments, fault.environment) as endpoint, AsyncClient(endpoint) as client:
         num_services = len((await client.status())["services"])
         work = make_work(options.seed, NUM_STREAMS, NUM_TOKENS)
+        started_s = time.monotonic()
         expected = await run_undisturbed(client, work)
-        longest_s = max(stream.tokens[-1][0] for stream in expected) - min(s.tokens[0][0] for s in expected)
+        timing = timing_of(expected, started_s)
+        _say(f"{name}: {timing.longest_s:.1f} s without a fault")
         for _ in range(options.runs):
             if fault.prepare is not None:
                 await fault.prepare(client)
             draws = random.Random(f"{options.seed}/{name}/{len(runs)}")
-            runs.append(await _run_once(client, fault, work, expected, draws, longest_s))
+            # by turns, also over several calls
+            aim = "decode" if fault.is_late else ("prefill", "hand-off", "decode")[len(runs) % 3]
+            started_s = time.monotonic()
+            runs.append(await _run_once(endpoint, client, fault, work, expected, Moment(aim, draws, timing)))
             await settled(client, num_services)
-            document["faults"][name]["summary"] = _summary(runs)
+            about["summary"] = summarise(runs, NUM_STREAMS)
             file.write_text(json.dumps(document, indent=1) + "\n")
-            _say(f"{name} {len(runs)}: {_line(runs[-1])}")
+            _say(f"{name} {len(runs)}: {_line(runs[-1])} ({time.monotonic() - started_s:.1f} s)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Moment:
+    """When to strike."""
+
+    aim: str
+    draws: random.Random
+    timing: Timing
 
 
 async def _run_once(
-    client: AsyncClient,
-    fault: Fault,
-    work: Work,
-    expected: Sequence[Stream],
-    draws: random.Random,
-    longest_s: float,
+    endpoint: str, client: AsyncClient, fault: Fault, work: Work, expected: Sequence[Stream], moment: Moment
 ) -> dict[str, Any]:
     before = await client.status()
     streams = expecting(expected)
-    ending = _all(client, streams, work)
-    await asyncio.sleep(longest_s * draws.uniform(fault.earliest, 0.7))
-    fault_at_s = time.monotonic()
-    struck = await fault.strike(Scene(client, before, draws))
-    await _within_limit(ending)
+    async with doomed_client(endpoint, fault.num_leaving) as leave:
+        ending = _all(client, streams, work)
+        await await_moment(moment.aim, streams, moment.draws, moment.timing)
+        struck_in, fault_at_s = moment_of(streams), time.monotonic()
+        async with _watching_copies(client, fault, fault_at_s) as copies:
+            scene = Scene(client, before, moment.draws)
+            struck = await fault.strike(scene)
+            await asyncio.sleep(LEAVING_S * moment.draws.random() * bool(fault.num_leaving))
+            await leave()
+            await _within_limit(ending)
     while time.monotonic() < fault_at_s + fault.lasts_s:
         more = expecting(expected)
         await _within_limit(_all(client, more, work))
@@ -125,14 +155,35 @@ async def _run_once(
     anomalies = check(history)
     if not fault.shows(before, after):
         anomalies.append(Anomaly("without effect", "", "status does not show the fault"))
-    detected = [e["at_monotonic_s"] for e in after["events"] if e["kind"] == "detected" and e["service"] in struck]
     return {
         "struck": struck,
-        "detected_s": min((at_s - fault_at_s for at_s in detected if at_s >= fault_at_s), default=None),
+        "moment": struck_in,
+        "detected_s": detected_s(after["events"], {name: fault_at_s for name in struck} | scene.struck_at_s),
         "next_token_s": max(stream.longest_gap_s(fault_at_s) for stream in streams),
+        "protected_s": copies[-1] if copies else None,
         "recomputed_tokens": recomputed_tokens(before, after),
         "anomalies": [[anomaly.name, anomaly.where, anomaly.detail] for anomaly in anomalies],
     }
+
+
+@contextlib.asynccontextmanager
+async def _watching_copies(client: AsyncClient, fault: Fault, fault_at_s: float) -> AsyncIterator[list[float]]:
+    """When, after the fault, streams last lacked copies of their KV: looked at until the end of the block, and only
+    where the fault has a limit for it, for looking takes time."""
+    seen_s: list[float] = []
+
+    async def look() -> None:
+        while True:
+            status = await client.status()
+            if status["counters"]["replica_lag_tokens"] > HEALTHY_LAG_TOKENS:
+                seen_s.append(time.monotonic() - fault_at_s)
+            await asyncio.sleep(POLL_S)
+
+    tasks = [asyncio.create_task(look())] if fault.limits.protected_s is not None else []
+    try:
+        yield seen_s
+    finally:
+        await cancelled(tasks)
 
 
 def _all(client: AsyncClient, streams: Sequence[Stream], work: Work) -> asyncio.Future[list[None]]:
@@ -146,31 +197,12 @@ async def _within_limit(ending: asyncio.Future[list[None]]) -> None:
             await ending
 
 
-def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Percentiles by nearest rank; with few runs p99 is the worst."""
-    detected = sorted(run["detected_s"] for run in runs if run["detected_s"] is not None)
-    gaps = sorted(run["next_token_s"] for run in runs)
-    return {
-        "runs": len(runs),
-        "anomalies": sum(len(run["anomalies"]) for run in runs),
-        "detected_p50_s": _rank(detected, 0.5),
-        "detected_p99_s": _rank(detected, 0.99),
-        "next_token_p50_s": _rank(gaps, 0.5),
-        "next_token_p99_s": _rank(gaps, 0.99),
-        "recomputed_per_stream_max": max(run["recomputed_tokens"] for run in runs) / NUM_STREAMS,
-    }
-
-
-def _rank(values: Sequence[float], share: float) -> float | None:
-    return round(values[math.ceil(share * len(values)) - 1], 3) if values else None
-
-
 def _line(run: dict[str, Any]) -> str:
     detected = "-" if run["detected_s"] is None else f"{run['detected_s']:.3f} s"
     names = ", ".join(sorted({name for name, _, _ in run["anomalies"]})) or "no anomaly"
     return (
-        f"{'+'.join(run['struck']) or 'nobody'} detected {detected}, next token {run['next_token_s']:.3f} s, "
-        f"{run['recomputed_tokens']} tokens recomputed, {names}"
+        f"{'+'.join(run['struck']) or 'nobody'} in {run['moment']}, detected {detected}, "
+        f"next token {run['next_token_s']:.3f} s, {run['recomputed_tokens']} tokens recomputed, {names}"
     )
 
 

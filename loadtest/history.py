@@ -104,6 +104,16 @@ def _recomputation(history: History) -> list[Anomaly]:
     return [Anomaly("over-recomputed", "", f"{recomputed} tokens")] if recomputed > allowed else []
 
 
+def detected_s(events: Iterable[Mapping[str, Any]], struck_at_s: Mapping[str, float]) -> float | None:
+    """How long it took until the last of those that were struck was noticed; None where no one was."""
+    noticed: dict[str, float] = {}
+    for event in events:
+        name, at_s = event["service"], event["at_monotonic_s"]
+        if event["kind"] == "detected" and name in struck_at_s and at_s >= struck_at_s[name]:
+            noticed.setdefault(name, at_s - struck_at_s[name])
+    return max(noticed.values(), default=None)
+
+
 def recomputed_tokens(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
     """Counted by the drivers; one that died takes its count along."""
     total: int = after["counters"]["recomputed_tokens"]

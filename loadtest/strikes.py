@@ -11,7 +11,7 @@ import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ Status = Mapping[str, Any]
 Service = Mapping[str, Any]
 
 STOPPED_S = 10.0
+STORM_S = 10.0
+STORM_KILLS = 5
 SIGHTING_LIMIT_S = 20.0
 
 
@@ -34,6 +36,14 @@ class Scene:
     client: AsyncClient
     status: Status
     draws: random.Random
+    struck_at_s: dict[str, float] = field(default_factory=dict)
+    """when (monotonic) each victim got its signal; a strike may take a while before"""
+
+    def signal(self, victim: Service, number: signal.Signals) -> str:
+        """Sends it; returns the victim's name."""
+        os.kill(victim["pid"], number)
+        self.struck_at_s[str(victim["name"])] = time.monotonic()
+        return str(victim["name"])
 
 
 Strike = Callable[[Scene], Awaitable[list[str]]]
@@ -55,9 +65,8 @@ def stop(role: str, state: str = "active") -> Strike:
 
     async def strike(scene: Scene) -> list[str]:
         victim = _pick(scene, role, state)
-        os.kill(victim["pid"], signal.SIGSTOP)
         asyncio.get_running_loop().call_later(STOPPED_S, _continue, victim["pid"])
-        return [str(victim["name"])]
+        return [scene.signal(victim, signal.SIGSTOP)]
 
     return strike
 
@@ -76,16 +85,14 @@ def both(first: Strike, second: Strike, pause_s: float = 0.0) -> Strike:
 async def kill_token_stages(scene: Scene) -> list[str]:
     """All stages of all token pipelines at once."""
     victims = _find(scene.status, "token_stage", "active")
-    for victim in victims:
-        os.kill(victim["pid"], signal.SIGKILL)
-    return [str(victim["name"]) for victim in victims]
+    return [scene.signal(victim, signal.SIGKILL) for victim in victims]
 
 
 async def kill_twice(scene: Scene) -> list[str]:
     """A token stage, and what takes its place as soon as the death has been noticed."""
     first = _pick(scene, "token_stage", "active")
     at_s = time.monotonic()
-    os.kill(first["pid"], signal.SIGKILL)
+    scene.signal(first, signal.SIGKILL)
     place = (first["pipeline"], first["stage_index"])
     async with asyncio.timeout(SIGHTING_LIMIT_S):
         while not _is_noticed(status := await scene.client.status(), first["name"], at_s):
@@ -95,8 +102,18 @@ async def kill_twice(scene: Scene) -> list[str]:
         for service in status["services"]
         if (service["pipeline"], service["stage_index"]) == place and service["incarnation"] != first["incarnation"]
     )
-    os.kill(heir["pid"], signal.SIGKILL)
-    return [str(first["name"]), str(heir["name"])]
+    return [str(first["name"]), scene.signal(heir, signal.SIGKILL)]
+
+
+async def storm(scene: Scene) -> list[str]:
+    """Five services die, one after the other; whatever stands in for one may be next."""
+    struck = []
+    for _ in range(STORM_KILLS):
+        services = (await scene.client.status())["services"]
+        victim = scene.draws.choice(services)
+        struck.append(scene.signal(victim, signal.SIGKILL))
+        await asyncio.sleep(STORM_S / STORM_KILLS * scene.draws.uniform(0.5, 1.0))
+    return struck
 
 
 async def kill_etcd(scene: Scene) -> list[str]:
@@ -127,6 +144,17 @@ async def damage_stores(scene: Scene) -> list[str]:
     return []
 
 
+async def shuffle_stores(scene: Scene) -> list[str]:
+    """Every page that the stores have written to gets what another one holds: good KV, of other tokens."""
+    for store in _find(scene.status, "cache_store", "active"):
+        with _pool_memory(store) as memory:
+            pages = np.frombuffer(memory, dtype=np.uint8).reshape(-1, mmap.PAGESIZE)
+            written = np.flatnonzero(pages.any(axis=1))
+            pages[written] = pages[np.roll(written, 1)]
+            del pages
+    return []
+
+
 def limit_files(seconds: float) -> Strike:
     """The stores' files cannot grow any more (RLIMIT_FSIZE), as on a full disk; they can again after so long."""
 
@@ -142,9 +170,7 @@ def limit_files(seconds: float) -> Strike:
 
 def _signal(role: str, state: str, number: signal.Signals) -> Strike:
     async def strike(scene: Scene) -> list[str]:
-        victim = _pick(scene, role, state)
-        os.kill(victim["pid"], number)
-        return [str(victim["name"])]
+        return [scene.signal(_pick(scene, role, state), number)]
 
     return strike
 

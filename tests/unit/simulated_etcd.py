@@ -144,8 +144,8 @@ class SimulatedClient(EtcdClient):
     async def __aexit__(self, *exception: object) -> None:
         pass
 
-    async def get(self, key: str) -> KeyValue | None:
-        await self._reach()
+    async def get(self, key: str, deadline_s: float = CALL_DEADLINE_S) -> KeyValue | None:
+        await self._reach(deadline_s)
         found = self._etcd.keys.get(key)
         await self._answer()
         return found

@@ -121,9 +121,8 @@ BUGS = [
     ),
     Bug(
         "blocks that replicas are copied into are given away",
-        WHOLE,
+        STORES,
         touched_only_by("num_in_flight", "num_reads", "awaits_writers"),
-        20,
     ),
     Bug(
         "blocks that prompt stages write into are given away",
@@ -147,7 +146,7 @@ BUGS = [
         STORES,
         around(Replication, "replicated", lambda old, self, name, batch, failed: old(self, name, batch, [])),
     ),
-    Bug("a refusal is remembered for ever", STORES, around(Replication, "replicated", never_tried_again)),
+    Bug("a refusal is remembered for ever", STORES, around(Replication, "replicated", never_tried_again), 40),
     Bug("the first stage's copy counts for all", STORES, around(Intake, "pulled", first_pull_counts_for_all)),
     Bug(
         "a damaged copy is used",

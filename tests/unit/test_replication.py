@@ -33,6 +33,9 @@ def simulate(seed: int) -> World:
             live = sorted(world.requests.keys() - world.ended)
             if live:
                 world.cancel(draws.choice(live))
+        pulling = [str(a[0]).split("/")[0] for kind, a in world.wire if kind == "pull"]
+        if pulling and draws.random() < 0.02 and pulling[0] not in world.ended:
+            world.cancel(pulling[0])
         if faults and draws.random() < 0.01:
             inject(world, faults.pop(), turn)
         world.start_steps()
