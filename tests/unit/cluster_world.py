@@ -179,7 +179,7 @@ class ClusterWorld:
 
     def bury(self, life: Life) -> None:
         life.process.is_dead = True
-        self._obituaries.report(life.role.name, life.process.incarnation)
+        self._obituaries.report(life.process.incarnation)
         if life in self.zombies:
             self.zombies.remove(life)
         elif self.lives.get(life.role.name) is life:
