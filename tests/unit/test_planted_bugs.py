@@ -31,7 +31,7 @@ PROMPTS = test_prompt_recovery.simulate
 WHOLE = test_whole_system.simulate
 CLUSTER = test_cluster_simulation.simulate
 REPLACEMENT = test_cluster_simulation.replace_in_time
-NUM_SEEDS = 20
+NUM_SEEDS = 60
 
 Patch = pytest.MonkeyPatch
 
@@ -188,7 +188,7 @@ BUGS = [
     Bug("a store's death is not noticed", STORES, instead(Intake, "store_lost", lambda *args: [])),
     Bug("a deposed router publishes", CLUSTER, instead(Election, "guard", lambda self: is_absent("/nobody")), 20),
     Bug("an outage of etcd ends everybody", CLUSTER, instead(Lease, "settled_at_s", lambda self: 0.0)),
-    Bug("who has lost its lease judges others", CLUSTER, instead(Lease, "is_held", lambda self: True)),
+    Bug("who has lost its lease judges others", CLUSTER, instead(Lease, "is_held", lambda self: True), 20),
     Bug(
         "who was lost and is back is not published",
         CLUSTER,
