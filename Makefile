@@ -32,9 +32,8 @@ format: setup ## put the code in shape
 	$(python) -m ruff format $(sources)
 	$(python) -m ruff check --fix $(sources)
 
-gpu-check: setup ## everything that needs a GPU
-	@$(python) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-	  && $(python) -m pytest -m gpu || echo "no CUDA device here: nothing to check"
+gpu-check: ## everything that needs a GPU (options: make gpu-check ARGS="-k swap")
+	@deploy/gpu_check.sh $(ARGS)
 
 kv-kills: setup ## kill either side of a KV transfer 1,000 times (options: make kv-kills ARGS="--runs 50")
 	@OMP_NUM_THREADS=1 $(python) -m loadtest.kv_kills $(ARGS)

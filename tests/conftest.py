@@ -1,5 +1,5 @@
 """How many seeds the simulations run (`--seeds`): few with every change, thousands with `make simulate`. One that fails
-names the command that runs it again."""
+names the command that runs it again. And the one warning that is no error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seeds", type=int, metavar="N", help="seeds of every simulation, instead of each one's own few")
     parser.addoption("--seed", type=int, metavar="S", help="this seed alone")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch imports it where it is installed, as on many machines with a GPU
+    config.addinivalue_line("filterwarnings", "ignore:The pynvml package is deprecated:FutureWarning")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
