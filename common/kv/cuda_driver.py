@@ -20,8 +20,25 @@ _LAZY_ENABLE_PEER_ACCESS = 1
 _HANDLE_BYTES = 64
 
 
-class _IpcHandle(ctypes.Structure):
+class IpcHandle(ctypes.Structure):
+    """The driver takes it by value."""
+
     _fields_ = [("reserved", ctypes.c_ubyte * _HANDLE_BYTES)]
+
+
+_Address, _Size, _Pointer = ctypes.c_uint64, ctypes.c_size_t, ctypes.POINTER
+_SIGNATURES: dict[str, list[Any]] = {
+    "cuDeviceGet": [_Pointer(ctypes.c_int), ctypes.c_int],
+    "cuDevicePrimaryCtxRetain": [_Pointer(ctypes.c_void_p), ctypes.c_int],
+    "cuDevicePrimaryCtxRelease_v2": [ctypes.c_int],
+    "cuCtxPushCurrent_v2": [ctypes.c_void_p],
+    "cuCtxPopCurrent_v2": [_Pointer(ctypes.c_void_p)],
+    "cuGetErrorName": [ctypes.c_int, _Pointer(ctypes.c_char_p)],
+    "cuMemGetAddressRange_v2": [_Pointer(_Address), _Pointer(_Size), _Address],
+    "cuIpcGetMemHandle": [_Pointer(IpcHandle), _Address],
+    "cuIpcOpenMemHandle_v2": [_Pointer(_Address), IpcHandle, ctypes.c_uint],
+    "cuIpcCloseMemHandle": [_Address],
+}
 
 
 def gpu_ids() -> list[str]:
@@ -35,10 +52,11 @@ def export_memory(memory: torch.Tensor) -> CudaMemory:
     """What another process needs to open a device tensor. Raises `LinkLost` where this memory cannot be shared, as that
     of PyTorch's expandable segments."""
     index, address = memory.get_device(), memory.data_ptr()
-    handle, base, size = _IpcHandle(), ctypes.c_uint64(), ctypes.c_size_t()
+    handle, base, size = IpcHandle(), _Address(), _Size()
     with _context(index):
-        _call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(address))
-        _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
+        # PyTorch cuts its tensors out of larger allocations, and it is an allocation that is shared
+        _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+        _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
     return CudaMemory(bytes(handle.reserved), address - base.value, gpu_ids()[index])
 
 
@@ -48,13 +66,12 @@ class OpenedMemory:
     def __init__(self, exported: CudaMemory, num_bytes: int) -> None:
         """Raises `LinkLost`, also for memory of this very process."""
         self._index = gpu_ids().index(exported.gpu_id)
-        self._base = ctypes.c_uint64()
-        handle = _IpcHandle.from_buffer_copy(exported.handle)
+        self._base = _Address()
+        handle = IpcHandle.from_buffer_copy(exported.handle)
         with _context(self._index):
-            _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._base), handle, ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS))
-        self.tensor = torch.as_tensor(
-            _DeviceBytes(self._base.value + exported.offset, num_bytes), device=f"cuda:{self._index}"
-        )
+            _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._base), handle, _LAZY_ENABLE_PEER_ACCESS)
+        device = torch.device("cuda", self._index)
+        self.tensor = device_bytes(self._base.value + exported.offset, num_bytes, device)
 
     def close(self) -> None:
         """Nothing may be using `tensor` any more. Idempotent."""
@@ -62,7 +79,13 @@ class OpenedMemory:
             self.tensor = torch.empty(0, dtype=torch.uint8)
             with _context(self._index):
                 _call("cuIpcCloseMemHandle", self._base)
-            self._base = ctypes.c_uint64()
+            self._base = _Address()
+
+
+def device_bytes(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory that kernels of `device` can reach at this address, without a copy: uint8 [num_bytes]. It lives no longer
+    than whoever owns it lets it."""
+    return torch.as_tensor(_DeviceBytes(address, num_bytes), device=device)
 
 
 class _DeviceBytes:
@@ -83,7 +106,7 @@ def _context(index: int) -> Iterator[None]:
     """PyTorch's own context of a device, for the calling thread."""
     torch.cuda.current_stream(index)  # PyTorch makes the context when it is first needed
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
+    _call("cuDeviceGet", ctypes.byref(device), index)
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
     try:
         _call("cuCtxPushCurrent_v2", context)
@@ -99,13 +122,20 @@ def _call(name: str, *arguments: Any) -> None:
     code = getattr(_driver(), name)(*arguments)
     if code:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorName(ctypes.c_int(code), ctypes.byref(text))
+        _driver().cuGetErrorName(code, ctypes.byref(text))
         raise LinkLost(f"{name}: {text.value.decode() if text.value else code}")
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        return bind(ctypes.CDLL("libcuda.so.1"))
     except OSError as error:
         raise LinkLost(f"no NVIDIA driver: {error}") from error
+
+
+def bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tells ctypes what each call takes: without, an address would be cut to an int."""
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library

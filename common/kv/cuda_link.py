@@ -4,9 +4,9 @@ its own."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
 
@@ -21,7 +21,7 @@ from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.staging import mark_work, new_stream
 
-Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 class CudaIpcLink:
@@ -40,8 +40,8 @@ class CudaIpcLink:
 
     @classmethod
     async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> CudaIpcLink:
-        """Raises `ConnectionRefusedError` where nobody listens, or the owner is this very process; `LinkRefused`,
-        `LinkTimeout` or `LinkLost`."""
+        """Raises `ConnectionRefusedError` where nobody listens, the owner is this very process or its memory cannot be
+        opened; `LinkRefused`, `LinkTimeout` or `LinkLost`."""
         entering = asyncio.ensure_future(asyncio.to_thread(_enter, offer, pool, timeout_s, authority))
         try:
             entrance, memory = await asyncio.shield(entering)
@@ -107,7 +107,12 @@ def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authori
             raise ConnectionRefusedError("a process cannot open its own GPU memory a second time")
         if entrance.welcome.cuda is None:
             raise LinkRefused(f"{offer.name} offered {pool.name} GPU memory, but sent none")
-        return entrance, OpenedMemory(entrance.welcome.cuda, offer.layout.total_bytes)
+        try:
+            return entrance, OpenedMemory(entrance.welcome.cuda, offer.layout.total_bytes)
+        except LinkLost as error:
+            # in some containers processes cannot share GPU memory: then another link serves
+            logger.warning("the GPU memory of %s cannot be opened: %s", offer.name, error)
+            raise ConnectionRefusedError(str(error)) from error
     except BaseException:
         entrance.close()
         raise

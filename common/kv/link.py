@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from concurrent.futures import Executor
@@ -72,7 +73,7 @@ async def open_link(
     reason = misfit(pool.name, pool.layout, offer.name, offer.layout)
     if reason is not None:
         raise LinkRefused(reason)
-    for name in choose_links(capabilities(), offer)[:-1]:
+    for name in choose_links(await _capabilities(offer), offer)[:-1]:
         try:
             return await _open(name, offer, pool, executor, timeout_s, authority or {})
         except ConnectionRefusedError:
@@ -88,14 +89,17 @@ async def close_reading(link: Link, name: str) -> None:
         logger.warning("link to %s: %s", name, error)
 
 
-def capabilities() -> Capabilities:
-    """Those of this process. One that has not loaded torch (a store, say) does not load it for this."""
+async def _capabilities(offer: GrantOffer) -> Capabilities:
+    """Those of this process, as far as they matter for this offer. One that has not loaded torch (a store, say) does
+    not load it for this; and one that computes on the CPU begins to use CUDA, which takes a while, only for memory of a
+    GPU."""
     if "torch" not in sys.modules:
         return Capabilities(host_id(), frozenset(), has_nixl=False)
     from common.kv.cuda_driver import gpu_ids
     from common.kv.nixl_agent import nixl_module
 
-    return Capabilities(host_id(), frozenset(gpu_ids()), nixl_module() is not None)
+    seen = await asyncio.to_thread(gpu_ids) if offer.gpu_id is not None else []
+    return Capabilities(host_id(), frozenset(seen), nixl_module() is not None)
 
 
 async def _open(

@@ -4,6 +4,7 @@ nobody."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import socket
 import sys
@@ -23,6 +24,8 @@ from common.kv.zmq_door import ZmqDoor
 
 if TYPE_CHECKING:
     from common.kv.nixl_agent import NixlGrant
+
+logger = logging.getLogger(__name__)
 
 
 class PoolServer:
@@ -156,5 +159,7 @@ def _exported(pool: KvPool) -> CudaMemory | None:
 
     try:
         return export_memory(pool.arena)
-    except LinkLost:
-        return None  # memory that cannot be shared, as in some containers; other links serve
+    except LinkLost as error:
+        # in some containers, or where PyTorch was told to use expandable segments; other links serve
+        logger.warning("the GPU memory of %s cannot be shared, so its KV passes through the host: %s", pool.name, error)
+        return None

@@ -1,0 +1,66 @@
+"""How the driver is called, against a library that has its signatures and says what reached it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from common.kv.cuda_driver import IpcHandle, bind
+
+STAND_IN = """
+#include <stddef.h>
+typedef unsigned long long CUdeviceptr;
+typedef struct { char reserved[64]; } CUipcMemHandle;
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)(0x7fff00000000 + device); return 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return device; }
+int cuCtxPushCurrent_v2(void *context) { return context == (void *)0x7fff00000003 ? 0 : 1; }
+int cuCtxPopCurrent_v2(void **context) { *context = NULL; return 0; }
+int cuGetErrorName(int error, const char **name) {
+    *name = error == 201 ? "CUDA_ERROR_INVALID_CONTEXT" : NULL; return 0;
+}
+int cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr address) {
+    *base = address & ~0xfffffULL; *size = 1ULL << 33; return 0;
+}
+int cuIpcGetMemHandle(CUipcMemHandle *handle, CUdeviceptr address) {
+    for (int i = 0; i < 64; i++) handle->reserved[i] = (char)(i < 8 ? address >> 8 * i : i);
+    return 0;
+}
+int cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle handle, unsigned int flags) {
+    *address = 0;
+    for (int i = 0; i < 8; i++) *address |= (CUdeviceptr)(unsigned char)handle.reserved[i] << 8 * i;
+    for (int i = 8; i < 64; i++) if (handle.reserved[i] != i) return 1;
+    return flags == 1 ? 0 : 2;
+}
+int cuIpcCloseMemHandle(CUdeviceptr address) { return address == 0x7f12345600000ULL ? 0 : 1; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_every_argument_arrives(tmp_path: Path) -> None:
+    source, library = tmp_path / "driver.c", tmp_path / "driver.so"
+    source.write_text(STAND_IN)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    driver = bind(ctypes.CDLL(str(library)))
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    assert driver.cuDeviceGet(ctypes.byref(device), 3) == 0 and device.value == 3
+    assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+    assert driver.cuCtxPushCurrent_v2(context) == 0
+    assert driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())) == 0
+    assert driver.cuDevicePrimaryCtxRelease_v2(device) == 3
+    name = ctypes.c_char_p()
+    driver.cuGetErrorName(201, ctypes.byref(name))
+    assert name.value == b"CUDA_ERROR_INVALID_CONTEXT"
+
+    base, size, handle, opened = ctypes.c_uint64(), ctypes.c_size_t(), IpcHandle(), ctypes.c_uint64()
+    assert driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), 0x7F12345612345) == 0
+    assert (base.value, size.value) == (0x7F12345600000, 1 << 33)
+    assert driver.cuIpcGetMemHandle(ctypes.byref(handle), base) == 0
+    sent = IpcHandle.from_buffer_copy(bytes(handle.reserved))
+    assert driver.cuIpcOpenMemHandle_v2(ctypes.byref(opened), sent, 1) == 0
+    assert opened.value == base.value
+    assert driver.cuIpcCloseMemHandle(opened) == 0
