@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.kv.checksum import SpanBinding, span_checksum
+from common.kv.device_checksum import device_checksum
 from common.kv.geometry import Range
 from common.kv.pool import KvPool
-from common.kv.staging import HostStaging
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,5 +64,5 @@ def verify_arrival(pool: KvPool, arrived: ArrivedSpan) -> bool:
 def pool_checksum(pool: KvPool, blocks: Sequence[int], binding: SpanBinding, head_range: Range | None = None) -> int:
     """`span_checksum` of a pool on any device. Raises `ValueError`."""
     if not pool.is_host:
-        pool, blocks = HostStaging(pool).copy_out(blocks, binding.token_range, binding.layer_range)
+        return device_checksum(pool, blocks, binding, head_range)
     return span_checksum(pool.memory, pool.layout, blocks, binding, head_range)

@@ -69,7 +69,7 @@ def slot_digests(
     first, last = (2 * (layer - layout.first_layer) for layer in layer_range)
     words_per_head = words.shape[2] // layout.num_kv_heads
     columns = slice(*((head - layout.first_head) * words_per_head for head in heads))
-    factors = _factors(columns.stop - columns.start)
+    factors = word_factors(columns.stop - columns.start)
     digests = np.empty((last - first, len(slots)), dtype=np.uint64)
     for start, end in _runs(slots):
         rows = words[first:last, slots[start] : slots[start] + end - start, columns]
@@ -85,7 +85,7 @@ def _words(memory: Bytes, layout: PoolLayout) -> npt.NDArray[np.unsignedinteger]
     )
 
 
-def _factors(count: int) -> npt.NDArray[np.uint64]:
+def word_factors(count: int) -> npt.NDArray[np.uint64]:
     """Fixed odd numbers: an odd factor keeps every bit of what it multiplies."""
     with np.errstate(over="ignore"):
         return (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from common.kv.arrival import Arrival
-from common.kv.checksum import SpanBinding, span_checksum
+from common.kv.arrival import Arrival, pool_checksum
+from common.kv.checksum import SpanBinding
 from common.kv.errors import LinkError, LinkLost, LinkRefused
 from common.kv.fence import Authority
 from common.kv.geometry import Range, plan_copies
@@ -193,20 +193,23 @@ class Lane:
         if link is None:
             raise self._closing()
         source, blocks = self._pool, span.source_blocks
-        if self._staging is not None:
-            ready = [job.ready for job in jobs if job.ready is not None]
+        ready = [job.ready for job in jobs if job.ready is not None]
+        if link.name == "cuda_ipc":
+            for event in ready:
+                event.synchronize()
+        elif self._staging is not None:  # the other links take host memory
             source, blocks = self._staging.copy_out(blocks, span.token_range, layers, ready)
         theirs = self.offer.layout
-        # a GPU copies from its own memory; what was staged is for the checksum then
-        pool, table = (self._pool, span.source_blocks) if link.name == "cuda_ipc" else (source, blocks)
-        plan = plan_copies(pool.layout, table, theirs, span.destination_blocks, span.token_range, layers, theirs.heads)
-        await link.write(pool, plan)
+        plan = plan_copies(
+            source.layout, blocks, theirs, span.destination_blocks, span.token_range, layers, theirs.heads
+        )
+        await link.write(source, plan)
         binding = SpanBinding(theirs.fingerprint, span.sequence_id, layers, span.token_range, span.token_hash)
         start, end = span.token_range
         return Arrival(
             span.destination, self._stage_index, span.sequence_id, span.attempt, layers, start, end - start,
             span.destination_blocks, span.token_hash,
-            span_checksum(source.memory, source.layout, blocks, binding, theirs.heads),
+            pool_checksum(source, blocks, binding, theirs.heads),
         )  # fmt: skip
 
     def _num_bytes(self, arrival: Arrival) -> int:

@@ -43,7 +43,9 @@ class KvPool:
         if device != "cpu":
             import torch
 
-            return cls(layout, torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device), None, name)
+            zeros = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
+            torch.cuda.synchronize(zeros.device)  # else the zeros might come after what another stream writes
+            return cls(layout, zeros, None, name)
         fd = create_memfd(name, layout.total_bytes) if sys.platform == "linux" else None
         try:
             arena = np.frombuffer(map_memory(fd, layout.total_bytes), dtype=np.uint8)

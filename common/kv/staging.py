@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 import torch
@@ -24,6 +26,38 @@ def mark_work(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
+class SideStream:
+    """A stream of its own on a GPU, for what neither waits for the compute nor is waited for by it; on the host
+    nothing. Several threads may use it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = new_stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def work(self, after: Sequence[torch.cuda.Event] = ()) -> Iterator[None]:
+        """What is done inside goes to the stream, behind `after`, and is over when the block has ended."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            for event in after:
+                self._stream.wait_event(event)
+            yield
+        self._stream.synchronize()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """It is the calling thread's current stream inside."""
+        with torch.cuda.stream(self._stream):
+            yield
+
+
+@functools.cache
+def checking_stream(device: torch.device) -> SideStream:
+    """The stream on which a device's blocks are looked at and moved, outside of any step."""
+    return SideStream(device)
+
+
 class HostStaging:
     """One buffer (page-locked for a CUDA pool), used again and again: what `copy_out` returned is valid
     until the next call."""
@@ -31,7 +65,7 @@ class HostStaging:
     def __init__(self, pool: KvPool) -> None:
         self._pool = pool
         self._is_cuda = pool.device.type == "cuda"
-        self._stream = new_stream(pool.device) if self._is_cuda else None
+        self._stream = SideStream(pool.device)
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def copy_out(
@@ -46,13 +80,8 @@ class HostStaging:
         layout = self._pool.layout
         first, end = token_range[0] // layout.block_size, -(-token_range[1] // layout.block_size)
         staged = self._pool_for(end - first, layer_range)
-        with torch.cuda.stream(self._stream):
-            if self._stream is not None:
-                for event in after:
-                    self._stream.wait_event(event)
+        with self._stream.work(after):
             self._copy(blocks[first:end], layer_range, staged)
-        if self._stream is not None:
-            self._stream.synchronize()
         return staged, [0] * first + list(range(end - first))
 
     def _copy(self, blocks: Sequence[int], layer_range: Range, staged: KvPool) -> None:
@@ -88,10 +117,10 @@ def landing_pool(pool: KvPool, blocks: Sequence[int], num_tokens: int) -> tuple[
 
 
 def copy_in(staged: KvPool, pool: KvPool, blocks: Sequence[int]) -> None:
-    """Copies all blocks of `staged` to the first of `blocks` in `pool`; returns when the bytes are there."""
-    index = torch.tensor(list(blocks[: staged.layout.num_blocks]), device=pool.device)
-    for local_layer in range(pool.layout.num_layers):
-        for source, to in zip(staged.layer(local_layer), pool.layer(local_layer), strict=True):
-            to.index_copy_(0, index, source.to(pool.device))
-    if pool.device.type == "cuda":
-        torch.cuda.synchronize(pool.device)
+    """Copies all blocks of `staged` to the first of `blocks` in `pool`; returns when the bytes are there. Neither waits
+    for the steps being computed meanwhile nor holds them up."""
+    with checking_stream(pool.device).work():
+        index = torch.tensor(list(blocks[: staged.layout.num_blocks]), device=pool.device)
+        for local_layer in range(pool.layout.num_layers):
+            for source, to in zip(staged.layer(local_layer), pool.layer(local_layer), strict=True):
+                to.index_copy_(0, index, source.to(pool.device, non_blocking=True))

@@ -18,7 +18,7 @@ from common.kv.lane import HandoffSpan, Job, Lane, LinkNumbers, Written
 from common.kv.link import DEFAULT_TIMEOUT_S
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
-from common.kv.staging import mark_work
+from common.kv.staging import SideStream, mark_work
 
 __all__ = ["Arrival", "HandoffSpan", "HandoffWriter"]
 
@@ -75,7 +75,7 @@ class HandoffWriter:
         self._timeout_s = timeout_s
         self._home = asyncio.get_running_loop()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kv-copier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="kv-copier", daemon=True)
         self._numbers = LinkNumbers(pool.name)
         self._lanes: dict[str, list[Lane]] = {}
         self._closed_lanes: set[asyncio.Task[None]] = set()
@@ -174,6 +174,11 @@ class HandoffWriter:
         self._loop.close()
 
     # ------------------------------------------------------------ on the copier's thread
+
+    def _run(self) -> None:
+        # links wait for what the current stream was given: that must not be the compute's, which is far ahead
+        with SideStream(self._pool.device).current() if not self._pool.is_host else contextlib.nullcontext():
+            self._loop.run_forever()
 
     async def _on_copier(self, work: Coroutine[Any, Any, Result]) -> Result:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))

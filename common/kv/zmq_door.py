@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
@@ -13,7 +13,6 @@ import zmq
 from common.keys import protect_server
 from common.kv.copies import check_pieces
 from common.kv.fence import Authority, Fence
-from common.kv.geometry import Int64
 from common.kv.offer import GrantOffer, Hello, Leave, NixlMemory, Refusal, Welcome, judge
 from common.kv.pool import Bytes, KvPool
 from common.kv.zmq_messages import (
@@ -28,6 +27,9 @@ from common.kv.zmq_messages import (
     to_frames,
 )
 
+if TYPE_CHECKING:
+    from common.kv.device_door import DeviceDoor
+
 _MAX_WRITERS = 1024
 _MAX_MESSAGES_AT_ONCE = 16
 
@@ -38,6 +40,7 @@ class ZmqDoor:
     def __init__(self, pool: KvPool, fence: Fence, host: str, port: int, nixl: NixlMemory | None = None) -> None:
         self._pool = pool
         self._fence = fence
+        self._device = _device_door(pool)
         self._nixl = nixl
         self._writers: OrderedDict[bytes, Authority] = OrderedDict()
         self._one_sided: dict[bytes, Authority] = {}
@@ -121,27 +124,21 @@ class ZmqDoor:
     def _carry_out(self, request: Write | Read, payload: Sequence[memoryview]) -> list[Bytes]:
         offsets, num_bytes = pieces_of(request)
         check_pieces(offsets, num_bytes, self._pool.layout.total_bytes)
-        on_host = self._pool.is_host
         if isinstance(request, Write):
-            from_frames(payload, offsets, num_bytes, into(self._pool.memory) if on_host else self._to_device)
+            from_frames(
+                payload, offsets, num_bytes, into(self._pool.memory) if self._device is None else self._device.put
+            )
             return []
         if num_bytes.sum() > MAX_MESSAGE_BYTES:
             raise ValueError(f"{num_bytes.sum()} bytes asked for at once")
-        return to_frames(self._pool.memory, offsets, num_bytes) if on_host else self._from_device(offsets, num_bytes)
+        if self._device is None:
+            return to_frames(self._pool.memory, offsets, num_bytes)
+        return [self._device.take(offsets, num_bytes)]
 
-    def _to_device(self, payload: Bytes, offsets: Int64, num_bytes: Int64) -> None:
-        import torch
 
-        first = 0
-        for offset, size in zip(offsets.tolist(), num_bytes.tolist(), strict=True):
-            piece = torch.from_numpy(payload[first : first + size].copy())
-            self._pool.arena[offset : offset + size].copy_(piece)
-            first += size
-        torch.cuda.synchronize(self._pool.device)
+def _device_door(pool: KvPool) -> DeviceDoor | None:
+    if pool.is_host:
+        return None  # and torch need not be loaded
+    from common.kv.device_door import DeviceDoor
 
-    def _from_device(self, offsets: Int64, num_bytes: Int64) -> list[Bytes]:
-        import torch
-
-        pieces = zip(offsets.tolist(), num_bytes.tolist(), strict=True)
-        on_device = [self._pool.arena[offset : offset + size] for offset, size in pieces]
-        return [torch.cat(on_device).cpu().numpy()]
+    return DeviceDoor(pool)
