@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -94,7 +93,7 @@ class AttentionPass:
             self._kernels.attend_tokens_(query, output, pool, plan.table, scale, self._slopes)
         keys, values = (part.flatten(0, 1) for part in pool)
         if plan.padded is not None:
-            _attend_padded(plan.padded, plan.tokens, query, output, keys, values, scale)
+            _attend_padded(plan.padded, query, output, keys, values, scale)
         else:
             for span in plan.tokens:
                 _attend_token(span, query, output, keys, values, scale)
@@ -108,9 +107,10 @@ class AttentionPass:
             plan = _Plan(prompts)
         elif self._kernels is not None:
             plan = _Plan(prompts, table=self._planner.token_table(window))
+        elif self._is_gathering:
+            plan = _Plan(prompts, padded=self._planner.padded(window))
         else:
-            tokens = self._planner.tokens(window)
-            plan = _Plan(prompts, tokens, self._planner.padded(tokens) if self._is_gathering else None)
+            plan = _Plan(prompts, self._planner.tokens(window))
         self._plans[window] = plan
         return plan
 
@@ -128,16 +128,13 @@ def _attend_token(span: Span, query: Tensor, output: Tensor, keys: Tensor, value
     output[span.first_row] = attended.view(query.shape[1:])
 
 
-def _attend_padded(
-    padded: Padded, tokens: Sequence[Span], query: Tensor, output: Tensor, keys: Tensor, values: Tensor, scale: float
-) -> None:
+def _attend_padded(padded: Padded, query: Tensor, output: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
     """All single tokens at once, grouped likewise."""
     num_kv_heads = keys.shape[1]
-    rows = torch.tensor([span.first_row for span in tokens], device=query.device)
-    grouped = _grouped(query[rows], num_kv_heads)
+    grouped = _grouped(query[padded.rows], num_kv_heads)
     bias = padded.bias
     if bias.shape[1] > 1:
-        bias = bias.view(len(tokens), num_kv_heads, -1, bias.shape[3])
+        bias = bias.view(len(padded.rows), num_kv_heads, -1, bias.shape[3])
     attended = scaled_dot_product_attention(
         grouped,
         keys[padded.index].transpose(1, 2),
@@ -145,7 +142,7 @@ def _attend_padded(
         attn_mask=bias,
         scale=scale,
     )
-    output[rows] = attended.flatten(1, 2)
+    output[padded.rows] = attended.flatten(1, 2)
 
 
 def _attend_prompt(span: Span, query: Tensor, output: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:

@@ -60,6 +60,8 @@ class StageModel:
 def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu", *, is_native: bool = True) -> StageModel:
     """Reads the stage's tensors and builds it. On CPUs it uses the native kernels, unless `is_native` is False or they
     cannot be had. Raises `ConfigurationError` naming file or tensor."""
+    # some containers turn TF32 on, whose products have 10 bits: greedy tokens would not be those of float32
+    torch.set_float32_matmul_precision("highest")
     family = FAMILIES[spec.architecture]
     is_first, is_last = layers[0] == 0, layers[1] == spec.num_layers
     config = _stage_config(spec, layers)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from common.model.batch import SequenceChunk
 
@@ -46,8 +47,10 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """Single tokens as one batch: slots `index` [tokens, longest] and `bias` [tokens, 1 or heads, 1, longest]."""
+    """Single tokens as one batch: their `rows`, slots `index` [tokens, longest] and `bias` [tokens, 1 or heads, 1,
+    longest]."""
 
+    rows: Tensor
     index: Tensor
     bias: Tensor
 
@@ -99,21 +102,30 @@ class Planner:
             *(torch.tensor(values, dtype=torch.int32) for values in (tables, starts, lengths, blocks)),
         )
 
-    def padded(self, tokens: Sequence[Span]) -> Padded:
-        """`tokens` filled up to the longest."""
-        longest = max(span.num_slots for span in tokens)
-        indices: list[Tensor] = []
-        biases: list[Tensor] = []
-        for span in tokens:
-            missing = longest - span.num_slots
-            index, bias = span.index, span.bias
-            if index is None:
-                index = torch.arange(span.first_slot, span.first_slot + span.num_slots, device=self.device)
-            if bias is None:
-                bias = torch.zeros(1, 1, span.num_slots, dtype=self.dtype, device=self.device)
-            indices.append(pad(index, (0, missing)))
-            biases.append(pad(bias, (0, missing), value=float("-inf")))
-        return Padded(torch.stack(indices), torch.stack(biases))
+    def padded(self, window: int | None) -> Padded:
+        """The chunks of one token, filled up to the longest. Made on the host: a GPU waits for it only once."""
+        tokens = [(row, chunk) for row, chunk in self._numbered() if chunk.num_tokens == 1]
+        unseen = np.array([_num_unseen(chunk, window) for _, chunk in tokens])
+        num_slots = np.array([chunk.start + 1 for _, chunk in tokens]) - unseen
+        columns = np.arange(num_slots.max())
+        index = np.zeros((len(tokens), len(columns)), dtype=np.int64)
+        for place, first, count, (_, chunk) in zip(index, unseen, num_slots, tokens, strict=True):
+            positions = columns[:count] + first
+            table = np.asarray(chunk.blocks, dtype=np.int64)
+            place[:count] = table[positions // self.block_size] * self.block_size + positions % self.block_size
+        lengths = self._on_device(num_slots)[:, None]
+        is_hidden = torch.arange(len(columns), device=self.device) >= lengths
+        if self.slopes is None:
+            bias = torch.zeros(is_hidden.shape, device=self.device)[:, None]
+        else:
+            distances = torch.arange(len(columns), device=self.device) - (lengths - 1)
+            bias = self.slopes[:, None] * distances[:, None]
+        bias = bias.masked_fill_(is_hidden[:, None], float("-inf")).to(self.dtype)
+        rows = np.array([row for row, _ in tokens])
+        return Padded(self._on_device(rows), self._on_device(index), bias[:, :, None])
+
+    def _on_device(self, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(numbers).to(self.device)
 
     def _numbered(self) -> list[tuple[int, SequenceChunk]]:
         """Each chunk with its first row."""

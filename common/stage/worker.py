@@ -99,6 +99,14 @@ class StageWorker:
                 (work.sequence_id, self.sequences[work.sequence_id].blocks, work.start, work.start + work.num_tokens)
                 for work in step.chunks
             )
+        step_output = self._output(step, output, swap)
+        if self._device != "cpu":
+            # a step that draws nothing has waited for nothing: its KV may not be there yet, and when a step is over
+            # its blocks may be read and given to others
+            torch.cuda.current_stream().synchronize()
+        return step_output
+
+    def _output(self, step: Step, output: torch.Tensor, swap: SwapFigures | None) -> StepOutput:
         if not self._is_last:
             return StepOutput(self._send_hidden(output), [], swap)
         return StepOutput(None, self._draw(step, output), swap)
