@@ -230,7 +230,9 @@ def _resolve_model(name: str) -> Path:
 
 def _resolve_device(wanted: str) -> str:
     """Asks a process of its own, so that this one never loads torch. Raises `ConfigurationError`."""
-    if wanted == "cpu" or (wanted == "auto" and not Path("/proc/driver/nvidia").exists()):
+    # containers may lack the one or the other
+    may_be_there = any(Path(path).exists() for path in ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg"))
+    if wanted == "cpu" or (wanted == "auto" and not may_be_there):
         return "cpu"
     probe = "import torch; print(torch.cuda.is_available())"
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)

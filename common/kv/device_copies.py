@@ -12,8 +12,17 @@ _MIN_DIRECT_BYTES = 256 << 10
 _MAX_GATHERED_BYTES = 64 << 20
 
 
-def copy_on_device(plan: CopyPlan, source: torch.Tensor, destination: torch.Tensor) -> None:
-    """Gives all copies to the current stream; both tensors are uint8 [num_bytes] of one dimension."""
+def copy_on_device(
+    plan: CopyPlan,
+    source: torch.Tensor,
+    destination: torch.Tensor,
+    *,
+    source_seen: torch.Tensor | None = None,
+    destination_seen: torch.Tensor | None = None,
+) -> None:
+    """Gives all copies to the current stream; all tensors are uint8 [num_bytes] of one dimension. Where a side is
+    page-locked host memory, `..._seen` is the same memory as the GPU sees it: many small pieces are gathered and
+    scattered by the GPU then, through it."""
     for num_bytes in np.unique(plan.num_bytes).tolist():
         same_size = plan.num_bytes == num_bytes
         from_offsets, to_offsets = plan.source_offset[same_size], plan.destination_offset[same_size]
@@ -22,9 +31,11 @@ def copy_on_device(plan: CopyPlan, source: torch.Tensor, destination: torch.Tens
                 destination[to : to + num_bytes].copy_(source[start : start + num_bytes], non_blocking=True)
             continue
         step = max(1, _MAX_GATHERED_BYTES // num_bytes)
+        gathers = source if source_seen is None else source_seen
+        scatters = destination if destination_seen is None else destination_seen
         for first in range(0, len(from_offsets), step):
             part = slice(first, first + step)
-            _copy_equal(num_bytes, source, from_offsets[part], destination, to_offsets[part])
+            _copy_equal(num_bytes, gathers, from_offsets[part], scatters, to_offsets[part])
 
 
 def _copy_equal(

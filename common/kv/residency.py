@@ -20,7 +20,7 @@ from common.kv.copies import copy_pieces
 from common.kv.device_copies import copy_on_device
 from common.kv.geometry import CopyPlan, Int64, plan_slots
 from common.kv.pool import KvPool
-from common.kv.staging import new_stream
+from common.kv.staging import SideStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +59,28 @@ class Residency:
     copies from the host run in `copier`, one after the other. `keeps_idle`: what no step wants stays until its room is
     needed; else it leaves at once, and never more than two steps' sequences are on the device."""
 
-    def __init__(self, host: KvPool, device: KvPool, copier: Executor, *, keeps_idle: bool) -> None:
+    def __init__(
+        self,
+        host: KvPool,
+        device: KvPool,
+        copier: Executor,
+        *,
+        keeps_idle: bool,
+        host_seen: torch.Tensor | None = None,
+    ) -> None:
+        """`host_seen`: the host pool as the GPU sees it (see `PageLock`)."""
         self.device = device
         self.peak_blocks = 0
         self.swapped_in_bytes = 0
         self.waited_s = 0.0
         self._host = host
+        self._host_seen = host_seen
         self._copier = copier
         self._keeps_idle = keeps_idle
         self._allocator = BlockAllocator(device.layout.num_blocks)
         self._resident: dict[Hashable, _Resident] = {}
         self._num_steps = 0
-        self._stream = new_stream(device.device) if device.device.type == "cuda" else None
+        self._stream = SideStream(device.device)
 
     @property
     def num_resident_blocks(self) -> int:
@@ -120,7 +130,11 @@ class Residency:
             from_slots += (blocks[token // size] * size + token % size for token in range(start, end))
             to_slots += (host_blocks[token // size] * size + token % size for token in range(start, end))
         if from_slots:
-            self._copy(self.device, np.array(from_slots), self._host, np.array(to_slots))
+            plan = self._plan(self.device, np.array(from_slots), self._host, np.array(to_slots))
+            copy_between(plan, self.device, self._host, self._host_seen)
+            if self.device.device.type == "cuda":
+                # behind the compute, on its own stream
+                torch.cuda.current_stream(self.device.device).synchronize()
 
     # ------------------------------------------------------------ room
 
@@ -183,38 +197,43 @@ class Residency:
 
     def _timed_copy(self, from_slots: Int64, to_slots: Int64) -> tuple[int, float]:
         started_s = time.perf_counter()
-        with torch.cuda.stream(self._stream):
-            num_bytes = self._copy(self._host, from_slots, self.device, to_slots)
-            if self._stream is not None:
-                self._stream.synchronize()
-        return num_bytes, time.perf_counter() - started_s
+        plan = self._plan(self._host, from_slots, self.device, to_slots)
+        with self._stream.work():
+            copy_between(plan, self._host, self.device, self._host_seen)
+        return plan.total_bytes, time.perf_counter() - started_s
 
-    def _copy(self, source: KvPool, from_slots: Int64, destination: KvPool, to_slots: Int64) -> int:
-        if not len(from_slots):
-            return 0
+    def _plan(self, source: KvPool, from_slots: Int64, destination: KvPool, to_slots: Int64) -> CopyPlan:
         layout = source.layout
-        plan = plan_slots(layout, from_slots, destination.layout, to_slots, layout.layers, layout.heads)
-        copy_between(plan, source, destination)
-        return plan.total_bytes
+        if not len(from_slots):
+            return CopyPlan(from_slots, to_slots, np.zeros(0, dtype=np.int64))
+        return plan_slots(layout, from_slots, destination.layout, to_slots, layout.layers, layout.heads)
 
 
-def copy_between(plan: CopyPlan, source: KvPool, destination: KvPool) -> None:
-    """Copies between pools of any devices; on a GPU by the current stream."""
+def copy_between(plan: CopyPlan, source: KvPool, destination: KvPool, host_seen: torch.Tensor | None = None) -> None:
+    """Copies between pools of any devices; on a GPU by the current stream, which is not waited for. `host_seen` is the
+    host's pool as the GPU sees it."""
     if source.is_host and destination.is_host:
         copy_pieces(plan, source.memory, destination.memory)
-    else:
-        copy_on_device(plan, source.arena, destination.arena)
+        return
+    copy_on_device(
+        plan,
+        source.arena,
+        destination.arena,
+        source_seen=host_seen if source.is_host else None,
+        destination_seen=host_seen if destination.is_host else None,
+    )
 
 
-def probe_s_per_byte(host: KvPool, device: KvPool, num_blocks: int = 64) -> float:
+def probe_s_per_byte(
+    host: KvPool, device: KvPool, num_blocks: int = 64, host_seen: torch.Tensor | None = None
+) -> float:
     """How long a byte takes from host to device: the best of three copies of some blocks."""
     num_blocks = min(num_blocks, host.layout.num_blocks, device.layout.num_blocks)
     slots = np.arange(num_blocks * host.block_size)
     layout = host.layout
     plan = plan_slots(layout, slots, device.layout, slots, layout.layers, layout.heads)
-    return min(_seconds(functools.partial(copy_between, plan, host, device), device) for _ in range(3)) / (
-        plan.total_bytes
-    )
+    copy = functools.partial(copy_between, plan, host, device, host_seen)
+    return min(_seconds(copy, device) for _ in range(3)) / plan.total_bytes
 
 
 def _seconds(copy: functools.partial[None], device: KvPool) -> float:

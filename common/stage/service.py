@@ -46,6 +46,7 @@ from common.stage.role import Sender, StageRole
 from common.stage.setup import stage_record
 from common.stage.step_clock import StepClock
 from common.stage.tiers import Tiers
+from common.stage.warm_up import warm_up
 from common.stage.worker import CloseHook, LayerHook, StageWorker, StepOutput
 from common.succession import is_retired
 
@@ -138,7 +139,17 @@ class StageService(StageRole):
             layout.num_blocks,
             layout.block_size,
         )
-        return StageRunner(self._life.model, self.tiers.compute_pool)
+        runner = StageRunner(self._life.model, self.tiers.compute_pool)
+        if options.device != "cpu":
+            warm_up(
+                runner,
+                self.tiers.compute_pool,
+                hidden_size=self.spec.hidden_size,
+                dtype=getattr(torch, self.spec.dtype),
+                max_tokens=min(options.chunk_tokens, self.spec.max_context_tokens - 1),
+            )
+            logger.info("warm after %.1f s", time.monotonic() - started_s)
+        return runner
 
     async def _attend(self, membership: Membership, stop: asyncio.Event) -> bool:
         tasks = [

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from common.kv.layout import PoolLayout
+from common.kv.page_lock import PageLock
 from common.kv.pool import KvPool
 from common.kv.residency import Residency, probe_s_per_byte
 from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec
 from common.stage.options import StageOptions
-
-logger = logging.getLogger(__name__)
+from dejavu.errors import ConfigurationError
 
 
 class Tiers:
@@ -23,19 +23,25 @@ class Tiers:
     def __init__(self, options: StageOptions, spec: ModelSpec) -> None:
         """Raises `ConfigurationError` where the memory holds no block."""
         layout = fitting_layout(spec, options.layers, options.block_size, options.kv_memory_bytes)
-        self.compute_pool = KvPool.create(layout, options.device, options.name)
+        self.compute_pool = _create(layout, options.device, options.name)
         self.pool = self.compute_pool
         self.residency: Residency | None = None
         self.block_copy_s = 0.0
         self._keeps_idle = options.swap != "on"
         self._copier: ThreadPoolExecutor | None = None
+        self._lock: PageLock | None = None
         if options.host_tier_bytes:
             layout = fitting_layout(spec, options.layers, options.block_size, options.host_tier_bytes)
             self.pool = KvPool.create(layout, name=f"{options.name}-host")
             if options.device == "cuda":
-                _lock_pages(self.pool)
+                self._lock = PageLock(self.pool, self.compute_pool.device)
             self._copier = ThreadPoolExecutor(1, thread_name_prefix="swap")
-            self.block_copy_s = probe_s_per_byte(self.pool, self.compute_pool) * layout.bytes_per_block
+            s_per_byte = probe_s_per_byte(self.pool, self.compute_pool, host_seen=self._host_seen)
+            self.block_copy_s = s_per_byte * layout.bytes_per_block
+
+    @property
+    def _host_seen(self) -> torch.Tensor | None:
+        return None if self._lock is None else self._lock.seen
 
     @property
     def num_device_blocks(self) -> int | None:
@@ -45,7 +51,13 @@ class Tiers:
     def clear_device(self) -> Residency | None:
         """Nothing lies on the device any more: a new epoch."""
         if self._copier is not None:
-            self.residency = Residency(self.pool, self.compute_pool, self._copier, keeps_idle=self._keeps_idle)
+            self.residency = Residency(
+                self.pool,
+                self.compute_pool,
+                self._copier,
+                keeps_idle=self._keeps_idle,
+                host_seen=self._host_seen,
+            )
         return self.residency
 
     def wait_for_copies(self) -> None:
@@ -72,12 +84,18 @@ class Tiers:
         """Ends the copies and lets go of the memory."""
         if self._copier is not None:
             self._copier.shutdown(wait=True, cancel_futures=True)
+            self.residency = None
+            if self._lock is not None:
+                self._lock.close()
             self.compute_pool.close()
         self.pool.close()
 
 
-def _lock_pages(pool: KvPool) -> None:
-    """Makes copies between the pool and a GPU asynchronous and fast."""
-    error = torch.cuda.cudart().cudaHostRegister(pool.arena.data_ptr(), pool.layout.total_bytes, 0)  # type: ignore[no-untyped-call]
-    if int(error) != 0:
-        logger.warning("the host pool's pages cannot be locked (CUDA error %d): swapping will be slow", int(error))
+def _create(layout: PoolLayout, device: str, name: str) -> KvPool:
+    try:
+        return KvPool.create(layout, device, name)
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(
+            f"the device has no room for a KV pool of {layout.total_bytes} bytes beside the weights and other stages",
+            field="kv_memory",
+        ) from error

@@ -50,6 +50,11 @@ def check_copies(plan: CopyPlan, source_bytes: int, destination_bytes: int) -> N
     copy_pieces(plan, source, expected)
     copy_on_device(plan, torch.from_numpy(source), copied)
     assert np.array_equal(expected, copied.numpy())
+    copied.zero_()
+    copy_on_device(
+        plan, torch.from_numpy(source), copied, source_seen=torch.from_numpy(source), destination_seen=copied[:]
+    )
+    assert np.array_equal(expected, copied.numpy())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from common.kv.layout import PoolLayout
+from common.kv.page_lock import PageLock
 from common.kv.pool import KvPool
 from common.kv.residency import Residency, Want, probe_s_per_byte
 
@@ -38,13 +39,22 @@ class World:
         self.host = KvPool.create(layout(NUM_HOST_BLOCKS))
         self.device = KvPool.create(layout(num_device_blocks), device)
         self.copier = ThreadPoolExecutor(1)
-        self.residency = Residency(self.host, self.device, self.copier, keeps_idle=keeps_idle)
+        self.lock = PageLock(self.host, self.device.device) if device == "cuda" else None
+        self.residency = Residency(
+            self.host,
+            self.device,
+            self.copier,
+            keeps_idle=keeps_idle,
+            host_seen=None if self.lock is None else self.lock.seen,
+        )
         self.sequences: dict[int, Held] = {}
         self.free = list(range(NUM_HOST_BLOCKS))
         self.draws.shuffle(self.free)
 
     def close(self) -> None:
         self.copier.shutdown()
+        if self.lock is not None:
+            self.lock.close()
         self.host.close()
         self.device.close()
 

@@ -27,11 +27,13 @@ class Engine:
 
     is_native: bool
     is_gathering: bool = False
+    device: str = "cpu"
 
 
 NATIVE = Engine(is_native=True)
 TORCH = Engine(is_native=False)
 GATHERING = Engine(is_native=False, is_gathering=True)
+ON_GPU = Engine(is_native=False, is_gathering=True, device="cuda")
 
 
 @dataclass(slots=True)
@@ -51,8 +53,8 @@ def make_stages(spec: ModelSpec, counts: Sequence[int], block_size: int, engine:
         layout = PoolLayout(
             *layers, NUM_BLOCKS, block_size, spec.num_kv_heads, spec.head_dim, spec.dtype, spec.fingerprint
         )
-        model = load_stage(spec, layers, is_native=engine.is_native)
-        runners.append(StageRunner(model, KvPool.create(layout), is_gathering=engine.is_gathering))
+        model = load_stage(spec, layers, engine.device, is_native=engine.is_native)
+        runners.append(StageRunner(model, KvPool.create(layout, engine.device), is_gathering=engine.is_gathering))
     return runners
 
 
