@@ -122,10 +122,13 @@ def bind_error(host: str, port: int, error: OSError) -> ConfigurationError:
     return ConfigurationError(f"{host} is no address of this machine ({error.strerror})", field="host")
 
 
-def check_memory(options: ServeOptions) -> None:
-    """Raises `ConfigurationError` where the KV pools of all stages would not fit this machine's memory."""
+def check_memory(options: ServeOptions, device: str) -> None:
+    """Raises `ConfigurationError` where the KV pools of all stages would not fit this machine's memory. What a GPU has
+    left, the stages find out."""
     tokens = options.token_pipelines * options.token_stages
-    each = options.num_stage_processes * options.kv_memory_bytes + tokens * options.host_kv_memory_bytes
+    each = tokens * options.host_kv_memory_bytes
+    if device == "cpu":
+        each += options.num_stage_processes * options.kv_memory_bytes
     wanted = (1 + options.standbys) * each
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if wanted > there:

@@ -50,8 +50,7 @@ def main(argv: Sequence[str]) -> int:
         plan_services(options, spec, Place("", "", "cpu", (0,) * options.routers, (0,)))
         TextCodec.load(spec.model_dir)
         device = _resolve_device(options.device)
-        if device == "cpu":
-            check_memory(options)
+        check_memory(options, device)
         return asyncio.run(_serve(options, spec, device))
     except (DejavuError, ServiceGaveUp) as error:
         print(f"dejavu: error: {error}", file=sys.stderr)  # noqa: T201

@@ -107,7 +107,7 @@ async def _write_cell(
     ways: dict[str, Way] = {"memcpy": memcpy}
     for link in links:
         ways[link.name] = functools.partial(link.write, source, plan)
-    figures = await _in_turns(ways, size, num_rounds)
+    figures = await in_turns(ways, size, num_rounds)
     return {"shape": shape, "size_bytes": size, "num_pieces": len(plan), "ways": figures}
 
 
@@ -147,7 +147,7 @@ async def _span_cell(source: KvPool, private: Bytes, num_rounds: int) -> dict[st
         private[:size] = source.memory[:size]
 
     ways: dict[str, Way] = {"memcpy": memcpy, "plan": plan, "checksum": checksum, "crc32": crc32}
-    return {"size_bytes": size, "ways": await _in_turns(ways, size, num_rounds)}
+    return {"size_bytes": size, "ways": await in_turns(ways, size, num_rounds)}
 
 
 async def _handoff_cell(offer: GrantOffer, source: KvPool, private: Bytes, num_rounds: int) -> dict[str, Any]:
@@ -170,13 +170,13 @@ async def _handoff_cell(offer: GrantOffer, source: KvPool, private: Bytes, num_r
         private[:size] = source.memory[:size]
 
     ways: dict[str, Way] = {"memcpy": memcpy, "handoff": handoff}
-    figures = await _in_turns(ways, size, num_rounds)
+    figures = await in_turns(ways, size, num_rounds)
     [kind] = writer.links("bench")
     await writer.aclose()
     return {"link": kind, "size_bytes": size, "num_tokens": HANDOFF_TOKENS, "ways": figures}
 
 
-async def _in_turns(ways: dict[str, Way], size: int, num_rounds: int) -> dict[str, Any]:
+async def in_turns(ways: dict[str, Way], size: int, num_rounds: int) -> dict[str, Any]:
     """Every way once per round, so that a disturbance hits all of them."""
     repeats = min(64, max(1, (4 << 20) // size))
     taken_s: dict[str, list[float]] = {name: [] for name in ways}

@@ -54,9 +54,9 @@ class Owner:
 
 
 @contextmanager
-def owner(layout: PoolLayout) -> Iterator[Owner]:
+def owner(layout: PoolLayout, device: str = "cpu") -> Iterator[Owner]:
     """A process with a pool of this layout, which ends with the block."""
-    command = [sys.executable, "-m", "loadtest.kv_owner", msgspec.json.encode(layout).decode()]
+    command = [sys.executable, "-m", "loadtest.kv_owner", msgspec.json.encode(layout).decode(), device]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Owner(process)
@@ -65,8 +65,8 @@ def owner(layout: PoolLayout) -> Iterator[Owner]:
             process.stdin.close()
 
 
-async def _serve(layout: PoolLayout) -> None:
-    pool = KvPool.create(layout, name="owner")
+async def _serve(layout: PoolLayout, device: str) -> None:
+    pool = KvPool.create(layout, device, name="owner")
     server = await PoolServer.start(pool, "127.0.0.1", "bench")
     print(server.offer.encode(), flush=True)
     link: Link | None = None
@@ -91,4 +91,4 @@ async def _read(link: Link, pool: KvPool, slots: Int64) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(msgspec.json.decode(sys.argv[1], type=PoolLayout)))
+    asyncio.run(_serve(msgspec.json.decode(sys.argv[1], type=PoolLayout), sys.argv[2]))

@@ -9,6 +9,7 @@ With `--admitted K` a last run sends K times what the device holds. Examples:
 
     python -m loadtest.swap --json swap.json --model DIR --lengths 256,512,1024,2048,4096
     python -m loadtest.swap --json swap.json --model DIR --workload decode-heavy --batch 16 --repetitions 3
+    python -m loadtest.swap --json swap.json --model DIR --device cuda --batch 64 --max-tokens 65536
 """
 
 from __future__ import annotations
@@ -65,11 +66,12 @@ def main() -> int:
     layout = fitting_layout(spec, longest, BLOCK_SIZE, 1 << 40)
     vocab_size = int(json.loads(Path(arguments.model, "config.json").read_text())["vocab_size"])
     base = ["--model", arguments.model, "--dtype", arguments.dtype, "--token-stages", str(arguments.stages)]
-    base += ["--colocated", "--cache-stores", str(arguments.cache_stores)]
+    base += ["--colocated", "--cache-stores", str(arguments.cache_stores), "--device", arguments.device]
     document: dict[str, Any] = {
         "machine": describe_machine(),
         "model": Path(arguments.model).name,
         "dtype": spec.dtype,
+        "device": arguments.device,
         "stages": arguments.stages,
         "bytes_per_block_and_stage": layout.bytes_per_block,
         "settings": [],
@@ -222,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go")
     parser.add_argument("--model", default="models/tiny", metavar="DIR")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--stages", type=int, default=4, help="token stages (at 2 and less there is nothing to gain)")
     parser.add_argument("--lengths", type=_lengths, default=[256, 512, 1024, 2048, 4096], metavar="L,L,...")
     parser.add_argument("--output", type=int, default=64, help="tokens that each sequence generates up to its length")

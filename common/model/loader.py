@@ -60,8 +60,7 @@ class StageModel:
 def load_stage(spec: ModelSpec, layers: tuple[int, int], device: str = "cpu", *, is_native: bool = True) -> StageModel:
     """Reads the stage's tensors and builds it. On CPUs it uses the native kernels, unless `is_native` is False or they
     cannot be had. Raises `ConfigurationError` naming file or tensor."""
-    # some containers turn TF32 on, whose products have 10 bits: greedy tokens would not be those of float32
-    torch.set_float32_matmul_precision("highest")
+    _set_up_torch()
     family = FAMILIES[spec.architecture]
     is_first, is_last = layers[0] == 0, layers[1] == spec.num_layers
     config = _stage_config(spec, layers)
@@ -118,6 +117,14 @@ def _check_sizes(spec: ModelSpec, config: Any) -> None:
         if ours != theirs:
             file = spec.model_dir / "config.json"
             raise ConfigurationError(f"{file}: say {name}: here it is {ours}, for transformers {theirs}", field="model")
+
+
+def _set_up_torch() -> None:
+    # some containers turn TF32 on, whose products have 10 bits: greedy tokens would not be those of float32
+    torch.set_float32_matmul_precision("highest")
+    # where torch prefers cuDNN's attention (on H100 and later) it makes a plan for each batch size and length, in tens
+    # of milliseconds, and ours are new with every step
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _stage_config(spec: ModelSpec, layers: tuple[int, int]) -> Any:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from common.model.batch import SequenceChunk
 
+_MASK_WIDTH = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -107,7 +109,8 @@ class Planner:
         tokens = [(row, chunk) for row, chunk in self._numbered() if chunk.num_tokens == 1]
         unseen = np.array([_num_unseen(chunk, window) for _, chunk in tokens])
         num_slots = np.array([chunk.start + 1 for _, chunk in tokens]) - unseen
-        columns = np.arange(num_slots.max())
+        # a mask of another width would be copied to such a one in every layer
+        columns = np.arange(-(-num_slots.max() // _MASK_WIDTH) * _MASK_WIDTH)
         index = np.zeros((len(tokens), len(columns)), dtype=np.int64)
         for place, first, count, (_, chunk) in zip(index, unseen, num_slots, tokens, strict=True):
             positions = columns[:count] + first
