@@ -25,11 +25,11 @@ import torch
 from common.kv.choice import restricted
 from common.kv.copies import check_plan
 from common.kv.cuda_driver import gpu_ids
+from common.kv.device_copies import copy_between
 from common.kv.geometry import CopyPlan, plan_copies, plan_slots
 from common.kv.link import GrantOffer, open_link
 from common.kv.page_lock import PageLock
 from common.kv.pool import KvPool
-from common.kv.residency import copy_between
 from common.kv.staging import SideStream
 from common.kv.stream import HandoffSpan, HandoffWriter
 from loadtest.kv_bench import LAYOUT, Way, in_turns

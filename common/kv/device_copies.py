@@ -5,11 +5,28 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from common.kv.copies import copy_pieces
 from common.kv.geometry import CopyPlan, Int64
+from common.kv.pool import KvPool
 
 _MIN_DIRECT_BYTES = 256 << 10
 """From here on a copy per piece is cheaper than gathering and scattering many at once."""
 _MAX_GATHERED_BYTES = 64 << 20
+
+
+def copy_between(plan: CopyPlan, source: KvPool, destination: KvPool, host_seen: torch.Tensor | None = None) -> None:
+    """Copies between pools of any devices; on a GPU by the current stream, which is not waited for. `host_seen` is the
+    host's pool as the GPU sees it."""
+    if source.is_host and destination.is_host:
+        copy_pieces(plan, source.memory, destination.memory)
+        return
+    copy_on_device(
+        plan,
+        source.arena,
+        destination.arena,
+        source_seen=host_seen if source.is_host else None,
+        destination_seen=host_seen if destination.is_host else None,
+    )
 
 
 def copy_on_device(

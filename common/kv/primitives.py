@@ -19,13 +19,14 @@ import torch
 
 from common.kv.arrival import pool_checksum
 from common.kv.checksum import SpanBinding, hash_tokens
-from common.kv.copies import copy_pieces
+from common.kv.device_copies import copy_between
 from common.kv.errors import LinkRefused
 from common.kv.geometry import CopyPlan, Range, plan_copies, route
 from common.kv.layout import PoolLayout
 from common.kv.link import Link
 from common.kv.pool import KvPool
 from common.kv.quantise import convert
+from common.kv.staging import checking_stream
 from dejavu.errors import DejavuError
 
 MAX_IN_FLIGHT = 4
@@ -96,9 +97,9 @@ async def flush(link: Link, source: KvPool, plan: CopyPlan) -> None:
 
 
 async def fetch(source: KvPool, plan: CopyPlan, destination: KvPool) -> None:
-    """Contiguous pieces of memory that this process can read (host tier, packed buffer) into our pool; on a
-    thread of its own."""
-    await _to_the_end(asyncio.to_thread(copy_pieces, plan, source.memory, destination.memory))
+    """Contiguous pieces of memory that this process can read (host tier, packed buffer) into our pool, either of them
+    on any device; on a thread of its own, and on a GPU on a side stream."""
+    await _to_the_end(asyncio.to_thread(_copy, plan, source, destination))
 
 
 # ------------------------------------------------------------ layout
@@ -227,7 +228,9 @@ def _parts(pool: KvPool, span: SequenceSpan, peers: Sequence[Peer]) -> list[tupl
 
 async def _send(pool: KvPool, span: SequenceSpan, index: int, peer: Peer, region: Region) -> Piece:
     source, blocks = pool, span.blocks
-    if pool.layout.dtype != peer.layout.dtype:
+    # but for one link they take host memory
+    is_within_reach = pool.is_host or peer.link.name == "cuda_ipc"
+    if pool.layout.dtype != peer.layout.dtype or not is_within_reach:
         source, blocks = await gather(pool, blocks, region, peer.layout.dtype), packed_blocks(region)
     if pool.layout.fingerprint != peer.layout.fingerprint:
         raise LinkRefused(f"{pool.name} holds {pool.layout.fingerprint}, the peer {peer.layout.fingerprint}")
@@ -257,6 +260,11 @@ def _converted(packed: KvPool, dtype: str) -> KvPool:
     layout = msgspec.structs.replace(packed.layout, dtype=dtype)
     heads = packed.arena.view(-1, packed.layout.head_bytes)
     return KvPool(layout, convert(heads, packed.layout.dtype, dtype).reshape(-1), None, packed.name)
+
+
+def _copy(plan: CopyPlan, source: KvPool, destination: KvPool) -> None:
+    with checking_stream((destination if source.is_host else source).device).work():
+        copy_between(plan, source, destination)
 
 
 def _within(inner: Range, start: int) -> slice:

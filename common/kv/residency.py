@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from common.kv.blocks import BlockAllocator
-from common.kv.copies import copy_pieces
-from common.kv.device_copies import copy_on_device
+from common.kv.device_copies import copy_between
 from common.kv.geometry import CopyPlan, Int64, plan_slots
 from common.kv.pool import KvPool
 from common.kv.staging import SideStream
@@ -207,21 +206,6 @@ class Residency:
         if not len(from_slots):
             return CopyPlan(from_slots, to_slots, np.zeros(0, dtype=np.int64))
         return plan_slots(layout, from_slots, destination.layout, to_slots, layout.layers, layout.heads)
-
-
-def copy_between(plan: CopyPlan, source: KvPool, destination: KvPool, host_seen: torch.Tensor | None = None) -> None:
-    """Copies between pools of any devices; on a GPU by the current stream, which is not waited for. `host_seen` is the
-    host's pool as the GPU sees it."""
-    if source.is_host and destination.is_host:
-        copy_pieces(plan, source.memory, destination.memory)
-        return
-    copy_on_device(
-        plan,
-        source.arena,
-        destination.arena,
-        source_seen=host_seen if source.is_host else None,
-        destination_seen=host_seen if destination.is_host else None,
-    )
 
 
 def probe_s_per_byte(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from common.kv.device_copies import copy_between
 from common.kv.page_lock import PageLock
 from common.kv.pool import KvPool
-from common.kv.residency import copy_between
 from tests.unit.kv.link_ends import as_plan_says, random_pool, scattered, whole
 from tests.unit.kv.processes import BIG
 

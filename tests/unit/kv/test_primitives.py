@@ -256,3 +256,28 @@ async def test_few_bits_over_a_real_link() -> None:
     assert torch.allclose(pool.arena.view(torch.float32), source.arena.view(torch.float32), atol=0.02)
     await link.aclose()
     await server.aclose()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+async def test_out_of_device_memory_and_back(device: str) -> None:
+    """Gathered, scattered and streamed like host memory; `device` is the receiver's."""
+    ours, blocks, own = layout(), [7, 1, 2, 0], [3, 6, 5, 4]
+    source, back, pool = KvPool.create(ours, "cuda"), KvPool.create(ours, "cuda"), KvPool.create(ours, device)
+    values = torch.randint(0, 256, (ours.total_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    source.arena.copy_(values)
+    host = pool_of(ours, values.numpy().copy())
+    region = Region((2, 15), (1, 3), (0, 2))
+    packed, expected = await gather(source, blocks, region), await gather(host, blocks, region)
+    assert np.array_equal(packed.memory, expected.memory)
+    await scatter(packed, region, back, own)
+    assert np.array_equal((await gather(back, own, region)).memory, expected.memory)
+    server = await PoolServer.start(pool, "127.0.0.1", "first")
+    link = await open_link(server.offer, source)
+    span = SequenceSpan("one", (2, 15), (1, 3), blocks, [own], HASH)
+    pieces = await stream_out(source, [span], [Peer(link, ours)])
+    await stream_in(pool, own, "one", region, each(pieces), token_ids=b"")
+    assert np.array_equal((await gather(pool, own, region)).memory, expected.memory)
+    await link.aclose()
+    await server.aclose()
