@@ -106,13 +106,11 @@ class HostStaging:
         return KvPool(layout, self._buffer[: layout.total_bytes], None, self._pool.name)
 
 
-def landing_pool(pool: KvPool, blocks: Sequence[int], num_tokens: int) -> tuple[KvPool, Sequence[int]]:
-    """Where KV for the first `num_tokens` tokens in `blocks` of `pool` can be read into: the pool itself on the host,
-    host memory of the same shape for a device (then `copy_in`), with the block table there."""
-    if pool.is_host:
-        return pool, blocks
+def landing_pool(pool: KvPool, num_tokens: int) -> tuple[KvPool, Sequence[int]]:
+    """Where KV for the first `num_tokens` tokens in blocks of a device pool can be read into (then `copy_in`): host
+    memory of the same shape, with the block table there. Locking its pages takes a while."""
     layout = msgspec.structs.replace(pool.layout, num_blocks=-(-num_tokens // pool.layout.block_size))
-    arena = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=True)
+    arena = torch.empty(layout.total_bytes, dtype=torch.uint8, pin_memory=pool.device.type == "cuda")
     return KvPool(layout, arena, None, pool.name), range(layout.num_blocks)
 
 

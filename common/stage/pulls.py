@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from typing import Any
 
 import msgspec
 
@@ -87,11 +88,16 @@ class Pulls:
     async def _copy(self, pull: Pull) -> bool:
         link, offer = await self._link(pull.store)
         layers, token_range = self._pool.layout.layers, (0, pull.num_tokens)
-        landing, blocks = landing_pool(self._pool, pull.blocks, pull.num_tokens)
+        run: Callable[..., Awaitable[Any]] = functools.partial(
+            asyncio.get_running_loop().run_in_executor, self._executor
+        )
+        landing: KvPool = self._pool
+        blocks: Sequence[int] = pull.blocks
+        if not self._pool.is_host:
+            landing, blocks = await run(landing_pool, self._pool, pull.num_tokens)
         plan = plan_copies(offer.layout, pull.store_blocks, landing.layout, blocks, token_range, layers)
         await link.read(landing, plan)
         self.received_bytes += plan.total_bytes
-        run = functools.partial(asyncio.get_running_loop().run_in_executor, self._executor)
         if await run(_layer_checksums, landing, blocks, pull) != pull.checksums:
             logger.warning("the replica of %s in %s is damaged", pull.sequence_id, pull.store)
             return False

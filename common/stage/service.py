@@ -100,6 +100,8 @@ class StageService(StageRole):
         install_fault_hook(self.loop, STUCK_STEP, lambda: self.compute.submit(stall, lambda _: None))
         self.inbox = await Inbox.bind(f"tcp://{self.options.host}:*", self._on_frames)
         self._runner = await asyncio.to_thread(self._load)
+        if self.options.device != "cpu":
+            await self._warm_up()
         details = await self.open_pool()
         if not self._life.num_changes:
             # what is loaded stays: keep it out of every later collection
@@ -139,17 +141,26 @@ class StageService(StageRole):
             layout.num_blocks,
             layout.block_size,
         )
-        runner = StageRunner(self._life.model, self.tiers.compute_pool)
-        if options.device != "cpu":
+        return StageRunner(self._life.model, self.tiers.compute_pool)
+
+    async def _warm_up(self) -> None:
+        """On the compute thread, since what is made for a GPU is made for a thread."""
+        spec, is_warm = self.spec, self.loop.create_future()
+
+        def work() -> None:
             warm_up(
-                runner,
+                self._runner,
                 self.tiers.compute_pool,
-                hidden_size=self.spec.hidden_size,
-                dtype=getattr(torch, self.spec.dtype),
-                max_tokens=min(options.chunk_tokens, self.spec.max_context_tokens - 1),
+                hidden_size=spec.hidden_size,
+                dtype=getattr(torch, spec.dtype),
+                max_tokens=min(self.options.chunk_tokens, spec.max_context_tokens - 1),
             )
-            logger.info("warm after %.1f s", time.monotonic() - started_s)
-        return runner
+
+        self.compute.submit(work, is_warm.set_result)
+        ends: list[asyncio.Future[Any]] = [is_warm, self._crash]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if self._crash.done():
+            self._crash.result()
 
     async def _attend(self, membership: Membership, stop: asyncio.Event) -> bool:
         tasks = [
