@@ -46,7 +46,7 @@ from common.stage.role import Sender, StageRole
 from common.stage.setup import stage_record
 from common.stage.step_clock import StepClock
 from common.stage.tiers import Tiers
-from common.stage.warm_up import warm_up
+from common.stage.warm_up import warm_up_on
 from common.stage.worker import CloseHook, LayerHook, StageWorker, StepOutput
 from common.succession import is_retired
 
@@ -101,7 +101,7 @@ class StageService(StageRole):
         self.inbox = await Inbox.bind(f"tcp://{self.options.host}:*", self._on_frames)
         self._runner = await asyncio.to_thread(self._load)
         if self.options.device != "cpu":
-            await self._warm_up()
+            await warm_up_on(self.compute, self._crash, self._runner, self.tiers.compute_pool, self.spec, self.options)
         details = await self.open_pool()
         if not self._life.num_changes:
             # what is loaded stays: keep it out of every later collection
@@ -135,32 +135,9 @@ class StageService(StageRole):
         self.pool, layout = self.tiers.pool, self.tiers.pool.layout
         logger.info(
             "layers %d:%d of %s loaded in %.1f s; %d KV blocks of %d tokens",
-            *options.layers,
-            self.spec.name,
-            time.monotonic() - started_s,
-            layout.num_blocks,
-            layout.block_size,
-        )
+            *options.layers, self.spec.name, time.monotonic() - started_s, layout.num_blocks, layout.block_size,
+        )  # fmt: skip
         return StageRunner(self._life.model, self.tiers.compute_pool)
-
-    async def _warm_up(self) -> None:
-        """On the compute thread, since what is made for a GPU is made for a thread."""
-        spec, is_warm = self.spec, self.loop.create_future()
-
-        def work() -> None:
-            warm_up(
-                self._runner,
-                self.tiers.compute_pool,
-                hidden_size=spec.hidden_size,
-                dtype=getattr(torch, spec.dtype),
-                max_tokens=min(self.options.chunk_tokens, spec.max_context_tokens - 1),
-            )
-
-        self.compute.submit(work, is_warm.set_result)
-        ends: list[asyncio.Future[Any]] = [is_warm, self._crash]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if self._crash.done():
-            self._crash.result()
 
     async def _attend(self, membership: Membership, stop: asyncio.Event) -> bool:
         tasks = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import random
 from pathlib import Path
 
@@ -11,11 +13,17 @@ import torch
 from common.kv.pool import KvPool
 from common.model.batch import SequenceChunk, StageBatch
 from common.model.spec import load_spec
-from common.stage.warm_up import warm_up
+from common.stage.compute import ComputeThread
+from common.stage.options import parse_stage_options
+from common.stage.warm_up import warm_up, warm_up_on
 from tests.unit.model.checkpoints import CONFIGS, NUM_LAYERS, VOCAB_SIZE, save_checkpoint
 from tests.unit.model.generation import NATIVE, NUM_BLOCKS, ON_GPU, TORCH, Engine, assert_greedy, generate, make_stages
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+OPTIONS = [
+    "--name", "n", "--etcd", "e", "--model", "m", "--pipeline", "p", "--stage-index", "1", "--num-stages", "2",
+    "--layers", "0:1", "--kv-memory", "1", "--chunk-size", "40",
+]  # fmt: skip
 PROMPT_LENGTHS = (1, 16, 37, 50)
 
 
@@ -70,3 +78,20 @@ def test_warming_up_changes_no_token(engine: Engine, tmp_path: Path) -> None:
     assert all(bool(part.any()) for part in first)  # it did compute
     (sequence,) = generate(stages, [list(range(3, 40))], list(range(NUM_BLOCKS)), 4, 16)
     assert_greedy(model, sequence)
+
+
+async def test_who_warms_up_hears_of_the_end_and_of_a_crash(tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path)
+    spec = load_spec(tmp_path, "float32")
+    stage = make_stages(spec, [NUM_LAYERS - 1, 1], 4, TORCH)[-1]
+    pool = stage._pool
+    assert isinstance(pool, KvPool)
+    options = parse_stage_options("prompt_stage", None, OPTIONS)
+    loop = asyncio.get_running_loop()
+    crash: asyncio.Future[None] = loop.create_future()
+    compute = ComputeThread(loop, crash.set_exception)
+    await warm_up_on(compute, crash, stage, pool, spec, options)
+    misfit = dataclasses.replace(spec, hidden_size=spec.hidden_size + 1)
+    with pytest.raises(RuntimeError):
+        await warm_up_on(compute, crash, stage, pool, misfit, options)
+    compute.close()
