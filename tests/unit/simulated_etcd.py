@@ -44,7 +44,8 @@ class SimulatedEtcd:
         self.revision = 1
         self.keys: dict[str, KeyValue] = {}
         self.leases: dict[int, _LiveLease] = {}
-        self.history: list[WatchEvent] = []
+        self.history: list[tuple[float, WatchEvent]] = []
+        """what happened, and when"""
         self.changed = asyncio.Event()
         self.up = asyncio.Event()
         self.up.set()
@@ -124,7 +125,7 @@ class SimulatedEtcd:
         self._tell(WatchEvent("delete", key, b"", self.revision, 0))
 
     def _tell(self, event: WatchEvent) -> None:
-        self.history.append(event)
+        self.history.append((self.now_s, event))
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
@@ -199,10 +200,10 @@ class SimulatedClient(EtcdClient):
         while True:
             changed = self._etcd.changed
             while position < len(self._etcd.history):
-                event = self._etcd.history[position]
+                happened_at_s, event = self._etcd.history[position]
                 position += 1
                 if event.mod_revision >= from_revision and event.key.startswith(prefix):
-                    await asyncio.sleep(lag_s)
+                    await asyncio.sleep(max(0.0, happened_at_s + lag_s - self._etcd.now_s))
                     await self._travel()
                     while not self._is_reachable:  # noqa: ASYNC110 - many reasons
                         await asyncio.sleep(0.1)
