@@ -22,8 +22,9 @@ class Journal:
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter(
-            recoveries=0, recomputed_tokens=0, refused_frames=0, replica_lag_tokens=0, false_failovers=0
-        )
+            recoveries=0, recomputed_tokens=0, refused_frames=0, replica_lag_tokens=0, false_failovers=0,
+            preemptions=0, recomputed_after_preemption_tokens=0,
+        )  # fmt: skip
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     def note(self, kind: str, service: str, **details: Any) -> None:

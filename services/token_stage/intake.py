@@ -113,7 +113,7 @@ class Intake(SequenceTable):
         sequence = self._current(sequence_id, attempt)
         if sequence is None or sequence.first is not None:
             return []
-        self.num_recomputed += max(0, sequence.num_lost - (len(sequence.tokens) - num_computed))
+        self._count_recomputed(sequence, sequence.num_lost - (len(sequence.tokens) - num_computed))
         sequence.first = drawn
         actions = self._append(sequence, drawn)
         return [*actions, *self._start_decoding_if_complete(sequence), *self._grant_waiting()]
@@ -274,13 +274,21 @@ class Intake(SequenceTable):
         start = min(held.num_tokens, len(sequence.tokens) - 1)
         sequence.num_computed = sequence.num_scheduled = start
         sequence.confirmed = [start] * self._num_layers
-        self.num_recoveries += 1
+        if not sequence.was_preempted:
+            self.num_recoveries += 1
         self.replication.restored(sequence, sequence.source)
         if self._is_colocated or len(sequence.tokens) - start <= MAX_LOCAL_TOKENS:
-            self.num_recomputed += max(0, sequence.num_lost - start)
+            self._count_recomputed(sequence, sequence.num_lost - start)
             self._prefilling[sequence.sequence_id] = sequence
             return []
         return [self._grant(sequence, held)]
+
+    def _count_recomputed(self, sequence: Sequence, num_tokens: int) -> None:
+        """Tokens that had KV before: lost by a failure, or given up for others."""
+        if sequence.was_preempted:
+            self.num_recomputed_after_preemption += max(0, num_tokens)
+        else:
+            self.num_recomputed += max(0, num_tokens)
 
     def restoring(self, sequence_id: str) -> Sequence | None:
         """A live sequence, as the service needs it to ask for its replica."""
@@ -337,7 +345,7 @@ class Intake(SequenceTable):
         """Its KV is computed from token 0."""
         sequence.source, sequence.replica = "", None
         if self._is_colocated:
-            self.num_recomputed += sequence.num_lost
+            self._count_recomputed(sequence, sequence.num_lost)
             self._prefilling[sequence.sequence_id] = sequence
             return []
         return [self._grant(sequence)]

@@ -72,6 +72,8 @@ class Sequence:
     """prompt pipeline and its epoch that compute the current attempt"""
     need: Need = frozenset()
     """what must be fenced off before its blocks are safe from those who were to write to them"""
+    was_preempted: bool = False
+    """it gave its blocks to others once: what it costs to go on is no failure's cost"""
     requeue: bool = False
     """once nothing touches its blocks: back to the queue (preempted, or its KV was lost)"""
 

@@ -43,7 +43,7 @@ from services.token_stage.arrivals import Arrivals
 from services.token_stage.audience import Audience
 from services.token_stage.door import Door
 from services.token_stage.events import Event, take
-from services.token_stage.figures import driver_stats
+from services.token_stage.figures import driver_counts, driver_stats
 from services.token_stage.guests import Guests
 from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
@@ -388,8 +388,7 @@ class TokenStage(StageService):
     def _counts(self) -> Counter[str]:
         counts = Counter(self._totals)
         if self._scheduler is not None:
-            counts["recoveries"] += self._scheduler.num_recoveries
-            counts["recomputed_tokens"] += self._scheduler.num_recomputed
+            counts.update(driver_counts(self._scheduler))
         return counts
 
     def role_stats(self) -> dict[str, Any]:

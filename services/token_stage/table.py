@@ -47,6 +47,9 @@ class SequenceTable:
         self.device = device
         self._durability = durability
         self.num_recoveries = self.num_recomputed = 0
+        """what failures have cost"""
+        self.num_preemptions = self.num_recomputed_after_preemption = 0
+        """what too few blocks have cost"""
         self.allocator = BlockAllocator(num_blocks)
         self._num_stages = num_stages
         self._num_layers = num_layers
@@ -143,7 +146,8 @@ class SequenceTable:
 
     def _requeue(self, sequence: Sequence) -> None:
         self._ready.pop(sequence.sequence_id, None)
-        sequence.requeue = True
+        sequence.requeue = sequence.was_preempted = True
+        self.num_preemptions += 1
         self._release_if_untouched(sequence)
 
     def _requeue_orphan(self) -> bool:

@@ -61,7 +61,6 @@ class Pipelines:
         self.outputs: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
         self.cancelled: set[str] = set()
-        self.num_preempted = 0
 
     def submit(self, name: str, num_prompt: int, max_tokens: int) -> None:
         prompt = [self.draws.randrange(1, 90) for _ in range(num_prompt)]
@@ -80,7 +79,6 @@ class Pipelines:
         for action in actions:
             match action:
                 case Grant(name, attempt, blocks, forced):
-                    self.num_preempted += attempt > 1
                     prompt, params = self.requests[name]
                     prefill = Prefill(
                         1, name, attempt, 0, len(prompt), pack_ids(prompt + forced), params,
@@ -259,6 +257,8 @@ def everybody_ends(pipelines: Pipelines, seed: int) -> None:
     for name, reason in pipelines.ended.items():
         if reason == "length":
             assert len(pipelines.outputs[name]) == pipelines.requests[name][1].max_tokens
+    assert pipelines.token.num_recoveries == pipelines.token.num_recomputed == 0, "nothing has failed"
+    assert bool(pipelines.token.num_preemptions) >= bool(pipelines.token.num_recomputed_after_preemption)
 
 
 def test_too_large_for_the_pool_is_refused_at_once() -> None:
