@@ -42,6 +42,9 @@ class FileTrailer(msgspec.Struct, frozen=True, array_like=True):
     note: bytes
 
 
+_HEADER, _TRAILER = msgspec.msgpack.Decoder(FileHeader), msgspec.msgpack.Decoder(FileTrailer)
+
+
 def encode_header(header: FileHeader) -> bytes:
     """One page. Raises `ValueError` for a key that does not fit."""
     body = msgspec.msgpack.encode(header)
@@ -60,7 +63,7 @@ def decode_header(page: bytes, name: str) -> FileHeader:
     if magic != _MAGIC or zlib.crc32(body) != crc:
         raise LinkDamaged(f"the header of {name} is damaged")
     try:
-        return msgspec.msgpack.decode(body, type=FileHeader)
+        return _HEADER.decode(body)
     except msgspec.DecodeError as error:
         raise LinkDamaged(f"the header of {name} is of no version we know: {error}") from error
 
@@ -69,7 +72,7 @@ def decode_trailer(frame: bytes, header: FileHeader, name: str) -> tuple[Digests
     """Digests and note. Raises `LinkDamaged`."""
     if len(frame) != header.trailer_bytes or zlib.crc32(frame) != header.trailer_crc:
         raise LinkDamaged(f"the trailer of {name} is damaged or cut off")
-    trailer = msgspec.msgpack.decode(frame, type=FileTrailer)
+    trailer = _TRAILER.decode(frame)
     digests = np.frombuffer(trailer.digests, dtype="<u8").astype(np.uint64)
     if len(digests) != num_chunks(header.layout.total_bytes):
         raise LinkDamaged(f"{name} has {len(digests)} digests, which do not fit its layout")

@@ -20,7 +20,7 @@ import msgspec
 
 from common.kv.errors import LinkLost, LinkRefused, LinkTimeout
 from common.kv.fence import Authority, Fence
-from common.kv.offer import PROTOCOL_VERSION, CudaMemory, GrantOffer, Hello, Welcome, check_answer, judge
+from common.kv.offer import HELLO, PROTOCOL_VERSION, CudaMemory, GrantOffer, Hello, Welcome, check_answer, judge
 from common.kv.pool import KvPool, retire
 
 _MAX_MESSAGE_BYTES = 64 << 10
@@ -32,6 +32,8 @@ _PEER_CREDENTIALS = struct.Struct("3i")
 class _Writer:
     connection: socket.socket
     authority: Authority = field(default_factory=dict)
+    hello: Hello | None = None
+    """None: it has not been let in."""
 
 
 class MemoryDoor:
@@ -53,6 +55,11 @@ class MemoryDoor:
     def filenos(self) -> list[int]:
         """What to poll for reading."""
         return [self._listener.fileno(), *self._writers]
+
+    @property
+    def peers(self) -> list[Hello]:
+        """Who was let in and has not left; from any thread."""
+        return [writer.hello for writer in list(self._writers.values()) if writer.hello is not None]
 
     def on_readable(self, fileno: int, offer: GrantOffer) -> None:
         """Serves one of `filenos` that can be read."""
@@ -80,6 +87,7 @@ class MemoryDoor:
             retire(self._pool)
         for writer in self._writers.values():
             writer.connection.close()
+        self._writers.clear()
 
     def _accept(self) -> None:
         try:
@@ -96,12 +104,12 @@ class MemoryDoor:
     def _answer(self, writer: _Writer, offer: GrantOffer) -> bool:
         """False: this writer is gone, or not wanted."""
         try:
-            hello = msgspec.msgpack.decode(writer.connection.recv(_MAX_MESSAGE_BYTES), type=Hello)
+            hello = HELLO.decode(writer.connection.recv(_MAX_MESSAGE_BYTES))
             answer = judge(hello, offer, self._fence)
             is_welcome = isinstance(answer, Welcome)
             if isinstance(answer, Welcome):
                 answer = msgspec.structs.replace(answer, cuda=self._cuda)
-                writer.authority = hello.authority
+                writer.authority, writer.hello = hello.authority, hello
             fds = [self._pool.fd] if is_welcome and self._pool.fd is not None else []
             socket.send_fds(writer.connection, [msgspec.msgpack.encode(answer)], fds)
         except (OSError, msgspec.DecodeError):

@@ -42,7 +42,7 @@ class GrantOffer(msgspec.Struct, frozen=True):
     def decode(cls, text: str) -> GrantOffer:
         """Inverse of `encode`. Raises `ProtocolError`."""
         try:
-            return msgspec.json.decode(text, type=cls)
+            return _OFFER.decode(text)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"no valid offer of a KV pool: {error}") from error
 
@@ -95,6 +95,12 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
     reason: str
 
 
+# here, not where they are used: msgspec crashes where two threads are the first to decode a type
+HELLO = msgspec.msgpack.Decoder(Hello)
+_OFFER = msgspec.json.Decoder(GrantOffer)
+_ANSWER: msgspec.msgpack.Decoder[Welcome | Refusal] = msgspec.msgpack.Decoder(Welcome | Refusal)
+
+
 def host_id() -> str:
     """The same for all processes of one boot of one machine, containers included."""
     path = Path("/proc/sys/kernel/random/boot_id")
@@ -131,7 +137,7 @@ def judge(hello: Hello, offer: GrantOffer, fence: Fence) -> Welcome | Refusal:
 def check_answer(frame: bytes | memoryview, offer: GrantOffer) -> Welcome:
     """The writer's look at the owner's answer. Raises `LinkRefused`."""
     try:
-        answer = msgspec.msgpack.decode(frame, type=Welcome | Refusal)
+        answer = _ANSWER.decode(frame)
     except msgspec.DecodeError as error:
         raise LinkRefused(f"{offer.name} gave no valid answer: {error}") from error
     if isinstance(answer, Refusal):

@@ -62,6 +62,12 @@ class PoolServer:
         `zmq.ZMQError`."""
         return cls(pool, host, incarnation, port)
 
+    @property
+    def peers(self) -> dict[str, str]:
+        """Who may write to the pool or read from it at present, and over which link."""
+        memory = [] if self._memory_door is None else self._memory_door.peers
+        return {hello.name: hello.link for hello in [*self._zmq_door.peers, *memory]}
+
     async def fence(self, oldest: Authority) -> None:
         """Nobody is let in any more under older epochs than these. When it returns, nothing that was opened under older
         ones changes the pool, for ever. That takes until writers that cannot be refused (they have the memory, or the

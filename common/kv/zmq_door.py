@@ -30,6 +30,7 @@ from common.kv.zmq_messages import (
 if TYPE_CHECKING:
     from common.kv.device_door import DeviceDoor
 
+_MESSAGE: msgspec.msgpack.Decoder[Hello | Leave | Write | Read] = msgspec.msgpack.Decoder(Hello | Leave | Write | Read)
 _MAX_WRITERS = 1024
 _MAX_MESSAGES_AT_ONCE = 16
 
@@ -42,7 +43,7 @@ class ZmqDoor:
         self._fence = fence
         self._device = _device_door(pool)
         self._nixl = nixl
-        self._writers: OrderedDict[bytes, Authority] = OrderedDict()
+        self._writers: OrderedDict[bytes, Hello] = OrderedDict()
         self._one_sided: dict[bytes, Authority] = {}
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -72,19 +73,26 @@ class ZmqDoor:
             self.socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
 
     @property
+    def peers(self) -> list[Hello]:
+        """Who was let in and has neither said that it left nor been buried; from any thread."""
+        return list({hello.name: hello for hello in list(self._writers.values())}.values())
+
+    @property
     def has_one_sided_writers(self) -> bool:
         """Somebody may write to the pool without asking."""
         return bool(self._one_sided)
 
     def shut_out(self) -> None:
         """Whatever the writers that the fence stops have sent, or will send, is refused from now on."""
-        for writer in [writer for writer, authority in self._writers.items() if self._fence.stops(authority)]:
+        for writer in [writer for writer, hello in self._writers.items() if self._fence.stops(hello.authority)]:
             del self._writers[writer]
 
     def bury(self, name: str) -> None:
         """Whoever names this in its authority is dead."""
         for writer in [writer for writer, authority in self._one_sided.items() if name in authority]:
             del self._one_sided[writer]
+        for writer in [writer for writer, hello in self._writers.items() if name in hello.authority]:
+            del self._writers[writer]
 
     def is_clear(self, fence: Fence) -> bool:
         """Whether nobody whom this fence stops may still write; one-sided writers cannot be refused."""
@@ -97,11 +105,12 @@ class ZmqDoor:
         self, writer: bytes, frames: Sequence[memoryview], offer: GrantOffer
     ) -> tuple[Welcome | Done | Refusal, list[Bytes]]:
         try:
-            message = msgspec.msgpack.decode(frames[0], type=Hello | Leave | Write | Read)
+            message = _MESSAGE.decode(frames[0])
             if isinstance(message, Hello):
                 return self._let_in(writer, message, offer), []
             if isinstance(message, Leave):
                 self._one_sided.pop(writer, None)
+                self._writers.pop(writer, None)
                 return Done(0), []
             if writer not in self._writers:
                 return Refusal(f"{offer.name} does not know this writer"), []
@@ -113,7 +122,7 @@ class ZmqDoor:
         answer = judge(hello, offer, self._fence)
         if isinstance(answer, Refusal):
             return answer
-        self._writers[writer] = hello.authority
+        self._writers[writer] = hello
         if len(self._writers) > _MAX_WRITERS:
             self._writers.popitem(last=False)
         if hello.link != "nixl":

@@ -17,7 +17,7 @@ from common.kv.copies import check_plan, split
 from common.kv.errors import LinkError, LinkLost, LinkRefused, LinkTimeout
 from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan, Int64
-from common.kv.offer import GrantOffer, Refusal
+from common.kv.offer import GrantOffer, Leave, Refusal
 from common.kv.pool import Bytes, KvPool
 from common.kv.zmq_connection import ZmqConnection
 from common.kv.zmq_messages import (
@@ -31,6 +31,7 @@ from common.kv.zmq_messages import (
     to_frames,
 )
 
+_MESSAGE: msgspec.msgpack.Decoder[Done | Refusal] = msgspec.msgpack.Decoder(Done | Refusal)
 Answer = asyncio.Future[Sequence[memoryview]]
 
 
@@ -92,7 +93,9 @@ class ZmqLink:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._until(lambda: not self._num_unwritten or self._connection.error is not None)
-        except TimeoutError:
+                if self._connection.error is None:
+                    await self._connection.send([msgspec.msgpack.encode(Leave())])
+        except (TimeoutError, LinkLost):
             pass
         finally:
             num_unwritten = self._num_unwritten
@@ -133,7 +136,7 @@ class ZmqLink:
 
     def _on_message(self, frames: Sequence[memoryview]) -> None:
         try:
-            message = msgspec.msgpack.decode(frames[0], type=Done | Refusal)
+            message = _MESSAGE.decode(frames[0])
         except msgspec.DecodeError as error:
             self._fail(LinkLost(f"{self._offer.name} sent what is no answer: {error}"))
             return

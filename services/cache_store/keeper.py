@@ -77,6 +77,10 @@ class Keeper:
         for pipeline in list(self._sources):
             await self.disconnect(pipeline)
 
+    def links(self) -> dict[str, str]:
+        """The stages that are read from, and over which link."""
+        return {source.offer.name: source.link.name for sources in self._sources.values() for source in sources}
+
     async def keep(self, pipeline: str, items: Sequence[ReplicaItem]) -> list[str]:
         """Copies the items; returns the keys of those that could not be kept."""
         sources = self._sources.get(pipeline)

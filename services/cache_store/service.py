@@ -304,6 +304,8 @@ class CacheStore:
                 "tokens": sum(replica.num_tokens for replica in replicas),
                 "received_bytes": self._keeper.received_bytes,
             },
+            "link": ",".join(sorted(set(self._keeper.links().values()))),
+            "peers": self._keeper.links(),
             "disk": None if self._disk is None else self._disk.figures(),
         }
         self._peers.send(query.reply_to, StatsReply(query.query_id, self._options.name, msgspec.msgpack.encode(stats)))

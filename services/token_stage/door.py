@@ -48,5 +48,10 @@ class Door:
         if is_over(writer.host, writer.pid):
             await self._server.bury(writer.incarnation)
 
+    def stats(self) -> dict[str, object]:
+        """Who reaches our pool at present, and over which links, for `status`."""
+        peers = self._server.peers
+        return {"peers": peers, "link": ",".join(sorted(set(peers.values())))}
+
     async def aclose(self) -> None:
         await self._server.aclose()

@@ -394,4 +394,5 @@ class TokenStage(StageService):
     def role_stats(self) -> dict[str, Any]:
         scheduler = self._scheduler
         driver = {} if scheduler is None else driver_stats(scheduler, self._counts(), self._pulls.received_bytes)
-        return {"kv_blocks": self.kv_blocks(), "handoff": self._arrivals.stats(), **driver}
+        stats = {"kv_blocks": self.kv_blocks(), "handoff": self._arrivals.stats(), **self._door.stats()}
+        return stats | driver

@@ -104,6 +104,7 @@ async def pull(ends: Ends, held: HeldReplica, index: int) -> tuple[KvPool, bool]
 async def test_what_stages_pull_is_what_the_store_read() -> None:
     blocks = [int(block) for block in np.random.default_rng(5).permutation(64)[:38]]
     async with ends() as found:
+        assert found.keeper.links() == {"stage-0": "shm", "stage-2": "shm"}
         for start, end in ((0, 117), (117, 118), (118, 121), (121, 299)):
             assert await found.keeper.keep("token-0", [item(start, end, blocks)]) == []
         held = found.keeper.held(KEY, pack_ids(TOKENS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -40,6 +41,8 @@ class Ends:
     source: KvPool
     link: Link
     theirs: Callable[[], Bytes]
+    server: PoolServer | None = None
+    """The owner's, where there is one."""
 
 
 @asynccontextmanager
@@ -69,7 +72,7 @@ async def _to_owner(kind: str, ours: PoolLayout, theirs: PoolLayout) -> AsyncIte
     server = await PoolServer.start(destination, "127.0.0.1", "first")
     link = await open_link(only(kind, server.offer), source, timeout_s=TIMEOUT_S)
     try:
-        yield Ends(source, link, lambda: destination.memory)
+        yield Ends(source, link, lambda: destination.memory, server)
     finally:
         await link.aclose()
         await server.aclose()
@@ -112,8 +115,12 @@ def as_plan_says(plan: CopyPlan, source: Bytes, destination: Bytes) -> bool:
 
 
 def descriptors() -> set[str]:
-    """What this process has open."""
-    return {f"{path.name} {os.readlink(path)}" for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    """What this process has open. What a thread of a library closes meanwhile is not."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+    return found
 
 
 def shared_memory() -> set[str]:

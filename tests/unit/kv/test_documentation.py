@@ -26,7 +26,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_library_stands_alone() -> None:
-    allowed = {"torch", "numpy", "msgspec", "zmq", "dejavu.errors", "common.kv", "common.keys"}
+    allowed = {"torch", "numpy", "msgspec", "zmq", "dejavu.errors", "common.kv", "common.keys", "common.c_library"}
     for path in LIBRARY.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -36,6 +36,21 @@ def test_the_library_stands_alone() -> None:
                 assert is_standard or any(name == one or name.startswith(f"{one}.") for one in allowed), (
                     f"{path.name} imports {name}"
                 )
+
+
+def test_types_are_prepared_before_threads_decode_them() -> None:
+    """Two threads that are the first to decode a type crash the process: decoders are made when modules are loaded."""
+    for path in LIBRARY.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+                late = [call.lineno for call in calls if makes_a_decoder(call)]
+                assert not late, f"{path.name}, lines {late}"
+
+
+def makes_a_decoder(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    return name == "Decoder" or (name == "decode" and any(word.arg == "type" for word in call.keywords))
 
 
 def test_decisions_need_no_torch() -> None:

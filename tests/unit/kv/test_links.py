@@ -18,6 +18,7 @@ from common.kv.zmq_link import ZmqLink
 from common.kv.zmq_messages import MAX_IN_FLIGHT
 from tests.unit.kv.link_ends import (
     KINDS,
+    OWNED,
     as_plan_says,
     connected,
     descriptors,
@@ -164,6 +165,15 @@ async def test_opening_and_closing_leaks_no_descriptor(kind: str) -> None:
     for _ in range(5):
         await open_and_close()
     await until(lambda: len(descriptors()) <= len(before))
+
+
+@pytest.mark.parametrize("kind", OWNED)
+async def test_the_owner_says_who_can_reach_its_pool(kind: str) -> None:
+    async with connected(kind) as ends:
+        server = ends.server
+        assert server is not None and server.peers == {"writer": kind}
+        await ends.link.aclose()
+        await until(lambda: server.peers == {})
 
 
 async def test_no_more_than_a_few_messages_are_in_flight() -> None:
