@@ -8,6 +8,7 @@ attacker."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zlib
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from common.kv.geometry import Range, span_slots
 from common.kv.layout import PoolLayout
+from common.kv.native import load_native
 from common.kv.pool import Bytes
 
 Digests = npt.NDArray[np.uint64]
@@ -70,6 +72,17 @@ def slot_digests(
     words_per_head = words.shape[2] // layout.num_kv_heads
     columns = slice(*((head - layout.first_head) * words_per_head for head in heads))
     factors = word_factors(columns.stop - columns.start)
+    native = load_native() if words.dtype == np.uint64 else None
+    if native is not None:
+        return native.digest(words, (first, last), slots, (columns.start, columns.stop), factors)
+    return _digest_by_numpy(words, (first, last), slots, columns, factors)
+
+
+def _digest_by_numpy(
+    words: npt.NDArray[np.unsignedinteger], planes: Range, slots: npt.NDArray[np.int64], columns: slice,
+    factors: Digests,
+) -> Digests:  # fmt: skip
+    first, last = planes
     digests = np.empty((last - first, len(slots)), dtype=np.uint64)
     for start, end in _runs(slots):
         rows = words[first:last, slots[start] : slots[start] + end - start, columns]
@@ -85,6 +98,7 @@ def _words(memory: Bytes, layout: PoolLayout) -> npt.NDArray[np.unsignedinteger]
     )
 
 
+@functools.lru_cache(16)
 def word_factors(count: int) -> npt.NDArray[np.uint64]:
     """Fixed odd numbers: an odd factor keeps every bit of what it multiplies."""
     with np.errstate(over="ignore"):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from common.kv.geometry import CopyPlan, Int64
+from common.kv.native import BIG_COPY_BYTES, load_native
 from common.kv.pool import Bytes
 
 _MIN_DIRECT_BYTES = 4096
@@ -18,12 +19,20 @@ _BATCH_BYTES = 256 << 10
 
 
 def copy_pieces(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
-    """Copies all pieces. The interpreter lock is released within big pieces and within batches of small
-    ones."""
-    if len(plan) < _FEW_PIECES:
+    """Copies all pieces, many or big ones without the interpreter lock. Raises `ValueError` where one would leave its
+    memory."""
+    if len(plan) < _FEW_PIECES and plan.total_bytes < BIG_COPY_BYTES:
         for start, to, num_bytes in zip(*_as_lists(plan), strict=True):
             destination[to : to + num_bytes] = source[start : start + num_bytes]
         return
+    native = load_native()
+    if native is not None:
+        native.copy(source, plan.source_offset, destination, plan.destination_offset, plan.num_bytes)
+    else:
+        _copy_by_numpy(plan, source, destination)
+
+
+def _copy_by_numpy(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
     for num_bytes in np.unique(plan.num_bytes).tolist():
         same_size = plan.num_bytes == num_bytes
         from_offsets, to_offsets = plan.source_offset[same_size], plan.destination_offset[same_size]

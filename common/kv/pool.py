@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.kv.layout import QUANTISED, PoolLayout
+from common.kv.native import load_native
 
 if TYPE_CHECKING:
     # who only keeps and passes on KV does without torch: it costs seconds and hundreds of megabytes
@@ -46,6 +47,7 @@ class KvPool:
             zeros = torch.zeros(layout.total_bytes, dtype=torch.uint8, device=device)
             torch.cuda.synchronize(zeros.device)  # else the zeros might come after what another stream writes
             return cls(layout, zeros, None, name)
+        load_native()  # which may have to be built: not when the first copy is waited for
         fd = create_memfd(name, layout.total_bytes) if sys.platform == "linux" else None
         try:
             arena = np.frombuffer(map_memory(fd, layout.total_bytes), dtype=np.uint8)

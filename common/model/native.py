@@ -7,29 +7,22 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from common.c_library import build_library
 from common.model.plan import TokenTable
 
 LANES = 16
 """The kernels work on multiples of so many elements."""
-MAX_BUILD_S = 60.0
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 # not -ffast-math: linking it switches denormals off for the whole process
-_FLAGS = (
-    "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -std=gnu11 -Wno-psabi"
-)
+_FLAGS = "-fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -Wno-psabi"
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     "add_norm": [_P, _P, _P, _P, _P, _N, _N, _F, _I],
@@ -127,29 +120,8 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
 
 def _build(dtype: torch.dtype) -> Path:
     """The library's path. Raises `OSError` or `SubprocessError`."""
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (cc, gcc or clang)")
-    command = [compiler, *_FLAGS.split(), f"-DBFLOAT16={int(dtype == torch.bfloat16)}", "-fPIC", "-fopenmp"]
-    openmp = _torch_openmp()
-    digest = hashlib.sha256(_SOURCE.read_bytes())
-    digest.update(repr((command, openmp, _processor())).encode())
-    library = _cache_folder() / f"kernels-{digest.hexdigest()[:24]}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
-        _run([*command, "-c", str(_SOURCE), "-o", compiled])
-        _run([compiler, "-shared", compiled, "-o", linked, "-lm", *([openmp] if openmp else ["-fopenmp"])])
-        # another process may build the same: the last one wins, and both are whole
-        os.replace(linked, library)
-    return library
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=MAX_BUILD_S, check=False)
-    if done.returncode != 0:
-        raise OSError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+    flags = [*_FLAGS.split(), f"-DBFLOAT16={int(dtype == torch.bfloat16)}", "-fopenmp"]
+    return build_library(_SOURCE, flags, ["-lm", _torch_openmp() or "-fopenmp"])
 
 
 def _torch_openmp() -> str | None:
@@ -159,25 +131,3 @@ def _torch_openmp() -> str | None:
         for path in sorted(folder.parent.glob(pattern)):
             return str(path)
     return None
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def _cache_folder() -> Path:
-    """A folder that nobody else can write: code is loaded from it."""
-    folder = Path.home() / ".cache" / "dejavu"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.stat()
-        if facts.st_uid == os.getuid() and not facts.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        logger.info("%s cannot be used", folder)
-    return Path(tempfile.mkdtemp(prefix="dejavu-kernels-"))
