@@ -188,7 +188,8 @@ class Lane:
             self._writing = None
 
     async def _write(self, span: HandoffSpan, layers: Range, jobs: Sequence[Job]) -> Arrival:
-        await self.open()
+        if self._link is None:
+            await self.open()
         link = self._link
         if link is None:
             raise self._closing()

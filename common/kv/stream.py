@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,6 +25,9 @@ __all__ = ["Arrival", "HandoffSpan", "HandoffWriter"]
 
 MAX_WAITING_JOBS = 4096
 MAX_FORGOTTEN = 64
+MIN_WRITE_BYTES = 4 << 20
+"""Layers of a span wait for one another until they have so much, or the pool's last layer is there: every write costs
+the computing thread a turn at the interpreter lock."""
 Result = TypeVar("Result")
 
 
@@ -71,6 +75,7 @@ class HandoffWriter:
 
     def __init__(self, pool: KvPool, on_arrival: Callable[[Arrival], None], timeout_s: float) -> None:
         self._pool = pool
+        self._device = pool.device
         self._on_arrival = on_arrival
         self._timeout_s = timeout_s
         self._home = asyncio.get_running_loop()
@@ -82,6 +87,7 @@ class HandoffWriter:
         self._early: dict[str, _Early] = {}
         self._forgotten: deque[str] = deque(maxlen=MAX_FORGOTTEN)
         self._progress: dict[tuple[str, int], _Progress] = {}
+        self._held: dict[HandoffSpan, list[Job]] = {}
         self._lock = threading.Lock()
         self._room = threading.Semaphore(MAX_WAITING_JOBS)
         self._is_closed = False
@@ -115,19 +121,37 @@ class HandoffWriter:
 
     def submit(self, span: HandoffSpan, local_layer: int) -> None:
         """The span's KV in the pool's n-th layer exists (on a device: the current stream will have made it):
-        send it. A pipeline that is not connected yet is waited for. Blocks while too much waits. What fails
-        is reported by `drain`."""
+        send it, together with the next ones if it is small. A pipeline that is not connected yet is waited for. Blocks
+        while too much waits. What fails is reported by `drain`."""
         layer = self._pool.layout.first_layer + local_layer
-        job = Job(span, layer, mark_work(self._pool.device))
-        self._room.acquire()
+        job = Job(span, layer, mark_work(self._device))
+        if not self._room.acquire(blocking=False):
+            self._hand_over(lambda held: True)
+            self._room.acquire()
         with self._lock:
             if self._crash is not None:
                 raise RuntimeError("the copier thread has crashed") from self._crash
             self._progress.setdefault((span.sequence_id, span.attempt), _Progress()).num_jobs += 1
+            held = self._held.setdefault(span, [])
+            held.append(job)
+            is_enough = layer + 1 == self._pool.layout.last_layer or len(held) >= self._layers_at_once(span)
+        if is_enough:
+            self._hand_over(lambda other: other is span)
+
+    def _layers_at_once(self, span: HandoffSpan) -> int:
+        start, end = span.token_range
+        return -(-MIN_WRITE_BYTES // ((end - start) * self._pool.layout.bytes_per_token_layer))
+
+    def _hand_over(self, is_meant: Callable[[HandoffSpan], bool]) -> None:
+        """Gives the copier what is held of some spans."""
+        with self._lock:
+            jobs = [job for span in list(self._held) if is_meant(span) for job in self._held.pop(span)]
             if not self._is_closed:
-                self._loop.call_soon_threadsafe(self._enter, job)
+                if jobs:
+                    self._loop.call_soon_threadsafe(self._enter, jobs)
                 return
-        self._fail(job)
+        for job in jobs:
+            self._fail(job)
 
     def drain(self, sequence_id: str, attempt: int) -> Future[LinkError | None]:
         """Done when everything submitted for this attempt is over: our blocks may then be overwritten. The
@@ -136,6 +160,7 @@ class HandoffWriter:
         after the last `submit`."""
         future: Future[LinkError | None] = Future()
         key = (sequence_id, attempt)
+        self._hand_over(lambda span: (span.sequence_id, span.attempt) == key)
         with self._lock:
             progress = self._progress.setdefault(key, _Progress())
             progress.drained = future
@@ -151,6 +176,7 @@ class HandoffWriter:
     async def reset(self, authority: Authority | None = None) -> None:
         """Drops what waits, and returns when nothing reads our pool any more. The ways are opened again when they are
         needed, under the epochs of before and these."""
+        self._hand_over(lambda span: True)
         ways = {
             destination: ([lane.offer for lane in lanes], {**lanes[0].authority, **(authority or {})})
             for destination, lanes in self._lanes.items()
@@ -164,6 +190,7 @@ class HandoffWriter:
 
     async def aclose(self) -> None:
         """Closes all ways; what waited counts as failed, so every `drain` ends. Idempotent."""
+        self._hand_over(lambda span: True)
         with self._lock:
             if self._is_closed:
                 return
@@ -218,34 +245,39 @@ class HandoffWriter:
         await asyncio.gather(*(self._attach(destination, [], {}) for destination in known))
         await asyncio.gather(*self._closed_lanes)
 
-    def _enter(self, job: Job) -> None:
-        destination = job.span.destination
+    def _enter(self, jobs: Sequence[Job]) -> None:
+        """Jobs of any spans, in the order in which they came."""
+        for destination, of_it in itertools.groupby(jobs, key=lambda job: job.span.destination):
+            self._enter_for(destination, list(of_it))
+
+    def _enter_for(self, destination: str, jobs: list[Job]) -> None:
         if destination in self._lanes:
-            self._put(job)
-        elif self._is_closed:
-            self._fail(job)
+            self._put(jobs)
+        elif self._is_closed or (destination in self._forgotten and destination not in self._early):
+            for job in jobs:
+                self._fail(job)  # whoever waits for it to be connected waits in vain, and a step with him
         elif destination in self._early:
-            self._early[destination].jobs.append(job)
-        elif destination in self._forgotten:
-            self._fail(job)  # whoever waits for it to be connected waits in vain, and a step with him
+            self._early[destination].jobs.extend(jobs)
         else:
             deadline = self._loop.call_later(self._timeout_s, self._end_early, destination)
-            self._early[destination] = _Early([job], deadline)
+            self._early[destination] = _Early(jobs, deadline)
 
-    def _put(self, job: Job) -> None:
-        for lane in self._lanes.get(job.span.destination, []):
-            if lane.offer.layout.first_layer <= job.layer < lane.offer.layout.last_layer:
-                lane.put(job)
-                return
-        self._fail(job)
+    def _put(self, jobs: Sequence[Job]) -> None:
+        """Into the lanes of their one destination."""
+        for job in jobs:
+            for lane in self._lanes.get(job.span.destination, []):
+                if lane.offer.layout.first_layer <= job.layer < lane.offer.layout.last_layer:
+                    lane.put(job)
+                    break
+            else:
+                self._fail(job)
 
     def _end_early(self, destination: str) -> None:
         """The pipeline has been connected, or is waited for no longer."""
         early = self._early.pop(destination, None)
         if early is not None:
             early.deadline.cancel()
-            for job in early.jobs:
-                self._put(job)
+            self._put(early.jobs)
 
     def _fail(self, job: Job) -> None:
         error = LinkLost(f"no way to layer {job.layer} of {job.span.destination}")
@@ -270,8 +302,7 @@ class HandoffWriter:
 
     def _written(self, written: Written) -> None:
         key = (written.span.sequence_id, written.span.attempt)
-        for _ in range(written.num_jobs):
-            self._room.release()
+        self._room.release(written.num_jobs)
         with self._lock:
             self.sent_bytes += written.num_bytes
             progress = self._progress[key]
