@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -26,6 +27,8 @@ from common.kv.zmq_connection import ZmqConnection
 
 MAX_TRANSFER_BYTES = 16 << 20
 """A link has one transfer of at most this size under way."""
+_MAX_AT_ONCE_BYTES = 4 << 20
+"""Up to here the calling thread does it, if it can: the event loop waits no longer than for a copy in host memory."""
 _SPIN_S = 200e-6
 _MIN_SLEEP_S, _MAX_SLEEP_S = 20e-6, 1e-3
 Result = TypeVar("Result")
@@ -43,6 +46,7 @@ class NixlLink:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-nixl")
         self._failure: LinkError | None = None
         self._gates: set[Gate] = set()
+        self._works: set[Future[Any]] = set()
         self._mover: _Mover | None = None
 
     @classmethod
@@ -65,12 +69,12 @@ class NixlLink:
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`."""
         check_plan(plan, source.layout.total_bytes, self._offer.layout.total_bytes)
-        await self._move(lambda mover, part, gate: mover.write(source, part, gate), plan)
+        await self._move(source, plan, is_write=True)
 
     async def read(self, destination: KvPool, plan: CopyPlan) -> None:
         """See `Link.read`."""
         check_plan(plan, self._offer.layout.total_bytes, destination.layout.total_bytes)
-        await self._move(lambda mover, part, gate: mover.read(destination, part, gate), plan)
+        await self._move(destination, plan, is_write=False)
 
     async def aclose(self) -> None:
         """See `Link.aclose`."""
@@ -94,20 +98,20 @@ class NixlLink:
         if may_still_write:
             raise LinkTimeout(f"a write to {self._offer.name} has not ended", may_still_write=True)
 
-    async def _move(self, move: Callable[[_Mover, CopyPlan, Gate], None], plan: CopyPlan) -> None:
+    async def _move(self, pool: KvPool, plan: CopyPlan, *, is_write: bool) -> None:
         mover, gate = self._mover, Gate()
         if mover is None or self._failure is not None:
             raise self._lost(mover)
-
-        def work() -> None:
-            mover.settle(gate)
-            for part in split(plan, MAX_TRANSFER_BYTES):
-                move(mover, part, gate)
-
+        move = _Move(mover, pool, plan, gate, is_write)
         self._gates.add(gate)
         try:
+            if plan.total_bytes <= _MAX_AT_ONCE_BYTES and not self._works and mover.is_idle:
+                work = None if move.try_at_once() else move.end
+            else:
+                work = move.run
             async with asyncio.timeout(self._timeout_s):
-                await self._on_thread(work)
+                # also where all is done: else the loop would never get to see the owner's end
+                await (asyncio.sleep(0) if work is None else self._on_thread(work))
         except TimeoutError:
             message = f"{self._offer.name} did not let a transfer end within {self._timeout_s} s"
             self._fail(LinkTimeout(message))
@@ -123,7 +127,10 @@ class NixlLink:
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         # what runs on the thread ends by itself, soon after its gate is shut
-        return await asyncio.shield(asyncio.wrap_future(self._executor.submit(work)))
+        future = self._executor.submit(work)
+        self._works.add(future)
+        future.add_done_callback(self._works.discard)
+        return await asyncio.shield(asyncio.wrap_future(future))
 
     def _lost(self, mover: _Mover | None) -> LinkLost:
         message = f"the link to {self._offer.name} was closed" if self._failure is None else self._failure.message
@@ -136,9 +143,53 @@ class NixlLink:
             gate.shut()
 
 
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """One `write` or `read`. What it raises is what `_Mover` raises."""
+
+    mover: _Mover
+    pool: KvPool
+    plan: CopyPlan
+    gate: Gate
+    is_write: bool
+
+    def run(self) -> None:
+        """All of it; on the link's thread."""
+        self.mover.settle(self.gate)
+        for part in split(self.plan, MAX_TRANSFER_BYTES):
+            self._begin(part)
+            self.mover.settle(self.gate)
+            self._end(part)
+
+    def try_at_once(self) -> bool:
+        """Small ones, where nothing else is under way, are begun and mostly ended by the calling thread: another one
+        costs more than the copy. False: `end` has to follow, on the link's thread."""
+        self._begin(self.plan)
+        if not self.mover.is_over_soon():
+            return False
+        self._end(self.plan)
+        return True
+
+    def end(self) -> None:
+        """After a `try_at_once` that took too long."""
+        self.mover.settle(self.gate)
+        self._end(self.plan)
+
+    def _begin(self, part: CopyPlan) -> None:
+        if self.is_write:
+            self.mover.begin_write(self.pool, part, self.gate)
+        else:
+            self.mover.begin_read(part, self.gate)
+
+    def _end(self, part: CopyPlan) -> None:
+        if not self.is_write:
+            self.mover.end_read(self.pool, part, self.gate)
+
+
 class _Mover:
-    """What happens on the link's thread; it blocks. Writes go straight from our pool. What is read lands in memory of
-    the link first: bytes that come late cannot reach our pool then.
+    """What the library does for a link, on the link's thread or, while that has nothing to do, on the caller's; it
+    blocks. Writes go straight from our pool. What is read lands in memory of the link first: bytes that come late
+    cannot reach our pool then.
 
     Any method may raise `GivenUp` once its gate is shut, and `LinkLost` where a transfer fails.
     """
@@ -157,7 +208,12 @@ class _Mover:
         transfer = self._under_way
         return transfer is not None and transfer.is_write
 
-    def write(self, source: KvPool, part: CopyPlan, gate: Gate) -> None:
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is under way."""
+        return self._under_way is None
+
+    def begin_write(self, source: KvPool, part: CopyPlan, gate: Gate) -> None:
         region = self._own
         if source.arena.data_ptr() != region.address:  # not registered, and not worth it
             with gate:
@@ -166,9 +222,11 @@ class _Mover:
             region, part = self._landing, CopyPlan(packed(part.num_bytes), part.destination_offset, part.num_bytes)
         self._begin(region, part, gate, is_write=True)
 
-    def read(self, destination: KvPool, part: CopyPlan, gate: Gate) -> None:
+    def begin_read(self, part: CopyPlan, gate: Gate) -> None:
         landing = CopyPlan(part.source_offset, packed(part.num_bytes), part.num_bytes)
         self._begin(self._landing, landing, gate, is_write=False)
+
+    def end_read(self, destination: KvPool, part: CopyPlan, gate: Gate) -> None:
         with gate:
             payload = self._landing.memory.numpy()[: part.total_bytes]
             scatter(payload, part.destination_offset, part.num_bytes, destination.memory)
@@ -177,7 +235,16 @@ class _Mover:
         if gate.is_shut:
             raise GivenUp
         self._under_way = self._agent.start(self._peer, region, self._theirs, part, is_write=is_write)
-        self.settle(gate)
+
+    def is_over_soon(self) -> bool:
+        """Whether nothing is under way any more after a moment that is shorter than a change of threads takes."""
+        until_s = time.perf_counter() + _SPIN_S
+        while self._under_way is not None:
+            if self._is_over(self._under_way):
+                self._under_way = None
+            elif time.perf_counter() > until_s:
+                return False
+        return True
 
     def settle(self, gate: Gate) -> None:
         """Waits until nothing is under way."""
