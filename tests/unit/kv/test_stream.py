@@ -113,6 +113,19 @@ async def test_damage_is_found(kind: str) -> None:
         assert not verify_arrival(s.pools[1], arrival)
 
 
+async def test_small_layers_are_handed_over_together() -> None:
+    async with scene("shm") as s:
+        await s.writer.connect("token-0", s.offers)
+        one = span()
+        for layer in range(1, 5):
+            s.writer.submit(one, layer)
+        assert not s.arrivals  # nothing has been waited for, and nothing has been handed over
+        s.writer.submit(one, 5)
+        assert await drained(s.writer) is None
+        assert sorted((arrival.stage_index, arrival.layers) for arrival in s.arrivals) == [(1, (3, 7)), (2, (7, 8))]
+        assert all(s.verified())
+
+
 async def test_jobs_wait_for_a_pipeline_that_is_about_to_be_connected() -> None:
     async with scene("shm") as s:
         for layer in range(6):
@@ -253,7 +266,9 @@ async def test_nobody_waits_for_a_frozen_stage_that_is_replaced() -> None:
         writer = await HandoffWriter.start(source, lambda arrival: None, timeout_s=60.0)
         await writer.connect("token-0", [msgspec.structs.replace(offer, host_id="elsewhere")])
         process.freeze()
-        writer.submit(HandoffSpan("r/0", 1, "token-0", (0, 512), range(32), range(32), b""), 0)
+        whole = HandoffSpan("r/0", 1, "token-0", (0, 512), range(32), range(32), b"")
+        for layer in range(BIG.num_layers):
+            writer.submit(whole, layer)
         [lane] = writer._lanes["token-0"]
         await until(lambda: lane._writing is not None)
         async with asyncio.timeout(5.0):
