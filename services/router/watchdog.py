@@ -28,6 +28,8 @@ class _Pulse:
     incarnation: str
     heard_at_s: float
     overdue_s: float = 0.0
+    has_beaten: bool = True
+    """False: we know of it, and have not heard it yet"""
     run_delay_s: float | None = None
     """when it began to look silent"""
 
@@ -67,14 +69,15 @@ class Watchdog:
     def _judge(self, record: MemberRecord, now_s: float) -> str | None:
         pulse = self._pulses.get(record.name)
         if pulse is None or pulse.incarnation != record.incarnation:
-            return None  # it has not begun yet
+            # how soon its first heartbeat finds its way to us is not certain, but it may be stopped before that
+            pulse = self._pulses[record.name] = _Pulse(record.incarnation, now_s, has_beaten=False)
         silent_s = now_s - pulse.heard_at_s
         if silent_s > STOPPED_AFTER_S:
             run_delay_s = self._run_delay_s(record)
             if pulse.run_delay_s is None:
                 pulse.run_delay_s = run_delay_s
             silent_s -= run_delay_s - pulse.run_delay_s
-        if silent_s > SILENT_AFTER_S:
+        if silent_s > SILENT_AFTER_S and pulse.has_beaten:
             return f"silent for {silent_s:.2f} s"
         if silent_s > STOPPED_AFTER_S and self._is_stopped(record):
             return "stopped"

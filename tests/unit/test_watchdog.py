@@ -49,6 +49,17 @@ def test_silence_is_noticed_and_a_stop_sooner() -> None:
     assert clock.pass_time(STOPPED_AFTER_S + 0.1) == ["stopped"]
 
 
+def test_who_was_stopped_before_it_was_heard() -> None:
+    """Its first heartbeat may take its time, so that silence says nothing yet; the operating system does."""
+    clock = Clock()
+    assert clock.pass_time(10 * SILENT_AFTER_S) == []
+    clock.is_stopped = True
+    assert clock.pass_time(TICK_S) == ["stopped"]
+    clock.is_stopped = False
+    clock.beat()
+    assert clock.pass_time(SILENT_AFTER_S + 0.1)[0].startswith("silent")
+
+
 def test_a_starved_process_is_not_taken_for_a_stuck_one() -> None:
     clock = Clock()
     clock.beat()
