@@ -23,7 +23,7 @@ from common.etcd.client import (
     is_absent,
 )
 from common.etcd.election import Election, LeaderChanged
-from common.etcd.errors import EtcdLeaseNotFound, EtcdUnavailable
+from common.etcd.errors import EtcdError, EtcdLeaseNotFound, EtcdUnavailable
 from common.etcd.follow import Snapshot, follow
 from common.etcd.lease import Lease
 from common.etcd.values import decode_value
@@ -50,6 +50,11 @@ Word = Annotated[str, msgspec.Meta(max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=2048)]
 Endpoint = Annotated[str, msgspec.Meta(pattern=r"^tcp://[^\s/]{1,255}:[0-9]{1,5}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+
+GONE = "gone"
+"""The state of an incarnation that has ended for certain: its parent saw it end, it left, or it was taken for dead.
+That its key has vanished may also mean that etcd was away."""
+LEAVE_LIMIT_S = 1.0
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
@@ -116,7 +121,8 @@ class MemberSuperseded(DejavuError):
 @dataclass(slots=True)
 class Roster:
     """Which members there are (pure: each call returns what there is to tell). `is_settled` is false for one
-    time to live after an outage of etcd: absent members are kept then, as `missing`, until `settle()`."""
+    time to live after an outage of etcd: absent members are kept then, as `missing`, until `settle()`. Those that are
+    said to be `GONE` are not."""
 
     members: dict[str, MemberRecord] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
@@ -124,6 +130,9 @@ class Roster:
     def put(self, record: MemberRecord) -> list[MemberEvent]:
         known = self.members.get(record.name)
         self.missing.discard(record.name)
+        if record.state == GONE:
+            self.members.pop(record.name, None)
+            return [] if known is None else [MemberLost(known)]
         self.members[record.name] = record
         if known is None:
             return [MemberJoined(record)]
@@ -183,7 +192,7 @@ class Membership:
             # the keeper is the only task there is
             raise group.exceptions[0] from None
         finally:
-            await self.lease.revoke()
+            await self._leave()
 
     # ------------------------------------------------------------ writing
 
@@ -232,8 +241,16 @@ class Membership:
         member = None if found is None else _decode_member(found)
         if found is None or member is None or member.incarnation != record.incarnation:
             return
-        with contextlib.suppress(EtcdLeaseNotFound):
-            await self._client.revoke_lease(found.lease_id)
+        await end_member(self._client, found, member)
+
+    async def _leave(self) -> None:
+        """Best effort: without etcd the lease lapses by itself."""
+        with contextlib.suppress(EtcdError, TimeoutError):
+            async with asyncio.timeout(LEAVE_LIMIT_S):
+                found = None if self._record is None else await self._client.get(self._members + self._record.name)
+                if found is not None and self._record is not None and found.lease_id == self.lease.id:
+                    await _say_gone(self._client, found, self._record)
+                await self.lease.revoke()
 
     async def _reconcile(self) -> None:
         """Makes etcd hold our record, on our lease. Raises `MemberSuperseded`."""
@@ -306,6 +323,19 @@ class Membership:
 def member_key(cluster: str, name: str) -> str:
     """Where a member's record is kept."""
     return f"/dejavu/{cluster}/members/{name}"
+
+
+async def end_member(client: EtcdClient, item: KeyValue, record: MemberRecord) -> None:
+    """Tells everybody that an incarnation is gone, whose record `item` holds, and ends its lease. Raises
+    `EtcdUnavailable`: nobody may have been told, or all."""
+    with contextlib.suppress(EtcdLeaseNotFound):
+        await _say_gone(client, item, record)
+        await client.revoke_lease(item.lease_id)
+
+
+async def _say_gone(client: EtcdClient, item: KeyValue, record: MemberRecord) -> None:
+    value = msgspec.json.encode(msgspec.structs.replace(record, state=GONE))
+    await client.transaction([has_mod_revision(item.key, item.mod_revision)], [Put(item.key, value, item.lease_id)])
 
 
 def _validated(record: MemberRecord) -> MemberRecord:

@@ -1,4 +1,4 @@
-"""Tells the others at once that a process has died: its lease is revoked by who saw it end.
+"""Tells the others at once that a process has died: its record says so and its lease is revoked by who saw it end.
 
 A lease that lapses by itself takes seconds. The supervisor knows in milliseconds, and for certain: it is the parent.
 """
@@ -10,14 +10,12 @@ import contextlib
 import logging
 
 from common.etcd.client import EtcdClient, backoff_s
-from common.etcd.errors import EtcdError, EtcdLeaseNotFound, EtcdUnavailable
+from common.etcd.errors import EtcdRequestFailed, EtcdUnavailable
 from common.etcd.values import decode_value
-from common.membership import MemberRecord, member_key
+from common.membership import MemberRecord, end_member, member_key
 from common.process import is_of_process
 
 logger = logging.getLogger(__name__)
-
-REVOKE_DEADLINE_S = 1.0
 
 
 class Obituaries:
@@ -56,11 +54,8 @@ class Obituaries:
         found, _ = await self._client.get_prefix(member_key(self._cluster, ""))
         for item in found:
             record = decode_value(item.key, item.value, MemberRecord)
-            if record is None or not is_of_process(record.incarnation, incarnation):
-                continue
-            try:
-                await self._client.revoke_lease(item.lease_id, REVOKE_DEADLINE_S)
-            except EtcdLeaseNotFound:
-                pass
-            except EtcdError as error:
-                logger.warning("the lease of %s lapses by itself: %s", record.name, error)
+            if record is not None and is_of_process(record.incarnation, incarnation):
+                try:
+                    await end_member(self._client, item, record)
+                except EtcdRequestFailed as error:
+                    logger.warning("the lease of %s lapses by itself: %s", record.name, error)

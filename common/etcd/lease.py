@@ -31,7 +31,7 @@ class Lease:
         self._client = client
         self._on_renewed = on_renewed
         self._renewed_at_s = 0.0
-        self._outage_ended_at_s = 0.0
+        self._held_since_s = 0.0
         self._is_outage = False
         self.ttl_s = ttl_s
         self.id = 0
@@ -42,6 +42,7 @@ class Lease:
         asked_at_s = time.monotonic()
         self.id, self.ttl_s = await self._client.grant_lease(self.ttl_s)
         self._renewed_at_s = asked_at_s
+        self._held_since_s = time.monotonic()
 
     async def keep(self) -> None:
         """Renews until cancelled. Raises only what `on_renewed` raises beyond `EtcdUnavailable`."""
@@ -71,12 +72,12 @@ class Lease:
         """The (monotonic) time from which the absence of other members' keys means that they are gone.
 
         Their leases suffer from the same outage as ours; so after an outage (or a time in which this process
-        was not scheduled) everybody has one full time to live to come back.
+        was not scheduled) everybody has one full time to live to come back. A lease that is new, the first one
+        too, tells nothing of the time before it: there may just have been an outage.
         """
         now_s = time.monotonic()
-        if self._is_outage or self._is_overdue(now_s):
-            return now_s + self.ttl_s
-        return self._outage_ended_at_s + self.ttl_s if self._outage_ended_at_s else 0.0
+        is_uncertain = self._is_outage or self._is_overdue(now_s)
+        return (now_s if is_uncertain else self._held_since_s) + self.ttl_s
 
     async def revoke(self) -> None:
         """Ends the lease, its keys vanish at once. Best effort: without etcd it lapses by itself."""
@@ -94,7 +95,7 @@ class Lease:
         else:
             await self._client.keep_lease(self.id, self.ttl_s / 3)
         if self._is_outage or self._is_overdue(sent_at_s):
-            self._outage_ended_at_s = time.monotonic()
+            self._held_since_s = time.monotonic()
         self._is_outage = False
         self._renewed_at_s = sent_at_s
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Roster
+from common.membership import GONE, MemberChanged, MemberJoined, MemberLost, MemberRecord, Roster
 
 A = MemberRecord("a", "router", "1", 7, "h", "tcp://h:1", None, None, None, None, "active")
 A_DRAINING = msgspec.structs.replace(A, state="draining")
@@ -32,6 +32,17 @@ def test_after_an_outage_nobody_is_lost_before_things_have_settled() -> None:
     assert roster.put(A) == []
     assert roster.settle() == [MemberLost(B)]
     assert roster.members == {"a": A}
+
+
+def test_who_is_said_to_be_gone_is_lost_at_once() -> None:
+    roster = Roster()
+    gone = msgspec.structs.replace(A, state=GONE)
+    assert roster.put(gone) == [], "the list of the beginning may still hold it"
+    roster.replace([A, B], is_settled=False)
+    roster.delete("a", is_settled=False)
+    assert roster.put(gone) == [MemberLost(A)]
+    assert roster.delete("a", is_settled=False) == roster.settle() == []
+    assert roster.put(A) == [MemberJoined(A)], "it was taken for dead, and is not"
 
 
 def test_who_comes_back_as_another_incarnation_was_lost() -> None:

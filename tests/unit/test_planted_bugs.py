@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from common.etcd.client import is_absent
 from common.etcd.election import Election
 from common.etcd.lease import Lease
-from common.membership import Roster
+from common.membership import GONE, Roster
 from common.messages import TokensProduced
 from services.router import cluster, requests
 from services.router.ledger import Ledger, new_request
@@ -108,6 +109,11 @@ def not_made_ready(old: Any, self: Intake, *args: Any) -> Any:
     return adopted
 
 
+async def long_held(old: Any, self: Lease) -> None:
+    await old(self)
+    self._held_since_s = -math.inf
+
+
 def without_delivered(*args: Any) -> Any:
     return new_request(*(*args[:6], [], *args[7:]))
 
@@ -198,7 +204,15 @@ BUGS = [
             lambda members, records, draining, _: missing_pipelines(members, records, draining),
         ),
     ),  # fmt: skip
-    Bug("the dead stay members", REPLACEMENT, instead(Roster, "delete", lambda *args: [])),
+    Bug(
+        "the dead stay members",
+        REPLACEMENT,
+        lambda patch: (
+            around(Roster, "put", lambda old, self, record: [] if record.state == GONE else old(self, record))(patch),
+            instead(Roster, "delete", lambda *args: [])(patch),
+        )[0],
+    ),
+    Bug("a new router believes what it sees", CLUSTER, around(Lease, "grant", long_held), 80),
     Bug(
         "nobody stands in",
         REPLACEMENT,
