@@ -171,7 +171,8 @@ class Membership:
         self._members = member_key(cluster, "")
         self._pipelines = f"/dejavu/{cluster}/pipelines/"
         self._record: MemberRecord | None = None
-        self._has_registered = False
+        self._registered_on = 0
+        """the lease on which our record is, or was last"""
         self._writing = asyncio.Lock()
         self._tasks = asyncio.TaskGroup()
         self._keeper: asyncio.Task[None]
@@ -194,6 +195,11 @@ class Membership:
         finally:
             await self._leave()
 
+    def is_seen(self) -> bool:
+        """Whether it is certain that others see our record, unless they have taken us for dead: that we hear nothing of
+        those who do not see it says nothing."""
+        return self.lease.is_held() and self._registered_on == self.lease.id
+
     # ------------------------------------------------------------ writing
 
     async def register(self, record: MemberRecord) -> None:
@@ -206,7 +212,7 @@ class Membership:
             # a lease that lapsed while a model was loaded, say, is about to be replaced by its keeper
             with contextlib.suppress(EtcdLeaseNotFound):
                 await self._reconcile()
-            if self._has_registered:
+            if self._registered_on:
                 return
             await asyncio.sleep(pause_s)
 
@@ -259,7 +265,7 @@ class Membership:
                 key, value = self._members + self._record.name, msgspec.json.encode(self._record)
                 found = await self._client.get(key)
                 if found is not None and (found.value, found.lease_id) == (value, self.lease.id):
-                    self._has_registered = True
+                    self._registered_on = found.lease_id
                     return
                 self._check_not_superseded(found)
                 seen = is_absent(key) if found is None else has_mod_revision(key, found.mod_revision)
@@ -267,7 +273,7 @@ class Membership:
 
     def _check_not_superseded(self, found: KeyValue | None) -> None:
         # before its first registration a process is the newest incarnation there is
-        other = None if found is None or not self._has_registered else _decode_member(found)
+        other = None if found is None or not self._registered_on else _decode_member(found)
         if other is not None and self._record is not None and other.incarnation != self._record.incarnation:
             raise MemberSuperseded(f"{other.name} is now incarnation {other.incarnation} (pid {other.pid})")
 

@@ -64,8 +64,7 @@ class Lease:
             await asyncio.sleep(pause_s)
 
     def is_held(self) -> bool:
-        """Whether it is certain that others still see our keys. Those who do not have let go of us: that we hear
-        nothing of them says nothing then."""
+        """Whether it is certain that others still see our keys."""
         return self.id != 0 and time.monotonic() - self._renewed_at_s < self.ttl_s
 
     def settled_at_s(self) -> float:

@@ -157,11 +157,12 @@ class Cluster:
                     asyncio.get_running_loop().call_later(RETRY_S, self._changed.set)
 
     async def _watch_pulses(self) -> None:
-        """The leader watches everybody, the other routers watch the leader. Who may have lost its lease judges
+        """The leader watches everybody, the other routers watch the leader. Whom others may have let go of judges
         nobody."""
         while True:
             await asyncio.sleep(TICK_S)
-            if not self._membership.lease.is_held():
+            if not self._membership.is_seen() or self._name not in self.members:
+                self.watchdog.pause()
                 continue
             others = [member for member in self.members.values() if member.name != self._name]
             watched = [member for member in others if self.is_leader or member.name == self.leader]

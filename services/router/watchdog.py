@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -54,10 +55,15 @@ class Watchdog:
     def lost(self, name: str) -> None:
         self._pulses.pop(name, None)
 
+    def pause(self) -> None:
+        """Nobody is judged for now: others may not know us, so they do not tell us anything. Their silence begins
+        anew with the next call of `suspects`."""
+        self._ticked_at_s = None
+
     def suspects(self, members: Iterable[MemberRecord], now_s: float) -> list[Suspicion]:
-        """Call every `TICK_S`. Time in which this process, or the one that is judged, was kept from running by others
-        does not count: a busy machine is no failure."""
-        late_s = 0.0 if self._ticked_at_s is None else now_s - self._ticked_at_s - TICK_S
+        """Call every `TICK_S`, or `pause`. Time in which this process, or the one that is judged, was kept from running
+        by others does not count: a busy machine is no failure."""
+        late_s = math.inf if self._ticked_at_s is None else now_s - self._ticked_at_s - TICK_S
         self._ticked_at_s = now_s
         if late_s > MAX_OWN_DELAY_S:
             for pulse in self._pulses.values():

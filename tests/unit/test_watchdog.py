@@ -75,6 +75,16 @@ def test_our_own_sleep_counts_for_nobody() -> None:
     assert clock.pass_time(0.5) == []
 
 
+def test_what_was_heard_before_a_pause_counts_for_nobody() -> None:
+    clock = Clock()
+    clock.beat()
+    clock.now_s += 30.0
+    assert clock.pass_time(SILENT_AFTER_S - 0.1) == [], "nobody was judged before"
+    clock.watchdog.pause()
+    assert clock.pass_time(SILENT_AFTER_S - 0.1) == []
+    assert clock.pass_time(0.3)[0].startswith("silent")
+
+
 def test_a_stuck_step_and_another_incarnation() -> None:
     clock = Clock()
     clock.beat(overdue_s=0.4)
