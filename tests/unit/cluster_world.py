@@ -4,11 +4,13 @@ election, watchdog, publishing and obituaries decide; what they send each other 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import pytest
@@ -94,8 +96,24 @@ class Life:
     client: SimulatedClient
     cluster: Cluster | None = None
     record: MemberRecord | None = None
-    journal: Journal = field(default_factory=Journal)
-    disturbed_until_s: float = -1e9
+    ails_until_s: float = -math.inf
+    """for ever, once it is dead"""
+
+    def ail(self, until_s: float) -> None:
+        """Something is done to it, and it may still suffer from what was done before."""
+        self.ails_until_s = max(self.ails_until_s, until_s)
+
+
+class WatchedJournal(Journal):
+    """What a router thinks of others is checked at the moment in which it thinks so: whom it kills is dead then."""
+
+    def __init__(self, on_note: Callable[[str, str, dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._on_note = on_note
+
+    def note(self, kind: str, service: str, **details: Any) -> None:
+        super().note(kind, service, **details)
+        self._on_note(kind, service, details)
 
 
 class ClusterWorld:
@@ -105,11 +123,8 @@ class ClusterWorld:
         self.draws = random.Random(seed)
         self.etcd = SimulatedEtcd(self.draws, self._check_write)
         self.lives: dict[str, Life] = {}
-        self.zombies: list[Life] = []
-        """stopped ones that have been replaced"""
         self.violations: list[str] = []
         self.published: list[tuple[float, PipelineRecord]] = []
-        self.outage_ended_at_s = -1e9
         self._may_kill = may_kill
         self._num_pids = 0
         self._by_pid: dict[int, Life] = {}
@@ -163,8 +178,9 @@ class ClusterWorld:
 
     def _cluster(self, life: Life, membership: Membership) -> Cluster:
         election = Election(life.client, CLUSTER, membership.lease, life.role.name, f"tcp://h:{life.process.pid}")
+        journal = WatchedJournal(self._check_judgement)
         return Cluster(
-            life.role.name, membership, election, SimulatedPeers(life.process, self), life.journal,
+            life.role.name, membership, election, SimulatedPeers(life.process, self), journal,
             may_kill=self._may_kill, on_record=lambda record: None, on_lost=lambda pipeline: None,
             on_lead=lambda router: None, is_ready=lambda pipeline: True,
         )  # fmt: skip
@@ -173,26 +189,24 @@ class ClusterWorld:
         """Its parent notices, tells it, and starts it again."""
         if life.process.is_dead:
             return
-        life.disturbed_until_s = self.now_s
         life.process.kill()
         self.bury(life)
 
     def bury(self, life: Life) -> None:
         life.process.is_dead = True
+        life.ail(math.inf)
         self._obituaries.report(life.process.incarnation)
-        if life in self.zombies:
-            self.zombies.remove(life)
-        elif self.lives.get(life.role.name) is life:
+        if self.lives.get(life.role.name) is life:
             self._later(self.draws.uniform(*RESPAWN_S), lambda: self.start(life.role))
 
     def stop(self, life: Life, duration_s: float) -> None:
-        life.disturbed_until_s = self.now_s + duration_s
+        life.ail(self.now_s + duration_s)
         life.process.stop()
         self._later(duration_s, life.process.go_on)
 
     def cut_off(self, life: Life, duration_s: float) -> None:
         """From etcd alone."""
-        life.disturbed_until_s = self.now_s + duration_s
+        life.ail(self.now_s + duration_s)
         life.client.is_cut_off = True
 
         def mend() -> None:
@@ -203,11 +217,7 @@ class ClusterWorld:
     def etcd_outage(self, duration_s: float, *, was_stopped: bool) -> None:
         self.etcd.go_down()
 
-        def mend() -> None:
-            self.etcd.come_up(was_stopped=was_stopped)
-            self.outage_ended_at_s = self.now_s
-
-        self._later(duration_s, mend)
+        self._later(duration_s, lambda: self.etcd.come_up(was_stopped=was_stopped))
 
     def _killed_by_router(self, pid: int) -> None:
         self.kill(self._by_pid[pid])
@@ -250,17 +260,14 @@ class ClusterWorld:
             record = msgspec.json.decode(operation.value, type=PipelineRecord)
             self.published.append((self.now_s, record))
 
-    def wronged(self) -> list[str]:
-        """Processes that routers suspected, or took for dead, though nothing ailed them."""
-        found = []
-        for event in (event for life in self._by_pid.values() for event in life.journal.events):
-            if event["kind"] not in ("suspected", "detected"):
-                continue
-            life = self._by_pid[event["pid"]]
-            since_s = event["at_monotonic_s"] - life.disturbed_until_s
-            if since_s > (AFTERMATH_S if event["kind"] == "suspected" else FORGOTTEN_S):
-                found.append(f"{event['kind']} {event['service']}, {since_s:.1f} s after something ailed it")
-        return found
+    def _check_judgement(self, kind: str, service: str, details: Mapping[str, Any]) -> None:
+        """Whoever is suspected or taken for dead has suffered something, or is dead."""
+        if kind not in ("suspected", "detected"):
+            return
+        since_s = self.now_s - self._by_pid[details["pid"]].ails_until_s
+        if since_s > (AFTERMATH_S if kind == "suspected" else FORGOTTEN_S):
+            reason = details.get("reason", "its key vanished")
+            self.violations.append(f"{kind} {service} ({reason}) {since_s:.1f} s after something ailed it")
 
     def unfinished(self) -> list[str]:
         """What still has to happen before all is well again."""

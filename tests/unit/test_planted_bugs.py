@@ -20,6 +20,7 @@ from services.router import cluster, requests
 from services.router.ledger import Ledger, new_request
 from services.router.pipelines import missing_pipelines
 from services.router.requests import Requests
+from services.router.watchdog import TICK_S, Watchdog
 from services.token_stage.audience import Audience
 from services.token_stage.intake import Intake
 from services.token_stage.replication import Replication
@@ -112,6 +113,12 @@ def not_made_ready(old: Any, self: Intake, *args: Any) -> Any:
 async def long_held(old: Any, self: Lease) -> None:
     await old(self)
     self._held_since_s = -math.inf
+
+
+def as_if_never_paused(old: Any, self: Watchdog, members: Any, now_s: float) -> Any:
+    if self._ticked_at_s is None:
+        self._ticked_at_s = now_s - TICK_S
+    return old(self, members, now_s)
 
 
 def without_delivered(*args: Any) -> Any:
@@ -213,6 +220,7 @@ BUGS = [
         )[0],
     ),
     Bug("a new router believes what it sees", CLUSTER, around(Lease, "grant", long_held), 80),
+    Bug("who could not judge counts that time", CLUSTER, around(Watchdog, "suspects", as_if_never_paused), 200),
     Bug(
         "nobody stands in",
         REPLACEMENT,
