@@ -37,12 +37,16 @@ POLL_S = 0.1
 PROGRESS_S = 2.0
 DRAIN_LIMIT_S = 5.0
 """For live requests to finish, of the ten seconds in which everything ends."""
+SPINS = "10000"
+"""So often a compute thread looks whether the others are done before it sleeps (GNU OpenMP). By default it looks for
+milliseconds, and where services share the cores, it keeps those it waits for from running."""
 STAGE_MODULES = ("services.prompt_stage.service", "services.token_stage.service")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs until SIGINT or SIGTERM; returns the exit code: 0 after an orderly stop, 1 for what the user must mend."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s serve %(levelname)s %(message)s")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         options = parse_options(argv)
         spec = load_spec(_resolve_model(options.model), options.dtype)

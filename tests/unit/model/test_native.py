@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 from transformers.pytorch_utils import Conv1D
 
+from common.model import linear as linear_layers
 from common.model.linear import PackedLinear, make_linear, pack_linears
 from common.model.native import Kernels, load_kernels
 
@@ -86,10 +87,16 @@ def test_other_dtypes_have_no_kernels() -> None:
     assert load_kernels(torch.float16) is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "is_by_itself"), [*((dtype, True) for dtype in DTYPES), (torch.bfloat16, False), (torch.float16, False)]
+)
 @pytest.mark.parametrize("has_bias", [False, True])
 @torch.inference_mode()
-def test_packed_layers_compute_the_same(dtype: torch.dtype, has_bias: bool) -> None:
+def test_packed_layers_compute_the_same(
+    dtype: torch.dtype, has_bias: bool, is_by_itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in float32 where the processor knows no other type."""
+    monkeypatch.setattr(linear_layers, "computes_in", lambda dtype: is_by_itself or dtype == torch.float32)
     layers = [nn.Linear(512, size, bias=has_bias).to(dtype) for size in (384, 128, 128)]
     fused = make_linear(*layers)
     for num_rows in ROWS:
