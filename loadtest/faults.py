@@ -89,7 +89,7 @@ HOOKS = {VARIABLE: "1"}
 
 def known_faults(outage_s: float = DEFAULT_OUTAGE_S) -> dict[str, Fault]:
     """By name; `outage_s` is for how long etcd is stopped."""
-    return _deaths() | _silences() | _pairs() | _surroundings(outage_s)
+    return _deaths() | _silences() | _pairs() | _outages(outage_s) | _surroundings()
 
 
 def _deaths() -> dict[str, Fault]:
@@ -207,7 +207,7 @@ def _pairs() -> dict[str, Fault]:
     }
 
 
-def _surroundings(outage_s: float) -> dict[str, Fault]:
+def _outages(outage_s: float) -> dict[str, Fault]:
     return {
         "etcd-outage": Fault(
             f"etcd answers nobody for {outage_s:g} s",
@@ -224,6 +224,11 @@ def _surroundings(outage_s: float) -> dict[str, Fault]:
             limits=Limits(next_token_s=outage_s + 2.0),
             lasts_s=outage_s + 2.0,
         ),
+    }
+
+
+def _surroundings() -> dict[str, Fault]:
+    return {
         "store-corrupt": Fault(
             "all copies in the store are damaged, then a token stage is killed",
             both(damage_stores, kill("token_stage")),

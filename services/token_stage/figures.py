@@ -8,16 +8,6 @@ from typing import Any
 from services.token_stage.scheduler import TokenScheduler
 
 
-def driver_counts(scheduler: TokenScheduler) -> dict[str, int]:
-    """What failures have cost, and what too few blocks have cost."""
-    return {
-        "recoveries": scheduler.num_recoveries,
-        "recomputed_tokens": scheduler.num_recomputed,
-        "preemptions": scheduler.num_preemptions,
-        "recomputed_after_preemption_tokens": scheduler.num_recomputed_after_preemption,
-    }
-
-
 def driver_stats(scheduler: TokenScheduler, counts: Mapping[str, int], pulled_bytes: int) -> dict[str, Any]:
     """`counts` are the driver's counters, those of its older epochs included."""
     lag_tokens = scheduler.replication.lag_tokens()

@@ -275,7 +275,7 @@ class Intake(SequenceTable):
         sequence.num_computed = sequence.num_scheduled = start
         sequence.confirmed = [start] * self._num_layers
         if not sequence.was_preempted:
-            self.num_recoveries += 1
+            self.costs.recoveries += 1
         self.replication.restored(sequence, sequence.source)
         if self._is_colocated or len(sequence.tokens) - start <= MAX_LOCAL_TOKENS:
             self._count_recomputed(sequence, sequence.num_lost - start)
@@ -286,9 +286,9 @@ class Intake(SequenceTable):
     def _count_recomputed(self, sequence: Sequence, num_tokens: int) -> None:
         """Tokens that had KV before: lost by a failure, or given up for others."""
         if sequence.was_preempted:
-            self.num_recomputed_after_preemption += max(0, num_tokens)
+            self.costs.recomputed_after_preemption_tokens += max(0, num_tokens)
         else:
-            self.num_recomputed += max(0, num_tokens)
+            self.costs.recomputed_tokens += max(0, num_tokens)
 
     def restoring(self, sequence_id: str) -> Sequence | None:
         """A live sequence, as the service needs it to ask for its replica."""

@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, assert_never
 
 from common.kv.checksum import hash_tokens
@@ -43,7 +44,7 @@ from services.token_stage.arrivals import Arrivals
 from services.token_stage.audience import Audience
 from services.token_stage.door import Door
 from services.token_stage.events import Event, take
-from services.token_stage.figures import driver_counts, driver_stats
+from services.token_stage.figures import driver_stats
 from services.token_stage.guests import Guests
 from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
@@ -388,7 +389,7 @@ class TokenStage(StageService):
     def _counts(self) -> Counter[str]:
         counts = Counter(self._totals)
         if self._scheduler is not None:
-            counts.update(driver_counts(self._scheduler))
+            counts.update(asdict(self._scheduler.costs))
         return counts
 
     def role_stats(self) -> dict[str, Any]:

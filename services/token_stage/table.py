@@ -8,6 +8,7 @@ been fenced off. Until then they are quarantined: their sequence goes on without
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from common.ends import finish_reason
 from common.kv.blocks import BlockAllocator
@@ -19,6 +20,16 @@ from services.token_stage.sequence import Action, FlyingStep, Phase, Produce, Se
 from services.token_stage.swapping import DeviceTier
 
 MAX_FINISHED = 256
+
+
+@dataclass(slots=True)
+class Costs:
+    """What failures have cost, and what too few blocks have. Counters of `status`."""
+
+    recoveries: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    recomputed_after_preemption_tokens: int = 0
 
 
 class SequenceTable:
@@ -46,10 +57,7 @@ class SequenceTable:
         self.fences = Fences(num_stages)
         self.device = device
         self._durability = durability
-        self.num_recoveries = self.num_recomputed = 0
-        """what failures have cost"""
-        self.num_preemptions = self.num_recomputed_after_preemption = 0
-        """what too few blocks have cost"""
+        self.costs = Costs()
         self.allocator = BlockAllocator(num_blocks)
         self._num_stages = num_stages
         self._num_layers = num_layers
@@ -147,7 +155,7 @@ class SequenceTable:
     def _requeue(self, sequence: Sequence) -> None:
         self._ready.pop(sequence.sequence_id, None)
         sequence.requeue = sequence.was_preempted = True
-        self.num_preemptions += 1
+        self.costs.preemptions += 1
         self._release_if_untouched(sequence)
 
     def _requeue_orphan(self) -> bool:

@@ -12,7 +12,7 @@ import zmq
 import zmq.asyncio
 
 from dejavu import AsyncClient, Client, SamplingParams
-from dejavu.endpoints import DEFAULT_ENDPOINT, RouterList, find_endpoints
+from dejavu.endpoints import DEFAULT_ENDPOINT, find_endpoints
 from dejavu.errors import (
     DejavuError,
     InvalidParameter,
@@ -371,17 +371,6 @@ def test_where_routers_are_found(tmp_path: Path) -> None:
     assert find_endpoints(["tcp://e:5", "tcp://e:5"], home) == ["tcp://e:5"]
     with pytest.raises(InvalidParameter, match="tcp://HOST:PORT"):
         find_endpoints("localhost:5555", home)
-
-
-def test_router_list_tries_the_preferred_first_then_in_turn() -> None:
-    routers = RouterList(["a"])
-    assert routers.next() == "a"
-    routers.learn(["a", "b"])
-    assert [routers.next(), routers.next(), routers.next()] == ["b", "a", "b"]
-    routers.prefer("c")
-    assert [routers.next(), routers.next(), len(routers)] == ["c", "a", 3]
-    routers.learn(["b"])
-    assert sorted(routers) == ["a", "b"]
 
 
 async def test_nonsense_on_a_dead_router_s_port_harms_no_request() -> None:

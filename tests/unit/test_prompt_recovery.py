@@ -394,4 +394,4 @@ def test_a_prompt_goes_on_where_it_was(victim: str) -> None:
     assert world.ended == {"r"}
     assert world.num_restored
     assert world.num_prompt_tokens <= 96 + CHUNK_TOKENS
-    assert world.token.num_recomputed <= CHUNK_TOKENS
+    assert world.token.costs.recomputed_tokens <= CHUNK_TOKENS

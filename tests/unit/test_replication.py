@@ -99,8 +99,8 @@ def test_replicas_do_come_back() -> None:
         if world.ended:
             break
     assert world.num_restored == 2 * NUM_STAGES
-    assert world.token.num_recoveries == 1
-    assert world.token.num_recomputed < 10
+    assert world.token.costs.recoveries == 1
+    assert world.token.costs.recomputed_tokens < 10
 
 
 def test_a_damaged_or_foreign_replica_is_not_used() -> None:
@@ -133,7 +133,7 @@ def test_who_outlives_its_router_computes_nothing_again() -> None:
     while len(world.ended) < 2:
         take_turn(world)
     assert world.num_adopted == 2
-    assert world.token.num_recomputed == world.token.num_recoveries == 0
+    assert world.token.costs.recomputed_tokens == world.token.costs.recoveries == 0
 
 
 def test_a_sequence_that_has_gone_on_too_far_is_computed_again() -> None:

@@ -257,8 +257,8 @@ def everybody_ends(pipelines: Pipelines, seed: int) -> None:
     for name, reason in pipelines.ended.items():
         if reason == "length":
             assert len(pipelines.outputs[name]) == pipelines.requests[name][1].max_tokens
-    assert pipelines.token.num_recoveries == pipelines.token.num_recomputed == 0, "nothing has failed"
-    assert bool(pipelines.token.num_preemptions) >= bool(pipelines.token.num_recomputed_after_preemption)
+    assert pipelines.token.costs.recoveries == pipelines.token.costs.recomputed_tokens == 0, "nothing has failed"
+    assert bool(pipelines.token.costs.preemptions) >= bool(pipelines.token.costs.recomputed_after_preemption_tokens)
 
 
 def test_too_large_for_the_pool_is_refused_at_once() -> None:
