@@ -48,8 +48,9 @@ class ZmqDoor:
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, 2 * MAX_IN_FLIGHT)
-        # a writer has no more unanswered requests; whoever has is not waited for
-        self.socket.setsockopt(zmq.SNDHWM, 2 * MAX_IN_FLIGHT)
+        # a ROUTER drops what is beyond this, and hears that answers were read only after half of it, and between polls:
+        # so it has to be more than twice what is answered at once. Who does not read its answers is not waited for
+        self.socket.setsockopt(zmq.SNDHWM, 4 * _MAX_MESSAGES_AT_ONCE)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
         address = f"tcp://{host}:{port or '*'}"
         protect_server(self.socket, address)
