@@ -19,7 +19,7 @@ from dejavu.keys import protect_client
 
 logger = logging.getLogger(__name__)
 
-LINGER_MS = 200
+LINGER_MS = 500
 """How long a closed socket may still send what it has: the last `Cancel`."""
 TERMINATION_LIMIT_S = 2.0
 MAX_WAITING_MESSAGES = 100_000
