@@ -160,7 +160,7 @@ async def _run_once(
         "moment": struck_in,
         "detected_s": detected_s(after["events"], {name: fault_at_s for name in struck} | scene.struck_at_s),
         "next_token_s": max(stream.longest_gap_s(fault_at_s) for stream in streams),
-        "protected_s": copies[-1] if copies else None,
+        "protected_s": None if fault.limits.protected_s is None else max(copies, default=0.0),
         "recomputed_tokens": recomputed_tokens(before, after),
         "anomalies": [[anomaly.name, anomaly.where, anomaly.detail] for anomaly in anomalies],
     }
