@@ -18,17 +18,24 @@ _BATCH_BYTES = 256 << 10
 """So much is gathered before it is scattered: it stays in the processor's cache in between."""
 
 
+Pieces = list[tuple[int, int, int]]
+"""(where in the source, where in the destination, bytes) of a few pieces"""
+
+
 def copy_pieces(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
-    """Copies all pieces, many or big ones without the interpreter lock. Raises `ValueError` where one would leave its
-    memory."""
-    if len(plan) < _FEW_PIECES and plan.total_bytes < BIG_COPY_BYTES:
-        for start, to, num_bytes in zip(*_as_lists(plan), strict=True):
+    """Copies all pieces, many or big ones without the interpreter lock. Raises `ValueError`, and has touched nothing,
+    where one would leave its memory."""
+    pieces = _few(plan)
+    if pieces is not None and sum(num_bytes for _, _, num_bytes in pieces) < BIG_COPY_BYTES:
+        _check_few(pieces, len(source), len(destination))
+        for start, to, num_bytes in pieces:
             destination[to : to + num_bytes] = source[start : start + num_bytes]
         return
     native = load_native()
     if native is not None:
         native.copy(source, plan.source_offset, destination, plan.destination_offset, plan.num_bytes)
     else:
+        check_plan(plan, len(source), len(destination))
         _copy_by_numpy(plan, source, destination)
 
 
@@ -45,10 +52,6 @@ def _copy_by_numpy(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
 
 def check_pieces(offsets: Int64, num_bytes: Int64, total_bytes: int) -> None:
     """Raises `ValueError` where a piece would lie outside of a pool of `total_bytes`."""
-    if len(offsets) < _FEW_PIECES:
-        few = zip(offsets.tolist(), num_bytes.tolist(), strict=True)
-        if all(start >= 0 <= count and start + count <= total_bytes for start, count in few):
-            return
     ends = offsets + num_bytes
     # each part alone as well, since a sum of hostile numbers may wrap around
     for numbers in (offsets, num_bytes, ends):
@@ -58,8 +61,18 @@ def check_pieces(offsets: Int64, num_bytes: Int64, total_bytes: int) -> None:
 
 def check_plan(plan: CopyPlan, source_bytes: int, destination_bytes: int) -> None:
     """Raises `ValueError` where a piece would lie outside of its pool, on either side."""
-    check_pieces(plan.source_offset, plan.num_bytes, source_bytes)
-    check_pieces(plan.destination_offset, plan.num_bytes, destination_bytes)
+    pieces = _few(plan)
+    if pieces is not None:
+        _check_few(pieces, source_bytes, destination_bytes)
+    else:
+        check_pieces(plan.source_offset, plan.num_bytes, source_bytes)
+        check_pieces(plan.destination_offset, plan.num_bytes, destination_bytes)
+
+
+def _check_few(pieces: Pieces, source_bytes: int, destination_bytes: int) -> None:
+    for start, to, num_bytes in pieces:
+        if min(start, to, num_bytes) < 0 or start + num_bytes > source_bytes or to + num_bytes > destination_bytes:
+            raise ValueError(f"pieces do not lie within pools of {source_bytes} and {destination_bytes} bytes")
 
 
 def gather(source: Bytes, offsets: Int64, num_bytes: Int64) -> Bytes:
@@ -94,8 +107,12 @@ def packed(num_bytes: Int64) -> Int64:
     return np.cumsum(num_bytes) - num_bytes
 
 
-def _as_lists(plan: CopyPlan) -> tuple[list[int], list[int], list[int]]:
-    return plan.source_offset.tolist(), plan.destination_offset.tolist(), plan.num_bytes.tolist()
+def _few(plan: CopyPlan) -> Pieces | None:
+    """The pieces as plain numbers; None: too many for that to be fast."""
+    if len(plan) >= _FEW_PIECES:
+        return None
+    arrays = (plan.source_offset, plan.destination_offset, plan.num_bytes)
+    return list(zip(*(array.tolist() for array in arrays), strict=True))
 
 
 def _copy_small(num_bytes: int, source: Bytes, from_offsets: Int64, destination: Bytes, to_offsets: Int64) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import select
 import socket
 import struct
 from collections.abc import Callable, Collection, Iterable
@@ -182,12 +183,18 @@ class Watch:
         self._on_end = on_end
         self._closing: asyncio.Task[None] | None = None
         self._is_open = True
+        self._poller = select.poll()
+        self._poller.register(connection, select.POLLIN)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connection, self._look)
 
     def check(self) -> None:
         """Raises `LinkLost` unless the owner is alive at this moment."""
         self._look()
+        self.check_open()
+
+    def check_open(self) -> None:
+        """Raises `LinkLost` where the end has been seen already."""
         if not self._is_open:
             raise LinkLost(f"{self._owner_name} is gone, or the link to it was closed")
 
@@ -207,17 +214,8 @@ class Watch:
         self._connection.close()
 
     def _look(self) -> None:
-        if self._is_open and self._has_ended():
+        if self._is_open and self._poller.poll(0):
             self.close()
-
-    def _has_ended(self) -> bool:
-        try:
-            self._connection.recv(1, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
 
 
 async def ended(copies: Iterable[Future[None]]) -> None:

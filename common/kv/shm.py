@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future
 
 import numpy as np
 
-from common.kv.copies import check_plan, copy_pieces
+from common.kv.copies import copy_pieces
 from common.kv.errors import LinkRefused, LinkTimeout
 from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan
@@ -49,14 +49,12 @@ class ShmLink:
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`."""
-        self._owner.check()
-        check_plan(plan, source.layout.total_bytes, len(self._memory))
+        self._owner.check_open()
         await self._copy(plan, source.memory, self._memory)
 
     async def read(self, destination: KvPool, plan: CopyPlan) -> None:
         """See `Link.read`."""
-        self._owner.check()
-        check_plan(plan, len(self._memory), destination.layout.total_bytes)
+        self._owner.check_open()
         await self._copy(plan, self._memory, destination.memory)
 
     async def aclose(self) -> None:
