@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch  # noqa: F401  (without it the pool is not offered through the transfer library)
 
 from common.kv.checksum import slot_digests
 from common.kv.geometry import Int64, plan_slots
