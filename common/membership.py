@@ -173,6 +173,7 @@ class Membership:
         self._record: MemberRecord | None = None
         self._registered_on = 0
         """the lease on which our record is, or was last"""
+        self._num_writings = 0
         self._writing = asyncio.Lock()
         self._tasks = asyncio.TaskGroup()
         self._keeper: asyncio.Task[None]
@@ -199,6 +200,10 @@ class Membership:
         """Whether it is certain that others see our record, unless they have taken us for dead: that we hear nothing of
         those who do not see it says nothing."""
         return self.lease.is_held() and self._registered_on == self.lease.id
+
+    def standing(self) -> int | None:
+        """A number that changes when others may have taken us for dead in between; None: they may do so now."""
+        return self._num_writings if self.is_seen() else None
 
     # ------------------------------------------------------------ writing
 
@@ -269,6 +274,7 @@ class Membership:
                     return
                 self._check_not_superseded(found)
                 seen = is_absent(key) if found is None else has_mod_revision(key, found.mod_revision)
+                self._num_writings += 1
                 await self._client.transaction([seen], [Put(key, value, self.lease.id)])
 
     def _check_not_superseded(self, found: KeyValue | None) -> None:

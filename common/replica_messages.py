@@ -40,15 +40,18 @@ class HeldReplica(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True, tag="claim"):
-    """Token driver to stores and prompt stages: an epoch begins. Once it is answered, the receiver touches none of the
-    pipeline's pools on behalf of an older one."""
+    """Token driver to stores and prompt stages: an epoch begins, or the receiver is back that was taken for dead in it.
+    Once it is answered, the receiver touches none of the pipeline's pools on behalf of an older epoch, or of a batch up
+    to `batch`."""
 
     pipeline: str
     epoch: int
+    batch: int = 0
 
 
 class Replicate(msgspec.Struct, frozen=True, array_like=True, tag="replicate"):
-    """Token driver: copy these from the pipeline's pools. Nobody writes there until it is answered."""
+    """Token driver: copy these from the pipeline's pools. Nobody writes there until it is answered, or the store is
+    taken for dead. `batch` rises; a store is sent the next one when it has answered the one before."""
 
     pipeline: str
     epoch: int

@@ -77,7 +77,6 @@ class CacheStore:
         self._record_changed = asyncio.Condition()
         self._connected: dict[str, int] = {}
         self._routers: set[str] = set()
-        self._lease_id = 0
         self._monitor = LoopMonitor()
         self._counters = {"bad_frames": 0, "refused_frames": 0, "batches": 0}
         self._stop: asyncio.Event
@@ -96,7 +95,6 @@ class CacheStore:
                 EtcdClient(options.etcd) as etcd,
                 Membership(etcd, options.cluster) as store._membership,
             ):
-                store._lease_id = store._membership.lease.id
                 await store._membership.register(store._member(server.offer.encode()))
                 await store._live(stop)
         finally:
@@ -211,12 +209,12 @@ class CacheStore:
         """One after the other: whoever hears an answer knows that everything before it is over."""
         while True:
             sender, message = await self._queue.get()
-            self._check_lease()
+            self._shelf.standing = self._membership.standing()
             match message:
                 case Claim():
                     await self._claim(sender, message)
                 case Replicate(pipeline, epoch, batch, items):
-                    if self._accepts(pipeline, epoch):
+                    if self._counted(self._shelf.begin(pipeline, epoch, batch, items)):
                         failed = await self._keeper.keep(pipeline, items)
                         self._counters["batches"] += 1
                         self._peers.send(sender, Replicated(self._options.name, epoch, batch, failed))
@@ -241,9 +239,9 @@ class CacheStore:
         """Answers who asks for what is only on disk."""
         while True:
             sender, locate = await self._recalls.get()
-            self._check_lease()
             if self._disk is not None:
                 await self._disk.recall(replica_key(locate.sequence_id))
+            self._shelf.standing = self._membership.standing()
             self._locate(sender, locate)
 
     async def _sweep(self) -> None:
@@ -251,19 +249,12 @@ class CacheStore:
             await asyncio.sleep(SWEEP_S)
             self._shelf.sweep(time.monotonic())
 
-    def _check_lease(self) -> None:
-        """Others took us for dead once our lease had lapsed, and may have reused what we were reading then."""
-        lease_id = self._membership.lease.id
-        if lease_id != self._lease_id:
-            logger.warning("the lease had lapsed: %d replicas are void", len(self._shelf.replicas))
-            self._shelf.clear()
-            self._lease_id = lease_id
-
     def _accepts(self, pipeline: str, epoch: int) -> bool:
-        if self._shelf.accepts(pipeline, epoch):
-            return True
-        self._counters["refused_frames"] += 1
-        return False
+        return self._counted(self._shelf.accepts(pipeline, epoch))
+
+    def _counted(self, is_accepted: bool) -> bool:
+        self._counters["refused_frames"] += not is_accepted
+        return is_accepted
 
     async def _claim(self, sender: str, claim: Claim) -> None:
         record = await self._record(claim.pipeline, claim.epoch)
@@ -272,7 +263,7 @@ class CacheStore:
             return
         if record.successor is None:  # the driver may become known to us as a member only later
             await self._peers.connect(record.stages[0].name, record.stages[0].endpoint)
-        keys = self._shelf.claim(claim.pipeline, claim.epoch, time.monotonic() + UNCLAIMED_S)
+        keys = self._shelf.claim(claim.pipeline, claim.epoch, claim.batch, time.monotonic() + UNCLAIMED_S)
         if keys is None or record.epoch > claim.epoch:
             return
         if self._connected.get(claim.pipeline) != claim.epoch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,22 +59,56 @@ class Replica:
         self.num_tokens = end
 
 
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """What a pipeline's driver has sent us last, and as whom we were known then."""
+
+    epoch: int
+    batch: int
+    standing: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The last one of a pipeline: how many tokens each of its sequences had before, and as whom we were known when the
+    driver heard from us before it sent this."""
+
+    epoch: int
+    starts: dict[str, int]
+    standing: int | None
+
+
+_NONE = _Session(0, 0, None)
+
+
 class Shelf:
-    """All replicas of one store over `num_blocks` blocks. Times are those of one clock."""
+    """All replicas of one store over `num_blocks` blocks. Times are those of one clock.
+
+    A driver that takes us for dead lends the blocks that we may be reading to others, and no digest tells: so what we
+    read last is *doubtful* until it has sent the next batch, which it does when it has our answer in time. `standing`
+    says, before every call, as whom we are known; None: perhaps not at all. While it stays the same, nobody can have
+    taken us for dead.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.replicas: dict[str, Replica] = {}
+        self.standing: int | None = 0
         self._block_size = block_size
         self._num_blocks = num_blocks
-        self._epochs: dict[str, int] = {}
+        self._sessions: dict[str, _Session] = {}
+        self._batches: dict[str, _Batch] = {}
         self._allocator = BlockAllocator(num_blocks)
 
-    def claim(self, pipeline: str, epoch: int, expires_at_s: float) -> list[str] | None:
-        """A pipeline's new epoch; its replicas expire unless they are used. The keys of all replicas; None: a later
-        epoch has claimed the pipeline already."""
-        if epoch < self._epochs.get(pipeline, 0):
+    def claim(self, pipeline: str, epoch: int, batch: int, expires_at_s: float) -> list[str] | None:
+        """A pipeline's new epoch, or its driver had taken us for dead; its replicas expire unless they are used. The
+        keys of all replicas; None: a later claim was there before."""
+        known = self._sessions.get(pipeline, _NONE)
+        if (epoch, batch) < (known.epoch, known.batch):
             return None
-        self._epochs[pipeline] = epoch
+        last = self._batches.get(pipeline)
+        if last is not None and (last.epoch == epoch or self._is_doubtful(last)):
+            self._void(pipeline, last)
+        self._sessions[pipeline] = _Session(epoch, batch, self.standing)
         for replica in self.replicas.values():
             if replica.pipeline in (pipeline, NOBODY):
                 replica.expires_at_s = expires_at_s
@@ -81,7 +116,16 @@ class Shelf:
 
     def accepts(self, pipeline: str, epoch: int) -> bool:
         """The fence: whether `epoch` is the one that claimed the pipeline."""
-        return self._epochs.get(pipeline) == epoch
+        return self._sessions.get(pipeline, _NONE).epoch == epoch
+
+    def begin(self, pipeline: str, epoch: int, batch: int, items: Iterable[ReplicaItem]) -> bool:
+        """A batch is about to be read. False: its driver does not want that any more."""
+        known = self._sessions.get(pipeline, _NONE)
+        if epoch != known.epoch or batch <= known.batch:
+            return False
+        self._sessions[pipeline] = _Session(epoch, batch, self.standing)
+        self._batches[pipeline] = _Batch(epoch, {item.key: item.start for item in items}, known.standing)
+        return True
 
     def make_room(self, pipeline: str, item: ReplicaItem, now_s: float) -> list[int] | None:
         """The replica's blocks, enough for the item's tokens; what it held from `start` on is void. None where the
@@ -94,11 +138,8 @@ class Shelf:
         if item.start > replica.num_tokens:
             self.forget(item.key)
             return None
-        if item.start < replica.num_tokens:
-            replica.version += 1
-        replica.num_tokens = item.start
-        replica.num_on_disk = min(replica.num_on_disk, item.start)
-        replica.token_ids = replica.token_ids[: item.start * ID_BYTES] + item.token_ids
+        self._cut(replica, item.start)
+        replica.token_ids += item.token_ids
         if not self._grow(replica, item.start + item.num_tokens, now_s):
             self.forget(item.key)
             return None
@@ -131,11 +172,6 @@ class Shelf:
             if replica.expires_at_s is not None and replica.expires_at_s <= now_s:
                 self.forget(key)
 
-    def clear(self) -> None:
-        """Drops everything: nobody can know any more what happened to the pools it was read from."""
-        for key in list(self.replicas):
-            self.forget(key)
-
     def locate(self, key: str, token_ids: bytes, now_s: float) -> tuple[Replica, int] | None:
         """The replica, if it is awake, and how many of its tokens a sequence with these ids can use."""
         replica = self.replicas.get(key)
@@ -144,7 +180,7 @@ class Shelf:
         replica.used_at_s = now_s
         if replica.expires_at_s is not None:
             replica.expires_at_s += USED_S
-        limit = min(replica.num_tokens, len(token_ids) // ID_BYTES)
+        limit = min(self._num_sure(key, replica), len(token_ids) // ID_BYTES)
         ours = np.frombuffer(replica.token_ids, dtype="<i4", count=limit)
         differing = np.flatnonzero(ours != np.frombuffer(token_ids, dtype="<i4", count=limit))
         num_tokens = int(differing[0]) if len(differing) else limit
@@ -186,6 +222,34 @@ class Shelf:
 
     def kv_blocks(self) -> dict[str, int]:
         return {"total": self._num_blocks, "free": self._allocator.num_free, "quarantined": 0}
+
+    def _is_doubtful(self, batch: _Batch) -> bool:
+        """Whether its driver, who may be dead now, may have taken us for dead before it heard that it was read."""
+        return self.standing is None or self.standing != batch.standing
+
+    def _num_sure(self, key: str, replica: Replica) -> int:
+        last = self._batches.get(replica.pipeline)
+        if last is None or key not in last.starts or not self._is_doubtful(last):
+            return replica.num_tokens
+        return min(replica.num_tokens, last.starts[key])
+
+    def _void(self, pipeline: str, batch: _Batch) -> None:
+        """What was read for it may be of other sequences."""
+        del self._batches[pipeline]
+        for key, start in batch.starts.items():
+            replica = self.replicas.get(key)
+            if replica is not None and replica.pipeline == pipeline and replica.num_tokens > start:
+                self._cut(replica, start)
+                if not start:
+                    self.forget(key)
+
+    def _cut(self, replica: Replica, num_tokens: int) -> None:
+        """Drops the tokens behind so many."""
+        if num_tokens < replica.num_tokens:
+            replica.version += 1
+        replica.num_tokens = num_tokens
+        replica.num_on_disk = min(replica.num_on_disk, num_tokens)
+        replica.token_ids = replica.token_ids[: num_tokens * ID_BYTES]
 
     def _grow(self, replica: Replica, num_tokens: int, now_s: float) -> bool:
         """Gives a replica blocks for so many tokens; False: there are none."""

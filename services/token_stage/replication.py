@@ -26,7 +26,8 @@ ToStore = tuple[str, Claim | Replicate | Forget | Locate]
 
 @dataclass(slots=True)
 class _Store:
-    """`reading` is the batch under way: how many tokens and ids of each of its sequences are safe after it."""
+    """`reading` is the batch under way, which has the number `batch`: how many tokens and ids of each of its sequences
+    are safe after it."""
 
     is_claimed: bool = False
     keys: set[str] = field(default_factory=set)
@@ -36,6 +37,7 @@ class _Store:
     """how many token ids of a sequence it knows"""
     behind: dict[str, Sequence] = field(default_factory=dict)
     reading: dict[str, tuple[Sequence, int, int]] | None = None
+    batch: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     """key -> number of the batch that may try it again"""
     forget: list[str] = field(default_factory=list)
@@ -98,7 +100,7 @@ class Replication:
     def replicated(self, name: str, batch: int, failed: Iterable[str]) -> list[Sequence]:
         """A batch is over. The sequences that are no longer read."""
         store = self._stores.get(name)
-        if store is None or store.reading is None:
+        if store is None or store.reading is None or store.batch != batch:  # it was taken for dead meanwhile
             return []
         refused = set(failed)
         for key, (sequence, end, num_ids) in store.reading.items():
@@ -180,7 +182,8 @@ class Replication:
 
     def flush(self) -> list[ToStore]:
         """What to send now, in order."""
-        messages: list[ToStore] = [(name, Claim(self._pipeline, self._epoch)) for name in self._claims]
+        claim = Claim(self._pipeline, self._epoch, self._num_batches)
+        messages: list[ToStore] = [(name, claim) for name in self._claims]
         self._claims = []
         for name, store in self._stores.items():
             if not store.is_claimed:
@@ -223,7 +226,7 @@ class Replication:
         self._num_batches += 1
         if not items:
             return None
-        store.reading = reading
+        store.reading, store.batch = reading, self._num_batches
         return Replicate(self._pipeline, self._epoch, self._num_batches, items)
 
     def _is_due(self, store: _Store, key: str, sequence: Sequence) -> bool:

@@ -56,6 +56,10 @@ class World:
         self.pool: dict[int, int] = {}
         self.stores: dict[str, Store] = {name: Store(num_store_blocks) for name in "ab"}
         self.damaged: set[str] = set()
+        self.forsaken: set[str] = set()
+        """stores that the driver takes for dead"""
+        self.void_batches: set[tuple[int, str, int]] = set()
+        """(epoch, store, batch) that the driver waits for no more"""
         self.requests: dict[str, list[int]] = {}
         self.max_tokens: dict[str, int] = {}
         self.outputs: dict[str, list[int]] = {}
@@ -84,7 +88,7 @@ class World:
         self.table: dict[str, tuple[list[int], list[int]]] = {}
         self.refused.clear()
         replication = Replication("token-0", self.epoch, BLOCK_SIZE, num_copies=1)
-        for name in self.stores:
+        for name in self.stores.keys() - self.forsaken:
             replication.store_joined(name, was_there=True)
         self.token = TokenScheduler(
             epoch=self.epoch,
@@ -122,8 +126,22 @@ class World:
 
     def lose_store(self, name: str) -> None:
         del self.stores[name]
+        self.forsaken.discard(name)
         self.wire = [(kind, a) for kind, a in self.wire if name not in a]
         self.carry_out(self.token.store_lost(name))
+
+    def forsake_store(self, name: str) -> None:
+        """It is taken for dead, and lives: what it has been told to read it may read, whoever the blocks belong to."""
+        self.forsaken.add(name)
+        self.void_batches |= {key for key in self.answers if key[1] == name}
+        self.carry_out(self.token.store_lost(name))
+
+    def find_store(self, name: str) -> None:
+        """It has noticed, and is seen again."""
+        self.forsaken.discard(name)
+        shelf = self.stores[name].shelf
+        shelf.standing = (shelf.standing or 0) + 1
+        self.token.replication.store_joined(name, was_there=False)
 
     def damage_store(self, name: str) -> None:
         """All that it has, not what it gets from now on."""
@@ -257,14 +275,17 @@ class World:
     # ------------------------------------------------------------ the stores
 
     def to_store(self, message: ToStore) -> None:
-        if message[0] in self.stores:
-            self.stores[message[0]].inbox.append(message[1])
+        name, about = message
+        if name in self.stores.keys() - self.forsaken:
+            self.stores[name].inbox.append(about)
+            if isinstance(about, Replicate):
+                self.answers[about.epoch, name, about.batch] = [item.key for item in about.items]
 
     def run_store(self, name: str) -> None:
         store = self.stores[name]
         message = store.inbox.popleft()
         if isinstance(message, Claim):
-            keys = store.shelf.claim("token-0", message.epoch, 0.0)
+            keys = store.shelf.claim("token-0", message.epoch, message.batch, 0.0)
             if keys is not None:
                 self.wire.append(("claimed", (message.epoch, name, keys)))
         elif store.shelf.accepts("token-0", message.epoch):
@@ -272,9 +293,8 @@ class World:
 
     def _serve(self, name: str, store: Store, message: Replicate | Forget | Locate) -> None:
         match message:
-            case Replicate():
+            case Replicate(pipeline, epoch, batch, items) if store.shelf.begin(pipeline, epoch, batch, items):
                 failed = [item.key for item in message.items if not self._keep(store, item)]
-                self.answers[message.epoch, name, message.batch] = [item.key for item in message.items]
                 self.wire.append(("replicated", (message.epoch, name, message.batch, failed)))
             case Forget(_, _, keys):
                 for key in keys:
@@ -290,7 +310,8 @@ class World:
             return False
         first = item.start // BLOCK_SIZE * BLOCK_SIZE
         for position in range(item.start, item.start + item.num_tokens):
-            value = self.pool[slot(item.blocks, position - first, BLOCK_SIZE)]
+            # of blocks that were given away it reads what happens to be there
+            value = self.pool.get(slot(item.blocks, position - first, BLOCK_SIZE), 0)
             store.pool[slot(blocks, position, STORE_BLOCK_SIZE)] = value
         store.shelf.commit(item, np.zeros((1, item.num_tokens), dtype=np.uint64))
         return True
@@ -301,9 +322,11 @@ class World:
         """Blocks that somebody is about to read or write, with the key of the sequence that they were lent to."""
         items = [
             item
-            for store in self.stores.values()
+            for name, store in self.stores.items()
             for message in store.inbox
-            if isinstance(message, Replicate) and store.shelf.accepts("token-0", message.epoch)
+            if isinstance(message, Replicate)
+            and store.shelf.accepts("token-0", message.epoch)
+            and (message.epoch, name, message.batch) not in self.void_batches
             for item in message.items
         ]
         pulls = [a for kind, a in self.wire if kind == "pull"]
@@ -334,9 +357,10 @@ class World:
             return
         if kind == "replicated":
             name, batch, failed = rest
-            keys = self.answers[epoch, name, batch]  # type: ignore[index]
-            self.refused -= {(str(name), key) for key in keys}
-            self.refused |= {(str(name), key) for key in failed}  # type: ignore[attr-defined]
+            if (epoch, name, batch) not in self.void_batches:
+                keys = self.answers[epoch, name, batch]  # type: ignore[index]
+                self.refused -= {(str(name), key) for key in keys}
+                self.refused |= {(str(name), key) for key in failed}  # type: ignore[attr-defined]
             self.carry_out(self.token.replicated(*rest))  # type: ignore[arg-type]
             return
         sequence_id, attempt, store, held = rest

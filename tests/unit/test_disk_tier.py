@@ -49,6 +49,10 @@ class Store:
     tier: DiskTier
     now_s: float = 0.0
 
+    def forget_all(self) -> None:
+        for key in list(self.shelf.replicas):
+            self.shelf.forget(key)
+
     def keep(self, key: str, token_ids: list[int], start: int, end: int) -> bool:
         """Tokens [start, end) arrive."""
         item = ReplicaItem(key, start, end - start, [], pack_ids(token_ids[start:]))
@@ -107,7 +111,7 @@ async def test_what_was_written_behind_outlives_the_store(tmp_path: Path) -> Non
         await store.tier.write_behind()
         assert store.keep("a/0", IDS, 149, 160)  # nobody has written this when everything dies
     async with opened(tmp_path) as store:
-        assert sorted(store.shelf.claim("token-7", 1, 60.0) or []) == ["a/0", "b#1/0"]
+        assert sorted(store.shelf.claim("token-7", 1, 0, 60.0) or []) == ["a/0", "b#1/0"]
         assert store.shelf.kv_blocks()["free"] == LAYOUT.num_blocks
         await store.check("a/0", IDS, 149)
         await store.check("b#1/0", IDS[50:], 3)
@@ -116,7 +120,7 @@ async def test_what_was_written_behind_outlives_the_store(tmp_path: Path) -> Non
         await store.check("a/0", IDS, 151)
     async with opened(tmp_path) as store:
         await store.check("a/0", IDS[:70] + [1] + IDS[71:], 70)
-        store.shelf.claim("token-0", 1, 60.0)
+        store.shelf.claim("token-0", 1, 0, 60.0)
         store.shelf.sweep(61.0)  # nobody asked
         await store.tier.write_behind()
         assert not list(tmp_path.glob("*.kv")) and store.tier.figures()["used_bytes"] == 0
@@ -229,7 +233,7 @@ async def test_what_is_dropped_while_it_is_read_stays_dropped(tmp_path: Path) ->
                 store.shelf.forget("a/0")
             await reading
             await store.check("a/0", IDS[9:], 0 if drop_first else 100)
-            store.shelf.clear()
+            store.forget_all()
             assert store.shelf.kv_blocks()["free"] == LAYOUT.num_blocks
 
 
@@ -292,7 +296,7 @@ async def _work_at_random(store: Store, draws: random.Random) -> dict[str, int]:
     figures = store.tier.figures()
     assert not figures["failures"] and not figures["damaged"]
     known = {key: replica.num_tokens for key, replica in store.shelf.replicas.items()}
-    store.shelf.clear()
+    store.forget_all()
     assert store.shelf.kv_blocks()["free"] == LAYOUT.num_blocks
     return known
 
@@ -321,7 +325,7 @@ async def _check_after_kill(directory: Path, written: int) -> None:
         assert num_tokens >= written
         await store.check("a/0", IDS, num_tokens)
         assert store.tier.figures()["damaged"] == 0
-        store.shelf.clear()
+        store.forget_all()
         await store.tier.write_behind()
 
 

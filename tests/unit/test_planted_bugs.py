@@ -16,6 +16,7 @@ from common.etcd.election import Election
 from common.etcd.lease import Lease
 from common.membership import GONE, Roster
 from common.messages import TokensProduced
+from services.cache_store.shelf import Shelf
 from services.router import cluster, requests
 from services.router.ledger import Ledger, new_request
 from services.router.pipelines import missing_pipelines
@@ -29,6 +30,7 @@ from services.token_stage.table import SequenceTable
 from tests.unit import test_cluster_simulation, test_prompt_recovery, test_replication, test_whole_system
 
 STORES = test_replication.simulate
+FORSAKEN = test_replication.forsake
 PROMPTS = test_prompt_recovery.simulate
 WHOLE = test_whole_system.simulate
 CLUSTER = test_cluster_simulation.simulate
@@ -79,6 +81,11 @@ def never_tried_again(old: Any, self: Replication, name: str, batch: int, failed
     if name in self._stores:
         self._stores[name].refused |= refused
     return read
+
+
+def any_answer_counts(old: Any, self: Replication, name: str, batch: int, failed: list[str]) -> Any:
+    store = self._stores.get(name)
+    return old(self, name, batch if store is None else store.batch, failed)
 
 
 def first_pull_counts_for_all(old: Any, self: Intake, sequence_id: str, attempt: int, intact: bool) -> Any:
@@ -159,6 +166,17 @@ BUGS = [
         STORES,
         around(Replication, "replicated", lambda old, self, name, batch, failed: old(self, name, batch, [])),
     ),
+    Bug(
+        "what a store read after it was given up counts",
+        FORSAKEN,
+        instead(Shelf, "_void", lambda self, pipeline, batch: self._batches.pop(pipeline)),
+    ),
+    Bug(
+        "what a store read after it was given up counts in the next epoch",
+        FORSAKEN,
+        instead(Shelf, "_is_doubtful", lambda self, batch: False),
+    ),
+    Bug("a store that was given up is heard", FORSAKEN, around(Replication, "replicated", any_answer_counts)),
     Bug("a refusal is remembered for ever", STORES, around(Replication, "replicated", never_tried_again), 40),
     Bug("the first stage's copy counts for all", STORES, around(Intake, "pulled", first_pull_counts_for_all)),
     Bug(

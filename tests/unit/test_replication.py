@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,19 +14,31 @@ from dejavu.params import SamplingParams
 from services.cache_store.shelf import Shelf
 from tests.unit.replication_world import NUM_STAGES, STORE_BLOCK_SIZE, World, take_turn
 
+FAULTS = ["epoch"] * 3 + ["router"] * 3 + ["lose", "join", "damage", "damage"]
+
 
 @pytest.mark.seeds(40)
 def test_what_comes_back_is_what_went_in(seed: int) -> None:
     simulate(seed)
 
 
-def simulate(seed: int) -> World:
+@pytest.mark.seeds(20)
+def test_what_a_store_keeps_that_was_taken_for_dead_is_right(seed: int) -> None:
+    forsake(seed)
+
+
+def forsake(seed: int) -> World:
+    """Stores are taken for dead again and again, and go on reading."""
+    return simulate(seed, ["forsake", "forsake", "epoch"] * 20, rate=0.03)
+
+
+def simulate(seed: int, faults: Sequence[str] = FAULTS, rate: float = 0.01) -> World:
     """One run; raises `AssertionError` where something is wrong, unprotected, stuck or leaked."""
     draws = random.Random(seed + 1000)
     # every other run with stores that have not enough room
     world = World(seed, num_blocks=24, num_store_blocks=40 if seed % 2 else 8)
     to_submit = [(f"r{i}" + "s" * (i % 4 == 0), draws.randrange(1, 40), draws.randrange(1, 40)) for i in range(20)]
-    faults = draws.sample(["epoch"] * 3 + ["router"] * 3 + ["lose", "join", "damage", "damage"], 9)
+    faults = draws.sample(faults, len(faults) - 1)
     for turn in range(100_000):
         if to_submit and draws.random() < 0.1:
             world.submit(*to_submit.pop())
@@ -36,11 +49,14 @@ def simulate(seed: int) -> World:
         pulling = [str(a[0]).split("/")[0] for kind, a in world.wire if kind == "pull"]
         if pulling and draws.random() < 0.02 and pulling[0] not in world.ended:
             world.cancel(pulling[0])
-        if faults and draws.random() < 0.01:
+        if faults and draws.random() < rate:
             inject(world, faults.pop(), turn)
         world.start_steps()
         choices = ["step"] * bool(world.flying) + ["wire"] * bool(world.wire)
-        choices += [name for name, store in world.stores.items() if store.inbox]
+        # one that nobody waits for may take its time
+        choices += [
+            n for n, s in world.stores.items() if s.inbox and (n not in world.forsaken or draws.random() < 0.02)
+        ]
         if choices:
             run(world, draws.choice(choices))
         elif world.away:
@@ -49,6 +65,8 @@ def simulate(seed: int) -> World:
             break
         if world.away and draws.random() < 0.05:
             world.come_back()
+        if world.forsaken and draws.random() < 0.03:
+            world.find_store(draws.choice(sorted(world.forsaken)))
         world.check_blocks()
     assert world.ended == set(world.requests)
     assert world.token.allocator.num_free == 24
@@ -66,9 +84,11 @@ def inject(world: World, fault: str, turn: int) -> None:
         world.lose_router()
     elif fault == "join":
         world.new_store(f"s{turn}")
+    elif fault == "forsake" and world.stores.keys() - world.forsaken:
+        world.forsake_store(world.draws.choice(sorted(world.stores.keys() - world.forsaken)))
     elif world.stores and fault == "damage":
         world.damage_store(world.draws.choice(sorted(world.stores)))
-    elif world.stores:
+    elif world.stores and fault == "lose":
         world.lose_store(world.draws.choice(sorted(world.stores)))
 
 
