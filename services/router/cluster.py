@@ -23,6 +23,7 @@ from common.peers import Peers
 from common.process import is_stopped, kill_process, run_delay_s
 from common.succession import is_retired
 from dejavu.errors import InvalidParameter, Unavailable
+from services.router.evictions import Evictions
 from services.router.pipelines import is_spare, missing_pipelines, stand_in
 from services.router.status import Journal
 from services.router.watchdog import TICK_S, Suspicion, Watchdog
@@ -78,6 +79,7 @@ class Cluster:
             lambda member: _is_here(member) and is_stopped(member.pid),
             lambda member: run_delay_s(member.pid) if _is_here(member) else 0.0,
         )
+        self._evictions = Evictions(membership)
 
     async def run(self) -> None:
         """Follows and leads until cancelled."""
@@ -87,6 +89,7 @@ class Cluster:
             tasks.create_task(self._election.campaign())
             tasks.create_task(self._watch_leader())
             tasks.create_task(self._form_pipelines())
+            tasks.create_task(self._evictions.run())
             tasks.create_task(self._watch_pulses())
 
     def other_routers(self) -> list[str]:
@@ -165,24 +168,27 @@ class Cluster:
                 self.watchdog.pause()
                 continue
             others = [member for member in self.members.values() if member.name != self._name]
-            watched = [member for member in others if self.is_leader or member.name == self.leader]
+            watched = [member for member in others if self._may_judge(member)]
             for suspicion in self.watchdog.suspects(watched, time.monotonic()):
-                await self._evict(suspicion)
+                self._evict(suspicion)
 
-    async def _evict(self, suspicion: Suspicion) -> None:
+    def _evict(self, suspicion: Suspicion) -> None:
         """First the process is killed, where we can, so that it never wakes up again; then its lease is ended, which
         tells everybody."""
         record = suspicion.record
+        if record in self._evictions:
+            return
         logger.warning("%s (pid %d): %s", record.name, record.pid, suspicion.reason)
         self.watchdog.lost(record.name)
         self._evicted[record.name] = record.incarnation
         self._journal.note("suspected", record.name, reason=suspicion.reason, pid=record.pid)
-        if self._may_kill and _is_here(record):
-            kill_process(record.pid)
-        try:
-            await self._membership.evict(record)
-        except EtcdUnavailable as error:
-            logger.warning("%s keeps its lease for now: %s", record.name, error)
+        is_dead = self._may_kill and _is_here(record) and kill_process(record.pid)
+        self._evictions.begin(
+            record, lambda: self._may_judge(record) and (is_dead or not self.watchdog.is_well(record))
+        )
+
+    def _may_judge(self, member: MemberRecord) -> bool:
+        return self.is_leader or member.name == self.leader
 
     async def drain(self, name: str) -> None:
         """Has another process take over from a member, then ends it in order. Returns when it is gone; raises

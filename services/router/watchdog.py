@@ -55,6 +55,13 @@ class Watchdog:
     def lost(self, name: str) -> None:
         self._pulses.pop(name, None)
 
+    def is_well(self, record: MemberRecord) -> bool:
+        """Whether this incarnation was heard since it was lost, and nothing of it was overdue."""
+        pulse = self._pulses.get(record.name)
+        if pulse is None or pulse.incarnation != record.incarnation:
+            return False
+        return pulse.has_beaten and not pulse.overdue_s
+
     def pause(self) -> None:
         """Nobody is judged for now: others may not know us, so they do not tell us anything. Their silence begins
         anew with the next call of `suspects`."""

@@ -219,8 +219,9 @@ class ClusterWorld:
 
         self._later(duration_s, lambda: self.etcd.come_up(was_stopped=was_stopped))
 
-    def _killed_by_router(self, pid: int) -> None:
+    def _killed_by_router(self, pid: int) -> bool:
         self.kill(self._by_pid[pid])
+        return True
 
     def _later(self, delay_s: float, happen: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(delay_s, happen)

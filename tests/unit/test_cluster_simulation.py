@@ -111,6 +111,24 @@ def replace_in_time(seed: int) -> None:
     _run(seed, act, may_kill=True)
 
 
+@pytest.mark.seeds(5)
+def test_while_etcd_is_away_one_suspect_does_not_keep_the_others_waiting(seed: int) -> None:
+    """Both are killed: their lives end in their parent's sight, whoever can be told of it."""
+
+    async def act(world: ClusterWorld) -> None:
+        await _begin(world)
+        await asyncio.sleep(5.0)
+        victims = [world.lives[name] for name in ("token-0-0", "prompt-0-1", "store-0")]
+        world.etcd_outage(8.0, was_stopped=True)
+        for victim in victims:
+            world.stop(victim, 20.0)
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.7)
+        assert all(victim.process.is_dead for victim in victims)
+
+    _run(seed, act, may_kill=True)
+
+
 def test_a_run_can_be_repeated() -> None:
     """The same seed has the same course."""
     courses = [[(at_s, record.pipeline) for at_s, record in simulate(3).published] for _ in range(2)]
