@@ -96,7 +96,11 @@ class Pulls:
         if not self._pool.is_host:
             landing, blocks = await run(landing_pool, self._pool, pull.num_tokens)
         plan = plan_copies(offer.layout, pull.store_blocks, landing.layout, blocks, token_range, layers)
-        await link.read(landing, plan)
+        try:
+            await link.read(landing, plan)
+        except LinkError:
+            await self._drop(pull.store, link)
+            raise
         self.received_bytes += plan.total_bytes
         if await run(_layer_checksums, landing, blocks, pull) != pull.checksums:
             logger.warning("the replica of %s in %s is damaged", pull.sequence_id, pull.store)
@@ -104,6 +108,12 @@ class Pulls:
         if landing is not self._pool:
             await run(copy_in, landing, self._pool, pull.blocks)
         return True
+
+    async def _drop(self, store: str, link: Link) -> None:
+        """A link that has failed once fails for ever; the next pull opens another."""
+        if self._links.get(store) is link:
+            del self._links[store]
+            await close_reading(link, store)
 
     async def _link(self, store: str) -> tuple[Link, GrantOffer]:
         """Raises `LinkError`; `ValueError` for a store that is gone."""

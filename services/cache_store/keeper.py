@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 SLICE_BYTES = 8 << 20
 """So much is copied before the event loop gets a turn."""
+REOPEN_S = 1.0
+"""Between two attempts to reach the stages of a pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,29 +54,29 @@ class Keeper:
         self._pool = pool
         self._shelf = shelf
         self._sources: dict[str, list[_Source]] = {}
+        self._records: dict[str, PipelineRecord] = {}
+        self._reopening: dict[str, asyncio.Task[None]] = {}
 
     async def connect(self, record: PipelineRecord) -> None:
-        """Opens links to all stages of a pipeline in the place of those of its older epoch; where one cannot be had,
-        the pipeline's sequences are not kept. To one that is over there are none."""
+        """Opens links to all stages of a pipeline in the place of those that there are. Where one cannot be had, or is
+        lost later, the pipeline's sequences are not kept until all can be had again. To one that is over there are
+        none."""
         await self.disconnect(record.pipeline)
-        if record.successor is not None:
-            return
-        sources: list[_Source] = []
-        try:
-            for stage in record.stages:
-                offer = GrantOffer.decode(str(stage.detail.get("kv_offer", "")))
-                sources.append(_Source(offer, await open_link(offer, self._pool)))
-        except DejavuError as error:
-            logger.warning("nothing of %s is kept: %s", record.pipeline, error)
-            await _close(sources)
-            return
-        self._sources[record.pipeline] = sources
+        if record.successor is None:
+            self._records[record.pipeline] = record
+            if not await self._open(record):
+                self._reopen(record.pipeline)
 
     async def disconnect(self, pipeline: str) -> None:
+        self._records.pop(pipeline, None)
+        reopening = self._reopening.pop(pipeline, None)
+        if reopening is not None:
+            reopening.cancel()
+            await asyncio.wait([reopening])
         await _close(self._sources.pop(pipeline, []))
 
     async def aclose(self) -> None:
-        for pipeline in list(self._sources):
+        for pipeline in list(self._records):
             await self.disconnect(pipeline)
 
     def links(self) -> dict[str, str]:
@@ -97,8 +99,37 @@ class Keeper:
             logger.warning("copying from %s: %s", pipeline, error)
             for item in items:
                 self._shelf.abandon(item.key, time.monotonic())
+            if self._sources.get(pipeline) is sources:
+                self._reopen(pipeline)
             return [item.key for item in items]
         return failed
+
+    def _reopen(self, pipeline: str) -> None:
+        """Makes new links, in the background: nobody waits for a stage that cannot be reached."""
+        broken = self._sources.pop(pipeline, [])
+        task = asyncio.create_task(self._until_open(self._records[pipeline], broken))
+        self._reopening[pipeline] = task
+
+    async def _until_open(self, record: PipelineRecord, broken: Sequence[_Source]) -> None:
+        await _close(broken)
+        while not await self._open(record):  # noqa: ASYNC110 - nothing tells us
+            await asyncio.sleep(REOPEN_S)
+        logger.info("%s is kept again", record.pipeline)
+
+    async def _open(self, record: PipelineRecord) -> bool:
+        sources: list[_Source] = []
+        try:
+            for stage in record.stages:
+                offer = GrantOffer.decode(str(stage.detail.get("kv_offer", "")))
+                sources.append(_Source(offer, await open_link(offer, self._pool)))
+        except BaseException as error:
+            await _close(sources)
+            if not isinstance(error, DejavuError):
+                raise
+            logger.warning("nothing of %s is kept: %s", record.pipeline, error)
+            return False
+        self._sources[record.pipeline] = sources
+        return True
 
     def held(self, key: str, token_ids: bytes) -> HeldReplica | None:
         """What a sequence with these tokens can have, with a checksum for each layer."""

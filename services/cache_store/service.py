@@ -75,7 +75,6 @@ class CacheStore:
         self._queue: asyncio.Queue[tuple[str, StoreInboxMessage]] = asyncio.Queue(MAX_WAITING_MESSAGES)
         self._records: dict[str, PipelineRecord] = {}
         self._record_changed = asyncio.Condition()
-        self._connected: dict[str, int] = {}
         self._routers: set[str] = set()
         self._monitor = LoopMonitor()
         self._counters = {"bad_frames": 0, "refused_frames": 0, "batches": 0}
@@ -266,9 +265,7 @@ class CacheStore:
         keys = self._shelf.claim(claim.pipeline, claim.epoch, claim.batch, time.monotonic() + UNCLAIMED_S)
         if keys is None or record.epoch > claim.epoch:
             return
-        if self._connected.get(claim.pipeline) != claim.epoch:
-            await self._keeper.connect(record)
-            self._connected[claim.pipeline] = claim.epoch
+        await self._keeper.connect(record)
         self._peers.send(sender, Claimed(self._options.name, claim.pipeline, claim.epoch, keys))
 
     async def _record(self, pipeline: str, epoch: int) -> PipelineRecord | None:

@@ -86,6 +86,14 @@ def tokens_of(pool: KvPool, blocks: list[int], num_tokens: int) -> np.ndarray[tu
     return planes[:, slots]
 
 
+def a_pull(pool: KvPool, held: HeldReplica) -> Pull:
+    """Of everything, into blocks 3, 4, ..."""
+    token_hash = hash_tokens(pack_ids(TOKENS[: held.num_tokens]))
+    own = list(range(3, 3 + -(-held.num_tokens // 8)))
+    checksums = held.checksums[slice(*pool.layout.layers)]
+    return Pull(1, f"{KEY}/t", 1, "store", held.num_tokens, held.blocks, own, token_hash, checksums)
+
+
 async def pull(ends: Ends, held: HeldReplica, index: int) -> tuple[KvPool, bool]:
     """A fresh stage pulls the replica into blocks 3, 4, ..."""
     pool = KvPool.create(ends.stages[index].layout, name="fresh")
@@ -93,10 +101,7 @@ async def pull(ends: Ends, held: HeldReplica, index: int) -> tuple[KvPool, bool]
     with ThreadPoolExecutor(1) as executor:
         pulls = Pulls(pool, executor, lambda pull, intact: done.append(intact))
         await pulls.store_joined(ends.store)
-        token_hash = hash_tokens(pack_ids(TOKENS[: held.num_tokens]))
-        own = list(range(3, 3 + -(-held.num_tokens // 8)))
-        checksums = held.checksums[slice(*pool.layout.layers)]
-        pulls.start(Pull(1, f"{KEY}/t", 1, "store", held.num_tokens, held.blocks, own, token_hash, checksums))
+        pulls.start(a_pull(pool, held))
         await pulls.aclose()
     return pool, done[0]
 
@@ -141,6 +146,37 @@ async def test_when_a_stage_is_lost_what_was_copied_before_stays() -> None:
         for index in (0, 1):
             _, intact = await pull(found, held, index)
             assert intact
+
+
+async def test_a_link_that_broke_is_opened_again() -> None:
+    blocks = list(range(38))
+    async with ends() as found:
+        assert await found.keeper.keep("token-0", [item(0, 117, blocks)]) == []
+        await found.keeper._sources["token-0"][1].link.aclose()
+        async with asyncio.timeout(5.0):
+            while await found.keeper.keep("token-0", [item(117, 299, blocks)]):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        held = found.keeper.held(KEY, pack_ids(TOKENS))
+        assert held is not None and held.num_tokens == 299
+
+
+async def test_what_cannot_be_pulled_now_can_be_pulled_later() -> None:
+    async with ends() as found:
+        assert await found.keeper.keep("token-0", [item(0, 299, list(range(38)))]) == []
+        held = found.keeper.held(KEY, pack_ids(TOKENS))
+        assert held is not None
+        done: list[bool] = []
+        pool = KvPool.create(found.stages[0].layout, name="fresh")
+        with ThreadPoolExecutor(1) as executor:
+            pulls = Pulls(pool, executor, lambda pull, intact: done.append(intact))
+            await pulls.store_joined(found.store)
+            for is_broken in (False, True, False):
+                if is_broken:
+                    await pulls._links["store"].aclose()
+                pulls.start(a_pull(pool, held))
+                await pulls.idle()
+            await pulls.aclose()
+        assert done == [True, False, True]
 
 
 async def test_a_stage_that_does_not_answer_is_not_waited_for_once_its_epoch_is_over() -> None:
