@@ -114,13 +114,14 @@ def _max_context(config: dict[str, Any]) -> int:
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    generation = folder / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
-    if eos is None:
-        eos = config.get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(int(i) for i in eos) if isinstance(eos, list) else (int(eos),)
+    """As transformers has it: `generation_config.json` decides, also by saying nothing; without it the config does."""
+    file = folder / "generation_config.json"
+    eos = (_read_json(file) if file.exists() else config).get("eos_token_id")
+    token_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token_id) is int for token_id in token_ids):
+        file = file if file.exists() else folder / "config.json"
+        raise ConfigurationError(f"{file}: eos_token_id {eos!r} is no token id, nor a list of them", field="model")
+    return tuple(token_ids)
 
 
 def _dtype(config: dict[str, Any], wanted: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from common.model.loader import load_stage
 from common.model.spec import ModelSpec, load_spec, split_layers
@@ -66,10 +67,35 @@ def test_what_a_spec_says(tmp_path: Path) -> None:
     assert (spec.vocab_size, spec.max_context_tokens, spec.hidden_size) == (128, 256, 128)
     assert (spec.dtype, spec.eos_token_ids, spec.name) == ("float32", (2,), tmp_path.name)
     assert load_spec(tmp_path, "bfloat16").dtype == "bfloat16"
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert load_spec(tmp_path).eos_token_ids == (7, 8)
-    (tmp_path / "generation_config.json").write_text("{}")
-    assert load_spec(tmp_path).eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [7, 8]}])
+@pytest.mark.parametrize("config", [{}, {"eos_token_id": None}, {"eos_token_id": 5}, {"eos_token_id": [5, 6]}])
+def test_a_text_ends_where_transformers_ends_it(
+    config: dict[str, object], generation: dict[str, object] | None, tmp_path: Path
+) -> None:
+    save_checkpoint("llama", tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["eos_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(written | config))
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    expected_ids = expected if isinstance(expected, list) else [] if expected is None else [expected]
+    assert load_spec(tmp_path).eos_token_ids == tuple(expected_ids)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("eos", ["</s>", True, [2, "3"], 2.0])
+def test_ends_that_are_no_token_ids_are_named(eos: object, name: str, tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path)
+    if name == "config.json":
+        (tmp_path / "generation_config.json").unlink()
+    document = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(document | {"eos_token_id": eos}))
+    with pytest.raises(ConfigurationError, match=rf"/{name}: eos_token_id"):
+        load_spec(tmp_path)
 
 
 def test_a_fingerprint_tells_checkpoints_apart(tmp_path: Path) -> None:
