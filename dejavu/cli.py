@@ -72,23 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show what runs where", description="Shows what runs where.")
     status.add_argument("--json", action="store_true", help="the whole status document, as JSON")
     _add_endpoint(status)
-    drain = commands.add_parser(
-        "drain",
-        help="have others take over from a service, and end it",
-        description="Moves the live work of a service to a standby or a peer, without a failed request, and ends the "
-        "process. What keeps it alive (`dejavu serve`) starts a fresh one, which then stands by.",
-    )
-    drain.add_argument("name", metavar="NAME", help="as `dejavu status` shows it")
-    _add_endpoint(drain)
-    convert = commands.add_parser(
-        "convert",
-        help="turn a prompt pipeline into a token pipeline, or back",
-        description="Moves the live work of a pipeline to the others of its kind, without a failed request, and has "
-        "its processes work in the other role, under another name. The weights stay where they are.",
-    )
-    convert.add_argument("pipeline", metavar="PIPELINE", help="as `dejavu status` shows it, e.g. prompt-1")
-    convert.add_argument("role", choices=["prompt", "token"], help="what it is to be")
-    _add_endpoint(convert)
+    _add_drain(commands)
+    _add_convert(commands)
     commands.add_parser("serve", help="start a system (`dejavu serve --help` lists its options)", add_help=False)
     return parser
 
@@ -111,6 +96,31 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
     parser.set_defaults(max_tokens=defaults.max_tokens, temperature=defaults.temperature, stop=[])
     parser.set_defaults(top_p=defaults.top_p, top_k=defaults.top_k)
+    _add_endpoint(parser)
+
+
+def _add_drain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "drain",
+        help="have others take over from a service, and end it",
+        description="Moves the live work of a service to a standby or a peer, without a failed request, and ends the "
+        "process. What keeps it alive (`dejavu serve`) starts a fresh one, which then stands by.",
+        epilog="example: dejavu drain token-0-stage-0",
+    )
+    parser.add_argument("name", metavar="NAME", help="as `dejavu status` shows it")
+    _add_endpoint(parser)
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="turn a prompt pipeline into a token pipeline, or back",
+        description="Moves the live work of a pipeline to the others of its kind, without a failed request, and has "
+        "its processes work in the other role, under another name. The weights stay where they are.",
+        epilog="example: dejavu convert prompt-1 token",
+    )
+    parser.add_argument("pipeline", metavar="PIPELINE", help="as `dejavu status` shows it, e.g. prompt-1")
+    parser.add_argument("role", choices=["prompt", "token"], help="what it is to be")
     _add_endpoint(parser)
 
 

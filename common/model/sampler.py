@@ -115,7 +115,7 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
 
 def _forbid_ends(scores: torch.Tensor, row: SamplingRow) -> None:
     ends = [*row.params.stop_token_ids, *(() if row.params.ignore_eos else row.eos_token_ids)]
-    ends = [token_id for token_id in ends if token_id < len(scores)]
+    ends = [token_id for token_id in ends if 0 <= token_id < len(scores)]
     scores[torch.tensor(ends, dtype=torch.int64, device=scores.device)] = _IMPOSSIBLE
 
 

@@ -6,10 +6,11 @@ Its weights stay. Its pool does not: others had been let in, and a new one is th
 from __future__ import annotations
 
 import asyncio
-import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from common.model.spec import ModelSpec
 from common.service import log_as, run_service
 from common.stage.options import StageOptions
 from common.stage.setup import load_stage_spec
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from common.model.loader import StageModel
     from common.stage.service import StageService
 
-_CLASSES = {"prompt_stage": "PromptStage", "token_stage": "TokenStage"}
+StageRoles: TypeAlias = "Mapping[str, Callable[[StageOptions, ModelSpec, StageLife], StageService]]"
+"""What a stage is in each role. Only the entry points of the two services know both."""
 
 
 @dataclass(slots=True)
@@ -29,21 +31,14 @@ class StageLife:
     num_changes: int = 0
 
 
-def run_stage(options: StageOptions) -> int:
+def run_stage(options: StageOptions, roles: StageRoles) -> int:
     """Runs a stage, in whichever role its pipeline has, until SIGTERM; returns the exit code."""
-    return run_service(options.name, lambda stop: _live(options, stop), options.cores)
+    return run_service(options.name, lambda stop: _live(options, roles, stop), options.cores)
 
 
-async def _live(options: StageOptions, stop: asyncio.Event) -> None:
+async def _live(options: StageOptions, roles: StageRoles, stop: asyncio.Event) -> None:
     life = StageLife()
-    while await _serve(options, life, stop):
+    while await roles[options.role](options, load_stage_spec(options), life).serve(stop):
         options = options.in_other_role()
         life.num_changes += 1
         log_as(options.name)
-
-
-async def _serve(options: StageOptions, life: StageLife, stop: asyncio.Event) -> bool:
-    # by name: services do not know each other, and this package knows none of them
-    module = importlib.import_module(f"services.{options.role}.service")
-    service: StageService = getattr(module, _CLASSES[options.role])(options, load_stage_spec(options), life)
-    return await service.serve(stop)

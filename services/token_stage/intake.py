@@ -44,7 +44,7 @@ class Intake(SequenceTable):
         older = self._by_key.get(replica_key(sequence_id))
         ended = [] if older is None else self._end(older, is_superseded=True)
         sequence = Sequence(sequence_id, choice, params, len(prompt), prompt + forced, self._num_arrivals)
-        sequence.max_lag = max_lag(params.durability or self._durability)
+        sequence.max_lag = max_lag(params.durability or self.shape.durability)
         self._num_arrivals += 1
         self._sequences[sequence_id] = self._by_key[replica_key(sequence_id)] = sequence
         self._waiting[sequence_id] = sequence
@@ -249,7 +249,7 @@ class Intake(SequenceTable):
             return []
         if held is None or len(sequence.tokens) < 2:
             return self._prefill(sequence)
-        sequence.replica, sequence.num_pulls = held, self._num_stages
+        sequence.replica, sequence.num_pulls = held, self.shape.num_stages
         return [PullReplica(sequence_id)]
 
     def pulled(self, sequence_id: str, attempt: int, intact: bool) -> list[Action]:
@@ -273,11 +273,11 @@ class Intake(SequenceTable):
         """What a replica lacks is computed here if it is little."""
         start = min(held.num_tokens, len(sequence.tokens) - 1)
         sequence.num_computed = sequence.num_scheduled = start
-        sequence.confirmed = [start] * self._num_layers
+        sequence.confirmed = [start] * self.shape.num_layers
         if not sequence.was_preempted:
             self.costs.recoveries += 1
         self.replication.restored(sequence, sequence.source)
-        if self._is_colocated or len(sequence.tokens) - start <= MAX_LOCAL_TOKENS:
+        if self.shape.is_colocated or len(sequence.tokens) - start <= MAX_LOCAL_TOKENS:
             self._count_recomputed(sequence, sequence.num_lost - start)
             self._prefilling[sequence.sequence_id] = sequence
             return []
@@ -334,7 +334,7 @@ class Intake(SequenceTable):
         sequence.num_scheduled = sequence.num_computed = 0
         sequence.first, sequence.num_writers = None, None
         sequence.ended_writers.clear()
-        sequence.confirmed = [0] * self._num_layers
+        sequence.confirmed = [0] * self.shape.num_layers
         store = self.replication.holder(sequence, is_continued=sequence.num_output > 0)
         if store is not None:
             sequence.source = store
@@ -344,7 +344,7 @@ class Intake(SequenceTable):
     def _prefill(self, sequence: Sequence) -> list[Action]:
         """Its KV is computed from token 0."""
         sequence.source, sequence.replica = "", None
-        if self._is_colocated:
+        if self.shape.is_colocated:
             self._count_recomputed(sequence, sequence.num_lost)
             self._prefilling[sequence.sequence_id] = sequence
             return []

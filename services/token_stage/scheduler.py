@@ -23,7 +23,7 @@ class TokenScheduler(Intake):
         self, step: int, drawn: list[Drawn], *, now_s: float = 0.0, swap: SwapFigures | None = None
     ) -> list[Action]:
         """The last stage finished a step at `now_s`. Raises `KeyError` for a step that is not in flight."""
-        was_full = len(self._flying) == self._num_stages
+        was_full = len(self._flying) == self.shape.num_stages
         flying = self._flying.pop(step)
         if self.device is not None:
             self._measure(self.device, flying.step, now_s if was_full else None, swap)
@@ -57,7 +57,7 @@ class TokenScheduler(Intake):
     def next_step(self) -> Step | None:
         """The next microbatch, or None where nothing can run. Up to `num_stages` steps fly at once, each with its
         share of the sequences, so that no stage waits. An idle pipeline's last step only closes sequences."""
-        if len(self._flying) >= self._num_stages:
+        if len(self._flying) >= self.shape.num_stages:
             return None
         turn = self._turn()
         chunks, sequences = ([], []) if self._owes_prefill else self._decode_chunks(turn)
@@ -67,7 +67,7 @@ class TokenScheduler(Intake):
             return None
         upcoming = [] if self.device is None else self._upcoming(sequences)
         parked = [] if self.device is None else self.device.take_parked()
-        step = Step(self.epoch, self._num_steps, self._closes, self._opens, chunks, upcoming, parked)
+        step = Step(self.shape.epoch, self._num_steps, self._closes, self._opens, chunks, upcoming, parked)
         self._opens, self._closes = [], []
         self._flying[step.step] = FlyingStep(step, tuple(sequences))
         self._num_steps += 1
@@ -76,7 +76,7 @@ class TokenScheduler(Intake):
     def _turn(self) -> Turn:
         """Who may be part of the next step, as far as room on the devices is concerned."""
         if self.device is None:
-            share = min(MAX_SEQUENCES_PER_STEP, -(-self._num_decoding // self._num_stages))
+            share = min(MAX_SEQUENCES_PER_STEP, -(-self._num_decoding // self.shape.num_stages))
             return Turn(dict.fromkeys(self._ready, 0), share, 0)
         needs = {
             sequence.sequence_id: min(self._blocks_for(len(sequence.tokens) + 1), self._max_sequence_blocks)
@@ -125,7 +125,7 @@ class TokenScheduler(Intake):
         fitting = [s for s in unfinished if self._fits_beside(s, turn)]
         self._owes_prefill = bool(unfinished) and not fitting
         pending = [PendingPrompt(s.sequence_id, len(s.tokens) - s.num_scheduled, s.arrival) for s in fitting]
-        for sequence_id, num_tokens in plan_chunk(pending, self._chunk_tokens - len(chunks)):
+        for sequence_id, num_tokens in plan_chunk(pending, self.shape.chunk_tokens - len(chunks)):
             sequence = self._prefilling[sequence_id]
             self._open(sequence)
             start = sequence.num_scheduled
@@ -139,7 +139,7 @@ class TokenScheduler(Intake):
         """Whether a device can hold the sequence's next chunk beside all that the step has so far; counts it if so."""
         if self.device is None:
             return True
-        blocks = self._blocks_for(min(len(sequence.tokens), sequence.num_scheduled + self._chunk_tokens))
+        blocks = self._blocks_for(min(len(sequence.tokens), sequence.num_scheduled + self.shape.chunk_tokens))
         if turn.num_blocks + blocks > self.device.num_blocks:
             return False
         turn.num_blocks += blocks

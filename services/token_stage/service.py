@@ -60,6 +60,7 @@ from services.token_stage.sequence import (
     too_long_again,
 )
 from services.token_stage.swapping import device_tier
+from services.token_stage.table import PipelineShape
 
 logger = logging.getLogger(__name__)
 
@@ -138,19 +139,18 @@ class TokenStage(StageService):
                 replication.store_joined(member.name, was_there=True)
             elif member.role == "prompt_stage":
                 replication.writer_was_there(member.name)
-        self._scheduler = TokenScheduler(
+        shape = PipelineShape(
             epoch=epoch,
-            num_stages=self.options.num_stages,
+            num_stages=options.num_stages,
             num_layers=self.spec.num_layers,
             num_blocks=min(stage.num_blocks for stage in stages),
-            block_size=self.options.block_size,
+            block_size=options.block_size,
             eos_token_ids=self.spec.eos_token_ids,
-            chunk_tokens=self.options.chunk_tokens,
-            is_colocated=self.options.is_colocated,
-            replication=replication,
-            durability=self.options.durability,
-            device=device_tier(options.swap, stages),
+            chunk_tokens=options.chunk_tokens,
+            is_colocated=options.is_colocated,
+            durability=options.durability,
         )
+        self._scheduler = TokenScheduler(shape, replication, device_tier(options.swap, stages))
         for record in self.records.values():
             self._fence_off_older(record)
         self.pump()

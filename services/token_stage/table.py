@@ -32,41 +32,34 @@ class Costs:
     recomputed_after_preemption_tokens: int = 0
 
 
-class SequenceTable:
-    """State of one token pipeline at one epoch. A colocated one prefills by itself; any other computes only what a
-    replica lacks, in chunks of at most `chunk_tokens`, too. With a `device` the blocks are those of the stages' host
-    pools, and steps take what their devices can hold."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineShape:
+    """What a token pipeline is in one epoch. A colocated one prefills by itself; any other computes only what a replica
+    lacks, in chunks of at most `chunk_tokens`, too."""
 
-    def __init__(
-        self,
-        *,
-        epoch: int,
-        num_stages: int,
-        num_layers: int,
-        num_blocks: int,
-        block_size: int,
-        eos_token_ids: tuple[int, ...],
-        chunk_tokens: int,
-        is_colocated: bool,
-        replication: Replication,
-        durability: str = "async",
-        device: DeviceTier | None = None,
-    ) -> None:
-        self.epoch = epoch
+    epoch: int
+    num_stages: int
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    eos_token_ids: tuple[int, ...]
+    chunk_tokens: int
+    is_colocated: bool
+    durability: str = "async"
+
+
+class SequenceTable:
+    """State of one token pipeline at one epoch. With a `device` the blocks are those of the stages' host pools, and
+    steps take what their devices can hold."""
+
+    def __init__(self, shape: PipelineShape, replication: Replication, device: DeviceTier | None = None) -> None:
+        self.shape = shape
         self.replication = replication
-        self.fences = Fences(num_stages)
         self.device = device
-        self._durability = durability
+        self.fences = Fences(shape.num_stages)
         self.costs = Costs()
-        self.allocator = BlockAllocator(num_blocks)
-        self._num_stages = num_stages
-        self._num_layers = num_layers
-        self._num_blocks = num_blocks
-        self._max_sequence_blocks = num_blocks if device is None else min(num_blocks, device.num_blocks)
-        self._block_size = block_size
-        self._eos_token_ids = eos_token_ids
-        self._chunk_tokens = chunk_tokens
-        self._is_colocated = is_colocated
+        self.allocator = BlockAllocator(shape.num_blocks)
+        self._max_sequence_blocks = shape.num_blocks if device is None else min(shape.num_blocks, device.num_blocks)
         self._sequences: dict[str, Sequence] = {}
         self._by_key: dict[str, Sequence] = {}
         """the same, by what a request's next router will ask for"""
@@ -93,13 +86,13 @@ class SequenceTable:
     def kv_blocks(self) -> dict[str, int]:
         """Blocks in all, free, and withdrawn because somebody might still write to them."""
         return {
-            "total": self._num_blocks,
+            "total": self.shape.num_blocks,
             "free": self.allocator.num_free,
             "quarantined": self.allocator.num_quarantined,
         }
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        return -(-num_tokens // self.shape.block_size)
 
     def _current(self, sequence_id: str, attempt: int) -> Sequence | None:
         sequence = self._sequences.get(sequence_id)
@@ -117,7 +110,7 @@ class SequenceTable:
     def _append(self, sequence: Sequence, drawn: Drawn) -> list[Action]:
         sequence.tokens.append(drawn.token_id)
         num_output = sequence.num_output
-        reason = finish_reason(sequence.params, self._eos_token_ids, drawn.token_id, num_output)
+        reason = finish_reason(sequence.params, self.shape.eos_token_ids, drawn.token_id, num_output)
         sequence.undelivered.append(Produce(sequence.sequence_id, num_output - 1, drawn, reason))
         delivered = self._deliver(sequence)
         if reason is None:

@@ -15,6 +15,7 @@ from services.cache_store.shelf import Shelf
 from services.token_stage.replication import Replication, ToStore
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, AskStore, Fail, Produce, PullReplica
+from services.token_stage.table import PipelineShape
 
 BLOCK_SIZE = 4
 STORE_BLOCK_SIZE = 8
@@ -90,7 +91,7 @@ class World:
         replication = Replication("token-0", self.epoch, BLOCK_SIZE, num_copies=1)
         for name in self.stores.keys() - self.forsaken:
             replication.store_joined(name, was_there=True)
-        self.token = TokenScheduler(
+        shape = PipelineShape(
             epoch=self.epoch,
             num_stages=NUM_STAGES,
             num_layers=1,
@@ -99,8 +100,8 @@ class World:
             eos_token_ids=(),
             chunk_tokens=16,
             is_colocated=self.is_colocated,
-            replication=replication,
         )
+        self.token = TokenScheduler(shape, replication)
         for name, prompt in self.requests.items():
             if name not in self.ended and name not in self.away:
                 self.admit(name, prompt)

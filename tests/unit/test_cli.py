@@ -96,35 +96,37 @@ async def test_reader_that_leaves_is_no_traceback() -> None:
         assert process.returncode == 1
 
 
+STATUS = {
+    "epoch": 4,
+    "services": [
+        {
+            "name": "token-0-1",
+            "role": "token_stage",
+            "pid": 12,
+            "state": "active",
+            "pipeline": "token-0",
+            "stage_index": 1,
+            "num_stages": 2,
+            "layers": [4, 8],
+            "kv_blocks": {"total": 64, "free": 60, "quarantined": 0},
+            "link": "shm",
+        },
+        {
+            "name": "router-0",
+            "role": "router",
+            "pid": 11,
+            "state": "leader",
+            "pipeline": None,
+            "layers": None,
+        },
+    ],
+    "counters": {"recoveries": 2, "refused_frames": 0},
+    "events": [],
+}
+
+
 async def test_status() -> None:
-    status = {
-        "epoch": 4,
-        "services": [
-            {
-                "name": "token-0-1",
-                "role": "token_stage",
-                "pid": 12,
-                "state": "active",
-                "pipeline": "token-0",
-                "stage_index": 1,
-                "num_stages": 2,
-                "layers": [4, 8],
-                "kv_blocks": {"total": 64, "free": 60, "quarantined": 0},
-                "link": "shm",
-            },
-            {
-                "name": "router-0",
-                "role": "router",
-                "pid": 11,
-                "state": "leader",
-                "pipeline": None,
-                "layers": None,
-            },
-        ],
-        "counters": {"recoveries": 2, "refused_frames": 0},
-        "events": [],
-    }
-    assert render_status(status).splitlines() == [
+    assert render_status(STATUS).splitlines() == [
         "epoch 4, 2 services",
         "",
         "NAME       ROLE         PID  STATE   STAGE        LAYERS  KV FREE/TOTAL  LINK",
@@ -134,11 +136,11 @@ async def test_status() -> None:
         "recoveries  2",
     ]
     async with FakeRouter(tell_story) as router:
-        router.status = json.dumps(status).encode()
+        router.status = json.dumps(STATUS).encode()
         code, out, err = await run("status", "--json", "--endpoint", router.endpoint)
-        assert (code, json.loads(out), err) == (0, status, "")
+        assert (code, json.loads(out), err) == (0, STATUS, "")
         code, out, _ = await run("status", "--endpoint", router.endpoint)
-        assert (code, out) == (0, render_status(status) + "\n")
+        assert (code, out) == (0, render_status(STATUS) + "\n")
 
 
 def test_status_says_what_the_device_is_used_for() -> None:

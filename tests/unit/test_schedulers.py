@@ -16,6 +16,7 @@ from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, Fail, Grant, Produce, StopPrefill
 from services.token_stage.swapping import DeviceTier
+from services.token_stage.table import PipelineShape
 
 NUM_LAYERS = 3
 BLOCK_SIZE = 4
@@ -35,7 +36,7 @@ class Pipelines:
     ) -> None:
         self.draws = random.Random(seed)
         self.device = device
-        self.token = TokenScheduler(
+        shape = PipelineShape(
             epoch=1,
             num_stages=num_stages,
             num_layers=NUM_LAYERS,
@@ -44,9 +45,8 @@ class Pipelines:
             eos_token_ids=(EOS,),
             chunk_tokens=16,
             is_colocated=is_colocated,
-            replication=Replication("token-0", 1, BLOCK_SIZE),
-            device=device,
         )
+        self.token = TokenScheduler(shape, Replication("token-0", 1, BLOCK_SIZE), device)
         self.now_s = 0.0
         self.num_guessed = self.num_right = 0
         self.guess: set[str] = set()

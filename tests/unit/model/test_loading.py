@@ -69,7 +69,9 @@ def test_what_a_spec_says(tmp_path: Path) -> None:
     assert load_spec(tmp_path, "bfloat16").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [7, 8]}])
+@pytest.mark.parametrize(
+    "generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [7, 8]}]
+)
 @pytest.mark.parametrize("config", [{}, {"eos_token_id": None}, {"eos_token_id": 5}, {"eos_token_id": [5, 6]}])
 def test_a_text_ends_where_transformers_ends_it(
     config: dict[str, object], generation: dict[str, object] | None, tmp_path: Path
