@@ -11,10 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.model.spec import ModelSpec
+from common.model.spec import LAYER_KEY, ModelSpec
 from dejavu.errors import ConfigurationError
 
-_LAYER = re.compile(r"^((?:[a-z_]+\.)*?(?:h|layers)\.)(\d+)\.")
 _EXPERT_PART = re.compile(r"^(.*\.experts)\.(\d+)\.(w[123])\.weight$")
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RENAMED = (("embed_out.", "lm_head."), (".block_sparse_moe.", ".mlp."))
@@ -23,7 +22,7 @@ _RENAMED = (("embed_out.", "lm_head."), (".block_sparse_moe.", ".mlp."))
 
 def stage_name(key: str, layers: tuple[int, int]) -> str | None:
     """A tensor's name in the stage, where layer a is layer 0; None for a layer of another stage."""
-    match = _LAYER.match(key)
+    match = LAYER_KEY.match(key)
     if match is None:
         return key
     layer = int(match[2])

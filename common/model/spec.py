@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ SUPPORTED = ("bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", 
 """`model_type` values of the families that can be served."""
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_HEADER_BYTES = 100 << 20
+LAYER_KEY = re.compile(r"^((?:[a-z_]+\.)*?(?:h|layers)\.)(\d+)\.")
+"""The name of a tensor of a layer: what is before its number, and the number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +58,27 @@ def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
     check_demands(config, config_file)
     keys, digest = _read_headers(folder)
     digest.update(config_file.read_bytes())
-    try:
-        num_heads = int(_first(config, "num_attention_heads", "n_head"))
-        # BLOOM's first files call it n_embed, which then counts
-        hidden_size = int(_first(config, "n_embed", "hidden_size", "n_embd"))
-        return ModelSpec(
-            model_dir=folder,
-            name=folder.resolve().name,
-            architecture=architecture,
-            num_layers=int(_first(config, "num_hidden_layers", "n_layer")),
-            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-            head_dim=int(config.get("head_dim") or hidden_size // num_heads),
-            hidden_size=hidden_size,
-            vocab_size=int(config["vocab_size"]),
-            max_context_tokens=_max_context(config),
-            eos_token_ids=_eos_token_ids(folder, config),
-            dtype=_dtype(config, dtype),
-            fingerprint=digest.hexdigest(),
-            keys=keys,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"{config_file}: {error!r}", field="model") from error
+    sizes = _Sizes(config, config_file)
+    num_layers, num_heads = sizes.of("num_hidden_layers", "n_layer"), sizes.of("num_attention_heads", "n_head")
+    _check_layers(num_layers, keys, config_file)
+    # BLOOM's first files call it n_embed, which then counts
+    hidden_size = sizes.of("n_embed", "hidden_size", "n_embd")
+    return ModelSpec(
+        model_dir=folder,
+        name=folder.resolve().name,
+        architecture=architecture,
+        num_layers=num_layers,
+        num_kv_heads=sizes.of("num_key_value_heads", default=num_heads),
+        head_dim=sizes.of("head_dim", default=hidden_size // num_heads),
+        hidden_size=hidden_size,
+        vocab_size=sizes.of("vocab_size"),
+        # BLOOM has no position table: its context is what it was trained with, if it says so
+        max_context_tokens=sizes.of("max_position_embeddings", "n_positions", "seq_length", default=2048),
+        eos_token_ids=_eos_token_ids(folder, config),
+        dtype=_dtype(config, dtype),
+        fingerprint=digest.hexdigest(),
+        keys=keys,
+    )
 
 
 def split_layers(num_layers: int, num_stages: int, counts: Sequence[int] | None = None) -> list[tuple[int, int]]:
@@ -98,19 +101,30 @@ def split_layers(num_layers: int, num_stages: int, counts: Sequence[int] | None 
     return ranges
 
 
-def _first(config: dict[str, Any], *names: str) -> Any:
-    for name in names:
-        if config.get(name) is not None:
-            return config[name]
-    raise KeyError(names[0])
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """The whole numbers above 0 of a config."""
+
+    config: dict[str, Any]
+    file: Path
+
+    def of(self, *names: str, default: int | None = None) -> int:
+        """The first that is there. Raises `ConfigurationError`."""
+        name = next((name for name in names if self.config.get(name) is not None), names[0])
+        size = self.config[name] if self.config.get(name) is not None else default
+        if type(size) is not int or size < 1:
+            raise ConfigurationError(f"{self.file}: {name} is {size!r}, no whole number above 0", field="model")
+        return size
 
 
-def _max_context(config: dict[str, Any]) -> int:
-    # BLOOM has no position table: its context is what it was trained with, if it says so
-    for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        if config.get(name):
-            return int(config[name])
-    return 2048
+def _check_layers(num_layers: int, keys: Iterable[str], config_file: Path) -> None:
+    """Some file must have each layer. What of it, the stages look for."""
+    there = {int(match[2]) for match in map(LAYER_KEY.match, keys) if match}
+    missing = next((layer for layer in range(num_layers) if layer not in there), None)
+    if missing is not None:
+        raise ConfigurationError(
+            f"{config_file}: of its {num_layers} layers the safetensors files lack layer {missing}", field="model"
+        )
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
@@ -133,15 +147,22 @@ def _dtype(config: dict[str, Any], wanted: str) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    _check_kind(file)
     try:
         document = json.loads(file.read_text())
     except OSError as error:
         raise ConfigurationError(f"{file}: {error.strerror}", field="model") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{file} is no JSON: {error}", field="model") from error
     if not isinstance(document, dict):
         raise ConfigurationError(f"{file} holds no JSON object", field="model")
     return document
+
+
+def _check_kind(file: Path) -> None:
+    """To open a pipe would take until somebody writes to it."""
+    if file.exists() and not file.is_file():
+        raise ConfigurationError(f"{file} is no file", field="model")
 
 
 def _read_headers(folder: Path) -> tuple[dict[str, str], hashlib._Hash]:
@@ -167,6 +188,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, str], hashlib._Hash]:
 
 def _read_header(file: Path) -> bytes:
     """A safetensors header, checked against the file's size."""
+    _check_kind(file)
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -179,6 +201,6 @@ def _read_header(file: Path) -> bytes:
             raise ValueError(f"{file.stat().st_size} bytes where its header asks for {8 + length + end}")
     except OSError as error:
         raise ConfigurationError(f"{file}: {error.strerror}", field="model") from error
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ConfigurationError(f"{file} is no complete safetensors file: {error}", field="model") from error
     return header

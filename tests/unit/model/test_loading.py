@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +205,48 @@ def test_what_would_be_served_wrongly_is_refused(changes: dict[str, object], sai
     save_checkpoint("llama", tmp_path)
     change_config(tmp_path, **changes)
     with pytest.raises(ConfigurationError, match=said):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_hidden_layers", NUM_LAYERS + 1),
+        ("num_hidden_layers", 10**12),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", True),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", -2),
+        ("head_dim", -8),
+        ("hidden_size", 128.0),
+        ("vocab_size", "many"),
+        ("max_position_embeddings", -1),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(field: str, value: object, tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path)
+    change_config(tmp_path, **{field: value})
+    with pytest.raises(ConfigurationError, match=r"config\.json: .*" + field.removeprefix("num_hidden_")):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path, ONE_FILE)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigurationError, match=rf"{name} is no file"):
+        load_spec(tmp_path)
+
+
+def test_json_without_bottom_is_refused(tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path, ONE_FILE)
+    deep = "[" * 100_000
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(deep)) + deep.encode())
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors"):
+        load_spec(tmp_path)
+    (tmp_path / "config.json").write_text(deep)
+    with pytest.raises(ConfigurationError, match=r"config\.json is no JSON"):
         load_spec(tmp_path)
 
 
