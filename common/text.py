@@ -41,12 +41,14 @@ class TextCodec:
         return None if tokenizer is None else cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, special tokens included. Raises `InvalidParameter` for invalid Unicode."""
+        """Token ids of a prompt, special tokens included. Other threads run meanwhile. Raises `InvalidParameter` for
+        invalid Unicode."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidParameter("is not valid Unicode (a lone surrogate)", field="prompt") from error
-        return self.tokenizer.encode(text).ids
+        # a batch of one: for a single text the library would keep the interpreter to itself, for seconds perhaps
+        return self.tokenizer.encode_batch_fast([text])[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens; unknown ids have no text."""

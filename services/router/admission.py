@@ -20,6 +20,8 @@ from dejavu.wire import MAX_PROMPT_BYTES, MAX_REQUEST_ID_CHARS, Submit
 
 MAX_LIVE_SEQUENCES = 4096
 RETRY_AFTER_S = 1.0
+HEAD_CHARS_PER_TOKEN = 16
+"""Text has a quarter of that."""
 
 
 def check_form(submit: Submit, spec: ModelSpec, *, has_tokenizer: bool) -> None:
@@ -54,6 +56,17 @@ def check_tokens(
             raise TokenOutOfRange(f"token id {bad} is outside 0..{spec.vocab_size - 1}", field=name)
     if len(prompt_ids) + params.max_tokens > spec.max_context_tokens:
         raise _too_long(len(prompt_ids), params.max_tokens, spec.max_context_tokens)
+
+
+def check_head(num_tokens: int, spec: ModelSpec) -> None:
+    """Judges a text by how many tokens its first `HEAD_CHARS_PER_TOKEN` characters per token of the context have: the
+    rest need not be looked at then. What follows may cut the last word differently, hence the margin. Raises
+    `PromptTooLong`."""
+    if num_tokens > 2 * spec.max_context_tokens:
+        raise PromptTooLong(
+            f"the prompt's beginning alone has {num_tokens} tokens; the context has {spec.max_context_tokens}",
+            field="prompt",
+        )
 
 
 def check_load(num_live_sequences: int, num_new: int) -> None:

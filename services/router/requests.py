@@ -23,7 +23,7 @@ from common.replica_messages import replica_key
 from common.text import TextCodec
 from dejavu.errors import DejavuError, InvalidParameter, PromptTooLong, RequestConflict
 from dejavu.wire import Accepted, Ended, RouterMessage, Submit, TokenFrame, Tokens, WireError
-from services.router.admission import check_form, check_load, check_tokens
+from services.router.admission import HEAD_CHARS_PER_TOKEN, check_form, check_head, check_load, check_tokens
 from services.router.ledger import Choice, Delivery, Ledger, Request, TokenGap, new_request
 from services.router.placement import PipelineView, place, prompt_capacity
 from services.router.status import Journal
@@ -87,6 +87,9 @@ class Requests:
             return submit.prompt
         if self._codec is None:
             raise InvalidParameter("this model has no tokenizer: send token ids", field="prompt")
+        head = submit.prompt[: HEAD_CHARS_PER_TOKEN * self._spec.max_context_tokens]
+        if len(head) < len(submit.prompt):
+            check_head(len(self._codec.encode(head)), self._spec)
         return self._codec.encode(submit.prompt)
 
     def accept(self, client: bytes, submit: Submit, prompt_ids: list[int]) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import Admit, Message, Orphans, PipelineReady
 from common.model.spec import load_spec
+from common.text import TextCodec
+from dejavu.errors import PromptTooLong
 from dejavu.params import SamplingParams
 from dejavu.wire import RouterMessage, Submit
 from services.router.placement import PipelineView
@@ -56,6 +60,15 @@ def test_a_begun_request_goes_where_it_lives() -> None:
     assert sent.admitted == [], "token-1 may have it"
     requests.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
     assert [(name, admit.forced[:4]) for name, admit in sent.admitted] == [("token-1-stage-0", b"\x08\0\0\0")]
+
+
+def test_a_text_that_cannot_fit_is_judged_by_its_beginning() -> None:
+    spec = load_spec("models/tiny")
+    requests = Requests(spec, TextCodec.load("models/tiny"), Sent(), Journal(), "me")
+    fits = Submit("r", "Once upon a time " * 100, SamplingParams())
+    assert len(requests.tokenise(fits)) < spec.max_context_tokens
+    with pytest.raises(PromptTooLong, match="prompt: the prompt's beginning alone"):
+        requests.tokenise(Submit("r", "ab " * 1_300_000, SamplingParams()))
 
 
 def test_new_requests_and_lost_pipelines_do_not_wait() -> None:

@@ -1,5 +1,7 @@
 import json
 import random
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -95,6 +97,26 @@ def cut(text: str, stops: list[str]) -> str:
         if found:
             return text[: end - max(found)]
     return text
+
+
+def test_a_long_prompt_leaves_the_interpreter_to_others() -> None:
+    codec = TextCodec.load(SHIPPED)
+    assert codec is not None
+    ticks: list[float] = []
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(0.001):
+            ticks.append(time.monotonic())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    began_s = time.monotonic()
+    codec.encode("ab " * 200_000)
+    took_s = time.monotonic() - began_s
+    over.set()
+    ticking.join()
+    assert any(began_s + 0.2 * took_s < at_s < began_s + 0.8 * took_s for at_s in ticks)
 
 
 def test_pieces_join_to_the_decoded_text(codec: TextCodec) -> None:
