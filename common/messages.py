@@ -1,5 +1,6 @@
 """What services say to each other, grouped by who receives: `RouterInboxMessage`, `StageInboxMessage` and
-`StoreInboxMessage` (whose own part is in `replica_messages`).
+`StoreInboxMessage`. What is about copies of KV is in `replica_messages`, what is about its hand-off in
+`handoff_messages`.
 
 One ZeroMQ message is the encoded struct, followed by an optional payload frame (hidden states of a `Step`).
 Whatever depends on who owns a pipeline carries that pipeline's epoch; older epochs are refused at the door.
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from common.handoff_messages import FencedOff, FenceOff, Handoff, HandoffEnded, KvArrived, KvConfirmed, LetGo
 from common.replica_messages import (
     Claim,
     Claimed,
@@ -164,16 +166,6 @@ class CancelSequence(msgspec.Struct, frozen=True, array_like=True, tag="cancel_s
     sequence_id: str
 
 
-class Handoff(msgspec.Struct, frozen=True, array_like=True):
-    """Where a prefill's KV goes: the granted blocks of a token pipeline at an epoch. The first `start` tokens' is
-    there already."""
-
-    pipeline: str
-    epoch: int
-    blocks: list[int]
-    start: int = 0
-
-
 class Prefill(msgspec.Struct, frozen=True, array_like=True, tag="prefill"):
     """Token driver to prompt driver: the grant (blocks for these tokens and one more) and the work.
     `token_ids` = prompt + known output; the next token is drawn from it. What the store `held_by` has in `held` need
@@ -205,73 +197,6 @@ class FirstToken(msgspec.Struct, frozen=True, array_like=True, tag="first_token"
     attempt: int
     drawn: Drawn
     num_computed: int
-
-
-class KvArrived(msgspec.Struct, frozen=True, array_like=True, tag="kv_arrived"):
-    """Prompt stage to token stage: these tokens' KV of `layers` (absolute, end exclusive) lies in your pool.
-
-    `token_hash` is the hash of the token ids up to the range's end; it is part of what `checksum` binds.
-    """
-
-    epoch: int
-    sequence_id: str
-    attempt: int
-    layers: tuple[int, int]
-    start: int
-    num_tokens: int
-    blocks: list[int]
-    token_hash: bytes
-    checksum: int
-
-
-class KvConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="kv_confirmed"):
-    """Token stage to its driver: tokens [start, start + num_tokens) of `layers` were verified (or found corrupt)."""
-
-    epoch: int
-    sequence_id: str
-    attempt: int
-    layers: tuple[int, int]
-    start: int
-    num_tokens: int
-    intact: bool
-
-
-class HandoffEnded(msgspec.Struct, frozen=True, array_like=True, tag="handoff_ended"):
-    """Prompt stage to token driver: it will write nothing more for this attempt; `error` if a write failed. What it
-    wrote before may yet arrive until what is `unconfirmed` (name: oldest epoch) has been fenced off."""
-
-    epoch: int
-    sequence_id: str
-    attempt: int
-    stage_index: int
-    num_stages: int
-    error: str | None = None
-    unconfirmed: dict[str, int] = {}
-
-
-class LetGo(msgspec.Struct, frozen=True, array_like=True, tag="let_go"):
-    """Prompt stage to its driver: nothing reads the blocks of this closed prompt any more."""
-
-    epoch: int
-    sequence_id: str
-    attempt: int
-
-
-class FenceOff(msgspec.Struct, frozen=True, array_like=True, tag="fence_off"):
-    """Token driver to each of its stages: let nobody write to your pool under older epochs than these (by the name of
-    what the epoch belongs to: a pipeline, or a link)."""
-
-    epoch: int
-    oldest: dict[str, int]
-
-
-class FencedOff(msgspec.Struct, frozen=True, array_like=True, tag="fenced_off"):
-    """Answers `FenceOff` once nothing of older epochs can change the pool any more: as long as a writer that cannot be
-    refused has not ended there is no answer."""
-
-    epoch: int
-    stage_index: int
-    oldest: dict[str, int]
 
 
 class SequenceOpen(msgspec.Struct, frozen=True, array_like=True):

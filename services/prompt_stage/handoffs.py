@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
+from common.handoff_messages import HandoffEnded, KvArrived
 from common.kv.checksum import hash_tokens
 from common.kv.choice import restricted
 from common.kv.errors import LinkError
@@ -19,7 +20,7 @@ from common.kv.link import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.stream import Arrival, HandoffSpan, HandoffWriter
 from common.membership import PipelineRecord
-from common.messages import HandoffEnded, KvArrived, Message, SequenceOpen, Step, pack_ids
+from common.messages import Message, SequenceOpen, Step, pack_ids
 from common.stage.worker import StageSequence
 from dejavu.errors import ProtocolError
 

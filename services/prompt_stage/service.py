@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, assert_never
 
+from common.handoff_messages import HandoffEnded, LetGo
 from common.kv.checksum import hash_tokens
 from common.kv.errors import LinkError
 from common.kv.stream import HandoffSpan
@@ -15,8 +16,6 @@ from common.membership import MemberRecord, PipelineRecord
 from common.messages import (
     CancelPrefill,
     FirstToken,
-    HandoffEnded,
-    LetGo,
     Prefill,
     SequenceOpen,
     StageInboxMessage,

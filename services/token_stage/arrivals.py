@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
+from common.handoff_messages import KvArrived, KvConfirmed
 from common.kv.arrival import verify_arrival
 from common.kv.pool import KvPool
-from common.messages import KvArrived, KvConfirmed
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from common.handoff_messages import FencedOff, FenceOff
 from common.kv.server import PoolServer
 from common.membership import MemberRecord
-from common.messages import FencedOff, FenceOff
 from common.process import is_over
 
 logger = logging.getLogger(__name__)

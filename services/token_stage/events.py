@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import assert_never
 
-from common.messages import FencedOff, FirstToken, HandoffEnded, KvConfirmed
+from common.handoff_messages import FencedOff, HandoffEnded, KvConfirmed
+from common.messages import FirstToken
 from common.replica_messages import Claimed, Located, Pulled, Replicated
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action

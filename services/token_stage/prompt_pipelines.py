@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from common.handoff_messages import Handoff
 from common.membership import PipelineRecord
-from common.messages import Admit, Handoff, PipelineReady, Prefill, pack_ids
+from common.messages import Admit, PipelineReady, Prefill, pack_ids
 from services.token_stage.sequence import Grant
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, assert_never
 
+from common.handoff_messages import FencedOff, FenceOff, KvArrived, KvConfirmed
 from common.kv.checksum import hash_tokens
 from common.kv.server import PoolServer
 from common.membership import MemberRecord, PipelineRecord
@@ -17,10 +18,6 @@ from common.messages import (
     Admit,
     CancelPrefill,
     CancelSequence,
-    FencedOff,
-    FenceOff,
-    KvArrived,
-    KvConfirmed,
     Orphans,
     PipelineReady,
     ProducedToken,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from common.handoff_messages import Handoff
 from common.kv.fence import Fence
-from common.messages import Drawn, Handoff, Prefill, Step, pack_ids
+from common.messages import Drawn, Prefill, Step, pack_ids
 from services.prompt_stage.scheduler import Action as PromptAction
 from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler, PullHeld
 from services.token_stage.sequence import Action, Grant, StopPrefill

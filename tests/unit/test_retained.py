@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from common.messages import Drawn, Handoff, Prefill, Step, pack_ids
+from common.handoff_messages import Handoff
+from common.messages import Drawn, Prefill, Step, pack_ids
 from dejavu.params import SamplingParams
 from services.prompt_stage.retained import Kept, Retained, num_common
 from services.prompt_stage.scheduler import DeliverFirst, PromptScheduler

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from common.messages import Drawn, Handoff, Prefill, Step, pack_ids
+from common.handoff_messages import Handoff
+from common.messages import Drawn, Prefill, Step, pack_ids
 from dejavu.params import SamplingParams
 from services.prompt_stage.scheduler import Action as PromptAction
 from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler

@@ -1,0 +1,85 @@
+"""What is said about KV on its way into a token pipeline's pool: where it goes, what has arrived, who writes no more.
+
+A part of what stages receive (`messages.StageInboxMessage`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Handoff(msgspec.Struct, frozen=True, array_like=True):
+    """Where a prefill's KV goes: the granted blocks of a token pipeline at an epoch. The first `start` tokens' is
+    there already."""
+
+    pipeline: str
+    epoch: int
+    blocks: list[int]
+    start: int = 0
+
+
+class KvArrived(msgspec.Struct, frozen=True, array_like=True, tag="kv_arrived"):
+    """Prompt stage to token stage: these tokens' KV of `layers` (absolute, end exclusive) lies in your pool.
+
+    `token_hash` is the hash of the token ids up to the range's end; it is part of what `checksum` binds.
+    """
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    layers: tuple[int, int]
+    start: int
+    num_tokens: int
+    blocks: list[int]
+    token_hash: bytes
+    checksum: int
+
+
+class KvConfirmed(msgspec.Struct, frozen=True, array_like=True, tag="kv_confirmed"):
+    """Token stage to its driver: tokens [start, start + num_tokens) of `layers` were verified (or found corrupt)."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    layers: tuple[int, int]
+    start: int
+    num_tokens: int
+    intact: bool
+
+
+class HandoffEnded(msgspec.Struct, frozen=True, array_like=True, tag="handoff_ended"):
+    """Prompt stage to token driver: it will write nothing more for this attempt; `error` if a write failed. What it
+    wrote before may yet arrive until what is `unconfirmed` (name: oldest epoch) has been fenced off."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+    stage_index: int
+    num_stages: int
+    error: str | None = None
+    unconfirmed: dict[str, int] = {}
+
+
+class LetGo(msgspec.Struct, frozen=True, array_like=True, tag="let_go"):
+    """Prompt stage to its driver: nothing reads the blocks of this closed prompt any more."""
+
+    epoch: int
+    sequence_id: str
+    attempt: int
+
+
+class FenceOff(msgspec.Struct, frozen=True, array_like=True, tag="fence_off"):
+    """Token driver to each of its stages: let nobody write to your pool under older epochs than these (by the name of
+    what the epoch belongs to: a pipeline, or a link)."""
+
+    epoch: int
+    oldest: dict[str, int]
+
+
+class FencedOff(msgspec.Struct, frozen=True, array_like=True, tag="fenced_off"):
+    """Answers `FenceOff` once nothing of older epochs can change the pool any more: as long as a writer that cannot be
+    refused has not ended there is no answer."""
+
+    epoch: int
+    stage_index: int
+    oldest: dict[str, int]
