@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import logging
 import os
@@ -19,7 +18,7 @@ from common.etcd.client import EtcdClient
 from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
 from common.membership import Election, MemberRecord, Membership, PipelineRecord
-from common.messages import Beat, Orphans, PipelineReady, SequenceFailed, StatsQuery, StatsReply, Stop, TokensProduced
+from common.messages import Beat, Orphans, PipelineReady, SequenceFailed, StatsReply, Stop, TokensProduced
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
 from common.process import own_incarnation
@@ -33,11 +32,11 @@ from services.router.cluster import Cluster
 from services.router.conversion import end_of_pipeline
 from services.router.etcd_watch import watch_etcd
 from services.router.requests import LONG_TEXT_CHARS, Requests, wire_error
-from services.router.status import Journal, StatsRound, describe
+from services.router.stats_queries import StatsQueries
+from services.router.status import Journal, describe
 
 logger = logging.getLogger(__name__)
 
-STATS_WAIT_S = 0.5
 FAREWELL_S = 0.2
 """Time for the last answer to leave."""
 MAX_UNREAD_MESSAGES = 65536
@@ -76,8 +75,7 @@ class RouterService:
         self._clients = Clients()
         self._reports: dict[str, PipelineReady] = {}
         self._monitor = LoopMonitor()
-        self._queries: dict[int, StatsRound] = {}
-        self._num_queries = 0
+        self._queries = StatsQueries(options.name, self._peers.send)
         self._is_live = False
         """about to register; before that there is nothing to say to anybody"""
         self._is_draining = False
@@ -306,9 +304,7 @@ class RouterService:
             case SequenceFailed():
                 self._requests.sequence_failed(message)
             case StatsReply():
-                query = self._queries.get(message.query_id)
-                if query is not None:
-                    query.add(message.name, msgspec.msgpack.decode(message.stats))
+                self._queries.answered(message)
 
     def _pipeline_ready(self, ready: PipelineReady) -> None:
         """A driver reports as soon as it sees this router, which may be before this router sees the pipeline."""
@@ -353,17 +349,7 @@ class RouterService:
 
     async def _answer_status(self, client: bytes, query_id: int) -> None:
         """Asks every stage for its figures and answers with those that came in time."""
-        self._num_queries += 1
-        number = self._num_queries
-        asked = [m.name for m in self._cluster.members.values() if m.role != "router"]
-        query = self._queries[number] = StatsRound(set(asked))
-        for name in asked:
-            self._peers.send(name, StatsQuery(number, self._options.name))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STATS_WAIT_S):
-                await query.complete.wait()
-        del self._queries[number]
-        replies = query.replies
+        replies = await self._queries.ask(m.name for m in self._cluster.members.values() if m.role != "router")
         replies[self._options.name] = {"loop": self._monitor.figures(), "link": "zmq"}
         live = {"requests": len(self._requests.ledger), "sequences": self._requests.ledger.num_sequences}
         document = describe(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections import Counter, deque
@@ -33,24 +32,6 @@ class Journal:
     @property
     def events(self) -> list[dict[str, Any]]:
         return list(self._events)
-
-
-class StatsRound:
-    """The answers to one query; `complete` is set when all that were asked have answered."""
-
-    def __init__(self, asked: set[str]) -> None:
-        self.replies: dict[str, dict[str, Any]] = {}
-        self.complete = asyncio.Event()
-        self._missing = asked
-        if not asked:
-            self.complete.set()
-
-    def add(self, name: str, stats: dict[str, Any]) -> None:
-        """The answer of one service."""
-        self._missing.discard(name)
-        self.replies[name] = stats
-        if not self._missing:
-            self.complete.set()
 
 
 def describe(
