@@ -11,7 +11,7 @@ from dejavu.errors import InvalidParameter
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 ENDPOINTS_FILE = "endpoints"
-_FORM = re.compile(r"tcp://\S+:\d+|ipc://\S+")
+_FORM = re.compile(r"tcp://\S+:(?P<port>\d{1,9})|ipc://\S+")
 
 
 def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
@@ -26,7 +26,8 @@ def find_endpoints(endpoint: str | Sequence[str] | None, environment: Mapping[st
     parts = given.split(",") if isinstance(given, str) else list(given)
     endpoints = list(dict.fromkeys(part.strip() for part in parts if part.strip())) or [DEFAULT_ENDPOINT]
     for candidate in endpoints:
-        if not _FORM.fullmatch(candidate):
+        form = _FORM.fullmatch(candidate)
+        if form is None or int(form["port"] or 0) > 65535:
             raise InvalidParameter(f"{candidate!r} is not of the form tcp://HOST:PORT", field="endpoint")
     return endpoints
 

@@ -156,6 +156,7 @@ def _add_parts(add: Callable[..., Any]) -> None:
     """Which model, and how many processes of which kind."""
     add(
         "--model",
+        type=_text,
         default=str(ROOT / "models" / "tiny"),
         metavar="DIR_OR_HUB_ID",
         help="Hugging Face checkpoint",
@@ -252,11 +253,12 @@ def _add_stages(add: Callable[..., Any]) -> None:
 
 def _add_surroundings(add: Callable[..., Any]) -> None:
     """Where the system listens and keeps its things."""
-    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--host", type=_text, default="127.0.0.1", help="address to listen on")
     add("--port", type=_port, default=5555, help="where clients connect (0: any free port)")
     add("--etcd", metavar="URL", help="use this etcd instead of a private one")
     add(
         "--state-dir",
+        type=_text,
         default=str(DEFAULT_STATE_DIR),
         metavar="DIR",
         help="endpoints for clients on this machine",
@@ -279,6 +281,12 @@ def _host_bytes(arguments: argparse.Namespace) -> int:
 def _durability(text: str) -> str:
     if not is_durability(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not async, lag:k or sync")
+    return text
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
     return text
 
 

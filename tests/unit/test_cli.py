@@ -171,6 +171,7 @@ def test_status_says_what_the_device_is_used_for() -> None:
         (["generate"], 2, "TEXT"),
         (["dance"], 2, "dance"),
         (["generate", "Tell", "--temperature", "-1"], 1, "dejavu: error: temperature: "),
+        (["status", "--endpoint", "tcp://here:65536"], 1, "dejavu: error: endpoint: 'tcp://here:65536' is not of"),
         (["status", "--endpoint", "here"], 1, "dejavu: error: endpoint: 'here' is not of the form"),
     ],
 )

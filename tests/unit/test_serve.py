@@ -1,9 +1,12 @@
-"""What `dejavu serve` leaves for clients on its machine."""
+"""What `dejavu serve` takes, and what it leaves for clients on its machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from deploy.options import parse_options
 from deploy.serve import endpoints_file
 
 
@@ -15,3 +18,10 @@ def test_the_end_of_a_system_hides_no_other_that_began_later(tmp_path: Path) -> 
         first.__exit__(None, None, None)
         assert file.read_text().split() == ["tcp://h:2", "tcp://h:3"]
     assert not file.exists()
+
+
+@pytest.mark.parametrize("option", ["--host", "--model", "--state-dir"])
+def test_nothing_is_no_place(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(["--port", "0", option, ""])
+    assert f"argument {option}: is empty" in capsys.readouterr().err
