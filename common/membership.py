@@ -58,7 +58,8 @@ LEAVE_LIMIT_S = 1.0
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
-    """What a service tells the others. `layers` is [first, end); `endpoint` is that of its inbox."""
+    """What a service tells the others. `layers` is [first, end); `endpoint` is that of its inbox; `pid` is its number
+    on `machine` (`common.process.own_machine`), while `host` is for people."""
 
     name: Name
     role: Word
@@ -72,6 +73,7 @@ class MemberRecord(msgspec.Struct, frozen=True):
     layers: tuple[Count, Count] | None
     state: Word
     detail: Annotated[dict[Word, Text | int | float], msgspec.Meta(max_length=32)] = {}
+    machine: Word = ""
 
 
 class PipelineRecord(msgspec.Struct, frozen=True):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -69,17 +69,34 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
-def is_over(host: str, pid: int) -> bool:
-    """Whether a process that is said to run, or to have run, on `host` is certain to run no more; False where that
-    cannot be known. A number that is in use again tells nothing."""
-    if host != socket.gethostname() or not Path("/proc/self").exists():
+def own_machine() -> str:
+    """Names the machine, and on it the container, within which process numbers mean what they mean here; "" where that
+    cannot be known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino:x}"
+    except OSError:
+        return ""
+
+
+async def has_ended(machine: str, pid: int) -> bool:
+    """Returns True once a process that is said to run, or to have run, on `machine` runs no more, with all its threads;
+    False, at once, where that cannot be known."""
+    if not machine or machine != own_machine():
         return False
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
-    except FileNotFoundError:
-        return True
-    except (OSError, IndexError):
-        return False
+        process = os.pidfd_open(pid)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(process, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(process)
+        os.close(process)
+    return True
 
 
 def run_delay_s(pid: int) -> float:

@@ -7,6 +7,7 @@ import socket
 
 from common.membership import MemberRecord
 from common.model.spec import ModelSpec, load_spec
+from common.process import own_machine
 from common.stage.options import StageOptions
 from dejavu.errors import ConfigurationError
 
@@ -35,4 +36,5 @@ def stage_record(options: StageOptions, incarnation: str, endpoint: str, details
         layers=options.layers,
         state="standby" if options.is_standby else "active",
         detail={"colocated": int(options.is_colocated), "other_pipeline": options.other_pipeline, **details},
+        machine=own_machine(),
     )

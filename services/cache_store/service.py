@@ -24,7 +24,7 @@ from common.messages import StatsQuery, StatsReply, Stop, StoreInboxMessage
 from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
-from common.process import own_incarnation
+from common.process import own_incarnation, own_machine
 from common.replica_messages import Claim, Claimed, Forget, Locate, Located, Replicate, Replicated, replica_key
 from services.cache_store.disk import DiskTier
 from services.cache_store.keeper import Keeper
@@ -159,6 +159,7 @@ class CacheStore:
             layers=None,
             state="active",
             detail={"kv_offer": kv_offer},
+            machine=own_machine(),
         )
 
     async def _watch_members(self) -> None:

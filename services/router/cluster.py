@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 from common.etcd.errors import EtcdUnavailable
 from common.membership import (
@@ -20,10 +20,10 @@ from common.membership import (
 )
 from common.messages import Stop
 from common.peers import Peers
-from common.process import is_stopped, kill_process, run_delay_s
 from common.succession import is_retired
 from dejavu.errors import InvalidParameter, Unavailable
 from services.router.evictions import Evictions
+from services.router.neighbours import Neighbours
 from services.router.pipelines import is_spare, missing_pipelines, stand_in
 from services.router.status import Journal
 from services.router.watchdog import TICK_S, Suspicion, Watchdog
@@ -37,7 +37,7 @@ DRAIN_LIMIT_S = 20.0
 class Cluster:
     """Members, published pipelines and the leader. `on_record(record)` hears of every publication, `on_lost(pipeline)`
     of a pipeline that has lost a stage, `on_lead(router)` that we lead after `router`; `is_ready(pipeline)` says
-    whether it works again."""
+    whether it works again. `neighbours` are the members of this machine."""
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class Cluster:
         election: Election,
         peers: Peers,
         journal: Journal,
+        neighbours: Neighbours,
         *,
         may_kill: bool,
         on_record: Callable[[PipelineRecord], None],
@@ -62,6 +63,7 @@ class Cluster:
         self._election = election
         self._peers = peers
         self._journal = journal
+        self._neighbours = neighbours
         self._may_kill = may_kill
         self._on_record = on_record
         self._on_lost = on_lost
@@ -75,11 +77,10 @@ class Cluster:
         self._converting = ""  # the pipeline that is being ended
         self._evicted: dict[str, str] = {}
         """the latest incarnation of each name that was taken for dead"""
-        self.watchdog = Watchdog(
-            lambda member: _is_here(member) and is_stopped(member.pid),
-            lambda member: run_delay_s(member.pid) if _is_here(member) else 0.0,
-        )
         self._evictions = Evictions(membership)
+        self._ended: set[str] = set()
+        """incarnations that were seen to end before etcd has said so"""
+        self.watchdog = Watchdog(neighbours.is_stopped, neighbours.run_delay_s)
 
     async def run(self) -> None:
         """Follows and leads until cancelled."""
@@ -100,14 +101,19 @@ class Cluster:
     async def _watch_members(self) -> None:
         async for event in self._membership.watch():
             match event:
-                case MemberJoined(record) | MemberChanged(record):
+                case MemberJoined(record) | MemberChanged(record) if record.incarnation not in self._ended:
+                    self._neighbours.meet(record)
                     await self._peers.connect(record.name, record.endpoint)
                     if self._evicted.get(record.name) == record.incarnation:
                         del self._evicted[record.name]
                         self._journal.counters["false_failovers"] += 1
                     self.members[record.name] = record
                 case MemberLost(record):
-                    self._lost(record)
+                    self._neighbours.part(record)
+                    if record.incarnation in self._ended:
+                        self._ended.discard(record.incarnation)
+                    else:
+                        self._lost(record)
             self._changed.set()
 
     def _lost(self, record: MemberRecord) -> None:
@@ -164,15 +170,27 @@ class Cluster:
         nobody."""
         while True:
             await asyncio.sleep(TICK_S)
+            self._note_ends()
             if not self._membership.is_seen() or self._name not in self.members:
                 self.watchdog.pause()
                 continue
             others = [member for member in self.members.values() if member.name != self._name]
             watched = [member for member in others if self._may_judge(member)]
             for suspicion in self.watchdog.suspects(watched, time.monotonic()):
-                self._evict(suspicion)
+                self._suspect(suspicion)
 
-    def _evict(self, suspicion: Suspicion) -> None:
+    def _note_ends(self) -> None:
+        """Who ends on this machine will not come back: nobody has to wait for etcd to hear of it. It is told by whoever
+        would judge it, too."""
+        for record in list(self.members.values()):
+            if self._neighbours.is_ending(record):
+                self._ended.add(record.incarnation)
+                if self._may_judge(record):
+                    self._evictions.begin(record, partial(self._may_judge, record))
+                self._lost(record)
+                self._changed.set()
+
+    def _suspect(self, suspicion: Suspicion) -> None:
         """First the process is killed, where we can, so that it never wakes up again; then its lease is ended, which
         tells everybody."""
         record = suspicion.record
@@ -182,7 +200,7 @@ class Cluster:
         self.watchdog.lost(record.name)
         self._evicted[record.name] = record.incarnation
         self._journal.note("suspected", record.name, reason=suspicion.reason, pid=record.pid)
-        is_dead = self._may_kill and _is_here(record) and kill_process(record.pid)
+        is_dead = self._may_kill and self._neighbours.kill(record)
         self._evictions.begin(
             record, lambda: self._may_judge(record) and (is_dead or not self.watchdog.is_well(record))
         )
@@ -240,7 +258,3 @@ class Cluster:
                     await asyncio.sleep(TICK_S)
         except TimeoutError:
             raise Unavailable(f"not done within {DRAIN_LIMIT_S:g} s; see `dejavu status`") from None
-
-
-def _is_here(member: MemberRecord) -> bool:
-    return member.host == socket.gethostname()

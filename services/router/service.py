@@ -21,7 +21,7 @@ from common.membership import Election, MemberRecord, Membership, PipelineRecord
 from common.messages import Beat, Orphans, PipelineReady, SequenceFailed, StatsReply, Stop, TokensProduced
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
-from common.process import own_incarnation
+from common.process import own_incarnation, own_machine
 from common.service import DRAIN_SIGNAL
 from common.text import TextCodec
 from dejavu import wire
@@ -31,6 +31,7 @@ from services.router.clients import Clients
 from services.router.cluster import Cluster
 from services.router.conversion import end_of_pipeline
 from services.router.etcd_watch import watch_etcd
+from services.router.neighbours import Neighbours
 from services.router.requests import LONG_TEXT_CHARS, Requests, wire_error
 from services.router.stats_queries import StatsQueries
 from services.router.status import Journal, describe
@@ -71,6 +72,7 @@ class RouterService:
         self._incarnation = own_incarnation()
         self._peers = Peers(f"{options.name}.{self._incarnation}")
         self._journal = Journal()
+        self._neighbours = Neighbours()
         self._requests = Requests(spec, codec, self, self._journal, self._incarnation)
         self._clients = Clients()
         self._reports: dict[str, PipelineReady] = {}
@@ -121,6 +123,7 @@ class RouterService:
             layers=None,
             state="active",
             detail={"client_endpoint": self._public.endpoint},
+            machine=own_machine(),
         )
         try:
             async with (
@@ -132,6 +135,7 @@ class RouterService:
             self._public.close()
             self._inbox.close()
             self._peers.close()
+            self._neighbours.close()
 
     async def _listen(self, address: str) -> Inbox:
         """Waits a little for a port that is taken: a client that kept trying it while we were dead may have met itself
@@ -161,6 +165,7 @@ class RouterService:
             Election(etcd, options.cluster, membership.lease, options.name, self._public.endpoint),
             self._peers,
             self._journal,
+            self._neighbours,
             may_kill=options.may_kill,
             on_record=self._pipeline_published,
             on_lost=self._requests.pipeline_lost,

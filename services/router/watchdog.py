@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from common.membership import MemberRecord
 
-TICK_S = 0.05
+TICK_S = 0.03
 STOPPED_AFTER_S = 0.35
 """Silence after which it is worth looking whether the process was stopped."""
 SILENT_AFTER_S = 1.2

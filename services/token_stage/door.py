@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
 from common.handoff_messages import FencedOff, FenceOff
+from common.kv.errors import LinkLost
 from common.kv.server import PoolServer
 from common.membership import MemberRecord
-from common.process import is_over
+from common.process import has_ended
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +45,11 @@ class Door:
         tell(FencedOff(fence.epoch, self._stage_index, fence.oldest))
 
     async def writer_lost(self, writer: MemberRecord) -> None:
-        """A prompt stage has lost its lease. What it had begun is over if its process is, which can be seen here where
-        it ran on this host."""
-        if is_over(writer.host, writer.pid):
-            await self._server.bury(writer.incarnation)
+        """A prompt stage is gone. What it had begun is over once its process is, which can be seen here where it ran on
+        this machine; returns then."""
+        if await has_ended(writer.machine, writer.pid):
+            with contextlib.suppress(LinkLost):  # we end, too
+                await self._server.bury(writer.incarnation)
 
     def stats(self) -> dict[str, object]:
         """Who reaches our pool at present, and over which links, for `status`."""

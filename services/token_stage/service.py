@@ -247,7 +247,7 @@ class TokenStage(StageService):
             await self._pulls.store_lost(record.name)
             self._guests.left(record.name)
         elif record.role == "prompt_stage":
-            await self._door.writer_lost(record)
+            self.in_background(self._door.writer_lost(record))
         if self._scheduler is None:
             return
         if record.role in ("cache_store", "prompt_stage"):

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import pytest
 
 from common.etcd.client import Operation, Put
 from common.etcd.errors import EtcdUnavailable
@@ -21,8 +20,8 @@ from common.membership import Election, MemberRecord, Membership, MemberSupersed
 from common.messages import Beat, Message, Stop
 from common.peers import Peers, beat
 from deploy.obituary import Obituaries
-from services.router import cluster as cluster_module
 from services.router.cluster import Cluster
+from services.router.neighbours import Neighbours
 from services.router.status import Journal
 from tests.unit.simulated_etcd import SimulatedClient, SimulatedEtcd
 from tests.unit.virtual_time import Process
@@ -87,6 +86,30 @@ class SimulatedPeers(Peers):
             del self._known[name]
 
 
+class SimulatedNeighbours(Neighbours):
+    """What the operating system says of simulated processes."""
+
+    def __init__(self, world: ClusterWorld) -> None:
+        super().__init__()
+        self._world = world
+
+    def meet(self, record: MemberRecord) -> None:
+        pass
+
+    def is_ending(self, record: MemberRecord) -> bool:
+        return self._world.sees_ends and self._world.by_pid[record.pid].process.is_dead
+
+    def is_stopped(self, record: MemberRecord) -> bool:
+        return self._world.by_pid[record.pid].process.is_stopped
+
+    def run_delay_s(self, record: MemberRecord) -> float:
+        return 0.0
+
+    def kill(self, record: MemberRecord) -> bool:
+        self._world.kill(self._world.by_pid[record.pid])
+        return True
+
+
 @dataclass
 class Life:
     """A process of a service, from its start to its end."""
@@ -119,7 +142,7 @@ class WatchedJournal(Journal):
 class ClusterWorld:
     """`lives` are the present processes by name; `violations` what must not have happened."""
 
-    def __init__(self, seed: int, patch: pytest.MonkeyPatch, *, may_kill: bool = True) -> None:
+    def __init__(self, seed: int, *, may_kill: bool = True) -> None:
         self.draws = random.Random(seed)
         self.etcd = SimulatedEtcd(self.draws, self._check_write)
         self.lives: dict[str, Life] = {}
@@ -127,15 +150,14 @@ class ClusterWorld:
         self.published: list[tuple[float, PipelineRecord]] = []
         self._may_kill = may_kill
         self._num_pids = 0
-        self._by_pid: dict[int, Life] = {}
+        self.by_pid: dict[int, Life] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.background: asyncio.Task[None] | None = None
         parent = Process("parent", "0", 0)
         self._obituaries = Obituaries("http://simulated:1", CLUSTER)
         self._obituaries._client = SimulatedClient(self.etcd, parent)
-        patch.setattr(cluster_module, "is_stopped", lambda pid: self._by_pid[pid].process.is_stopped)
-        patch.setattr(cluster_module, "run_delay_s", lambda pid: 0.0)
-        patch.setattr(cluster_module, "kill_process", self._killed_by_router)
+        self.sees_ends = self.draws.random() < 0.5
+        """what routers can see of who ends, as if they were on one machine with it"""
 
     @property
     def now_s(self) -> float:
@@ -147,7 +169,7 @@ class ClusterWorld:
         self._num_pids += 1
         process = Process(role.name, f"{self._num_pids}-{self._num_pids}", self._num_pids)
         life = Life(role, process, SimulatedClient(self.etcd, process))
-        self.lives[role.name] = self._by_pid[process.pid] = life
+        self.lives[role.name] = self.by_pid[process.pid] = life
         process.start(self._live(life))
 
     async def _live(self, life: Life) -> None:
@@ -181,6 +203,7 @@ class ClusterWorld:
         journal = WatchedJournal(self._check_judgement)
         return Cluster(
             life.role.name, membership, election, SimulatedPeers(life.process, self), journal,
+            SimulatedNeighbours(self),
             may_kill=self._may_kill, on_record=lambda record: None, on_lost=lambda pipeline: None,
             on_lead=lambda router: None, is_ready=lambda pipeline: True,
         )  # fmt: skip
@@ -218,10 +241,6 @@ class ClusterWorld:
         self.etcd.go_down()
 
         self._later(duration_s, lambda: self.etcd.come_up(was_stopped=was_stopped))
-
-    def _killed_by_router(self, pid: int) -> bool:
-        self.kill(self._by_pid[pid])
-        return True
 
     def _later(self, delay_s: float, happen: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(delay_s, happen)
@@ -265,7 +284,7 @@ class ClusterWorld:
         """Whoever is suspected or taken for dead has suffered something, or is dead."""
         if kind not in ("suspected", "detected"):
             return
-        since_s = self.now_s - self._by_pid[details["pid"]].ails_until_s
+        since_s = self.now_s - self.by_pid[details["pid"]].ails_until_s
         if since_s > (AFTERMATH_S if kind == "suspected" else FORGOTTEN_S):
             reason = details.get("reason", "its key vanished")
             self.violations.append(f"{kind} {service} ({reason}) {since_s:.1f} s after something ailed it")

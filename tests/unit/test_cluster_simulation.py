@@ -66,12 +66,11 @@ def _run(seed: int, act: Callable[[ClusterWorld], Coroutine[None, None, None]], 
     worlds: list[ClusterWorld] = []
 
     async def main() -> None:
-        worlds.append(ClusterWorld(seed, patch, may_kill=may_kill))
+        worlds.append(ClusterWorld(seed, may_kill=may_kill))
         await act(worlds[0])
         assert worlds[0].violations == [], worlds[0].violations
 
-    with pytest.MonkeyPatch.context() as patch:
-        run_virtually(main())
+    run_virtually(main())
     return worlds[0]
 
 

@@ -217,7 +217,7 @@ BUGS = [
     ),
     Bug("a new prompt epoch is not noticed", PROMPTS, instead(Intake, "pipeline_replaced", lambda *args: [])),
     Bug("a store's death is not noticed", STORES, instead(Intake, "store_lost", lambda *args: [])),
-    Bug("a deposed router publishes", CLUSTER, instead(Election, "guard", lambda self: is_absent("/nobody")), 20),
+    Bug("a deposed router publishes", CLUSTER, instead(Election, "guard", lambda self: is_absent("/nobody")), 30),
     Bug("an outage of etcd ends everybody", CLUSTER, instead(Lease, "settled_at_s", lambda self: 0.0)),
     Bug("who has lost its lease judges others", CLUSTER, instead(Lease, "is_held", lambda self: True), 20),
     Bug(
@@ -237,8 +237,8 @@ BUGS = [
             instead(Roster, "delete", lambda *args: [])(patch),
         )[0],
     ),
-    Bug("a new router believes what it sees", CLUSTER, around(Lease, "grant", long_held), 80),
-    Bug("who could not judge counts that time", CLUSTER, around(Watchdog, "suspects", as_if_never_paused), 200),
+    Bug("a new router believes what it sees", CLUSTER, around(Lease, "grant", long_held), 40),
+    Bug("who could not judge counts that time", CLUSTER, around(Watchdog, "suspects", as_if_never_paused), 10),
     Bug(
         "nobody stands in",
         REPLACEMENT,
