@@ -75,6 +75,8 @@ class CacheStore:
         self._queue: asyncio.Queue[tuple[str, StoreInboxMessage]] = asyncio.Queue(MAX_WAITING_MESSAGES)
         self._records: dict[str, PipelineRecord] = {}
         self._record_changed = asyncio.Condition()
+        self._answers: dict[str, Replicated] = {}
+        """to the last batch of every pipeline"""
         self._routers: set[str] = set()
         self._monitor = LoopMonitor()
         self._counters = {"bad_frames": 0, "refused_frames": 0, "batches": 0}
@@ -213,11 +215,8 @@ class CacheStore:
             match message:
                 case Claim():
                     await self._claim(sender, message)
-                case Replicate(pipeline, epoch, batch, items):
-                    if self._counted(self._shelf.begin(pipeline, epoch, batch, items)):
-                        failed = await self._keeper.keep(pipeline, items)
-                        self._counters["batches"] += 1
-                        self._peers.send(sender, Replicated(self._options.name, epoch, batch, failed))
+                case Replicate():
+                    await self._replicate(sender, message)
                 case Locate():
                     is_asleep = self._shelf.is_asleep(replica_key(message.sequence_id))
                     if self._disk is None or not is_asleep or self._recalls.full():
@@ -228,6 +227,17 @@ class CacheStore:
                     if self._accepts(pipeline, epoch):
                         for key in keys:
                             self._shelf.forget(key)
+
+    async def _replicate(self, sender: str, asked: Replicate) -> None:
+        pipeline, epoch, batch = asked.pipeline, asked.epoch, asked.batch
+        answer = self._answers.get(pipeline)
+        if answer is None or (answer.epoch, answer.batch) != (epoch, batch):  # else it, or our answer, had been lost
+            if not self._counted(self._shelf.begin(pipeline, epoch, batch, asked.items)):
+                return
+            failed = await self._keeper.keep(pipeline, asked.items)
+            self._counters["batches"] += 1
+            answer = self._answers[pipeline] = Replicated(self._options.name, epoch, batch, failed)
+        self._peers.send(sender, answer)
 
     def _locate(self, sender: str, locate: Locate) -> None:
         if self._accepts(locate.pipeline, locate.epoch):

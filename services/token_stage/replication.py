@@ -20,6 +20,8 @@ from services.token_stage.sequence import Sequence
 MAX_BATCH_TOKENS = 8192
 RETRY_BATCHES = 64
 MIN_NEWS_TOKENS = 2
+REPEAT_S = 2.0
+"""What was not answered for so long is sent again: on the way to a store, or from it, it may have been lost."""
 
 ToStore = tuple[str, Claim | Replicate | Forget | Locate]
 
@@ -38,6 +40,9 @@ class _Store:
     behind: dict[str, Sequence] = field(default_factory=dict)
     reading: dict[str, tuple[Sequence, int, int]] | None = None
     batch: int = 0
+    asked: Claim | Replicate | None = None
+    """what it has not answered yet, sent at `asked_at_s`"""
+    asked_at_s: float = 0.0
     refused: dict[str, int] = field(default_factory=dict)
     """key -> number of the batch that may try it again"""
     forget: list[str] = field(default_factory=list)
@@ -92,7 +97,7 @@ class Replication:
         store = self._stores.get(name)
         if store is None:
             return
-        store.is_claimed = True
+        store.is_claimed, store.asked = True, None
         store.keys = set(keys)
         for sequence in self._sequences.values():
             self._note_behind(sequence)
@@ -180,19 +185,27 @@ class Replication:
 
     # ------------------------------------------------------------ sending
 
-    def flush(self) -> list[ToStore]:
-        """What to send now, in order."""
+    def flush(self, now_s: float = 0.0) -> list[ToStore]:
+        """What to send at `now_s`, in order."""
         claim = Claim(self._pipeline, self._epoch, self._num_batches)
         messages: list[ToStore] = [(name, claim) for name in self._claims]
+        for name in self._stores.keys() & set(self._claims):
+            self._stores[name].asked, self._stores[name].asked_at_s = claim, now_s
         self._claims = []
         for name, store in self._stores.items():
+            if store.asked is not None and now_s - store.asked_at_s >= REPEAT_S:
+                store.asked_at_s = now_s
+                messages.append((name, store.asked))
             if not store.is_claimed:
                 continue
-            if store.forget:
-                messages.append((name, Forget(self._pipeline, self._epoch, store.forget)))
-                store.forget = []
+            # what it is reading, for all that we know, it forgets afterwards
+            forget = [key for key in store.forget if key not in (store.reading or ())]
+            if forget:
+                messages.append((name, Forget(self._pipeline, self._epoch, forget)))
+                store.forget = [key for key in store.forget if key in (store.reading or ())]
             batch = self._next_batch(store)
             if batch is not None:
+                store.asked, store.asked_at_s = batch, now_s
                 messages.append((name, batch))
         return messages
 
@@ -248,7 +261,7 @@ class Replication:
 
     def _end_reading(self, store: _Store) -> list[Sequence]:
         sequences = [] if store.reading is None else [sequence for sequence, *_ in store.reading.values()]
-        store.reading = None
+        store.reading = store.asked = None
         for sequence in sequences:
             sequence.num_reads -= 1
         return sequences

@@ -6,8 +6,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from common.kv.checksum import hash_tokens
 from common.messages import Drawn, SequenceOpen, Step, pack_ids
-from common.replica_messages import HeldReplica
+from common.replica_messages import HeldReplica, Pull
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
 from services.token_stage.fences import Need
@@ -107,6 +108,14 @@ class Sequence:
         if not is_same or len(forced) < self.num_output - len(self.undelivered) - len(self.shown):
             return None
         return [produced for produced in self.shown if produced.index >= len(forced)]
+
+    def pull(self, epoch: int, held: HeldReplica) -> Pull:
+        """Has stages copy what its store holds into its blocks."""
+        token_hash = hash_tokens(pack_ids(self.tokens[: held.num_tokens]))
+        return Pull(
+            epoch, self.sequence_id, self.attempt, self.source, held.num_tokens, held.blocks, self.blocks, token_hash,
+            held.checksums,
+        )  # fmt: skip
 
     def opened(self) -> SequenceOpen:
         """What stages keep of it."""

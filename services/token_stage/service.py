@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any, assert_never
 
 from common.handoff_messages import FencedOff, FenceOff, KvArrived, KvConfirmed
-from common.kv.checksum import hash_tokens
 from common.kv.server import PoolServer
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import (
@@ -27,7 +26,6 @@ from common.messages import (
     Step,
     StepDone,
     TokensProduced,
-    pack_ids,
     unpack_ids,
 )
 from common.model.spec import ModelSpec
@@ -44,7 +42,7 @@ from services.token_stage.events import Event, take
 from services.token_stage.figures import driver_stats
 from services.token_stage.guests import Guests
 from services.token_stage.prompt_pipelines import PromptPipelines
-from services.token_stage.replication import Replication
+from services.token_stage.replication import REPEAT_S, Replication
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import (
     Action,
@@ -60,7 +58,6 @@ from services.token_stage.swapping import device_tier
 from services.token_stage.table import PipelineShape
 
 logger = logging.getLogger(__name__)
-
 
 ORPHAN_S = 30.0
 """How long a sequence whose router died waits for the next one to ask for it."""
@@ -150,7 +147,13 @@ class TokenStage(StageService):
         self._scheduler = TokenScheduler(shape, replication, device_tier(options.swap, stages))
         for record in self.records.values():
             self._fence_off_older(record)
-        self.pump()
+        self._remind(self._scheduler)
+
+    def _remind(self, scheduler: TokenScheduler) -> None:
+        """What nobody answers is sent again, also while nothing else happens."""
+        if scheduler is self._scheduler:
+            self.pump()
+            self.loop.call_later(REPEAT_S, self._remind, scheduler)
 
     def end_driver(self) -> None:
         self._totals = self._counts()
@@ -165,7 +168,7 @@ class TokenStage(StageService):
         super().pump()
         if self._scheduler is not None:
             self._send_fences(self._scheduler)
-            for store, message in self._scheduler.replication.flush():
+            for store, message in self._scheduler.replication.flush(time.monotonic()):
                 self.peers.send(store, message)
 
     def _send_fences(self, scheduler: TokenScheduler) -> None:
@@ -366,13 +369,7 @@ class TokenStage(StageService):
         sequence = None if self._scheduler is None else self._scheduler.restoring(sequence_id)
         if sequence is None or sequence.replica is None or self.record is None:
             return
-        held = sequence.replica
-        token_hash = hash_tokens(pack_ids(sequence.tokens[: held.num_tokens]))
-        wanted = Pull(
-            self.epoch, sequence_id, sequence.attempt, sequence.source, held.num_tokens, held.blocks,
-            sequence.blocks, token_hash, held.checksums,
-        )  # fmt: skip
-        for name, pull in shares(wanted, self.record):
+        for name, pull in shares(sequence.pull(self.epoch, sequence.replica), self.record):
             self._to_stage(name, pull)
 
     def _stop_prefill(self, sequence_id: str, attempt: int) -> None:
@@ -392,5 +389,4 @@ class TokenStage(StageService):
     def role_stats(self) -> dict[str, Any]:
         scheduler = self._scheduler
         driver = {} if scheduler is None else driver_stats(scheduler, self._counts(), self._pulls.received_bytes)
-        stats = {"kv_blocks": self.kv_blocks(), "handoff": self._arrivals.stats(), **self._door.stats()}
-        return stats | driver
+        return {"kv_blocks": self.kv_blocks(), "handoff": self._arrivals.stats(), **self._door.stats(), **driver}

@@ -120,6 +120,7 @@ async def test_the_copies_of_a_store_outlive_its_lease(shared_etcd: EtcdServer) 
         assert await ours.ask(Claim(PIPELINE, ours.epoch)) == Claimed(STORE, PIPELINE, ours.epoch, [])
         await ours.replicate(1, 0, 16)
         await ours.replicate(2, 16, 32)
+        await ours.replicate(2, 16, 32)  # asked once more: it cannot know that the answer has arrived
         await client.revoke_lease(before.lease_id)
         again = await registered(client, cluster, but_not_on=before.lease_id)
         assert msgspec.json.decode(again.value) == msgspec.json.decode(before.value), "the same incarnation"

@@ -42,6 +42,8 @@ class Store:
         self.shelf = Shelf(num_blocks, STORE_BLOCK_SIZE)
         self.pool: dict[int, int] = {}
         self.inbox: deque[Claim | Replicate | Forget | Locate] = deque()
+        self.answer: tuple[int, int, list[str]] = (0, 0, [])
+        """to the last batch: its epoch and number, and what could not be kept"""
 
 
 class World:
@@ -77,6 +79,9 @@ class World:
         self.away: list[str] = []
         """requests whose router died and whose clients have not come back yet"""
         self.num_adopted = 0
+        self.now_s = 0.0
+        self.loss = 0.0
+        """of claims, batches and the answers to them this share never arrives"""
         self.begin_epoch()
 
     # ------------------------------------------------------------ faults
@@ -230,7 +235,8 @@ class World:
     def start_steps(self) -> None:
         while (step := self.token.next_step()) is not None:
             self.flying.append(step)
-        for message in self.token.replication.flush():
+        self.now_s += 0.1
+        for message in self.token.replication.flush(self.now_s):
             self.to_store(message)
 
     def run_step(self) -> None:
@@ -278,7 +284,8 @@ class World:
     def to_store(self, message: ToStore) -> None:
         name, about = message
         if name in self.stores.keys() - self.forsaken:
-            self.stores[name].inbox.append(about)
+            if isinstance(about, Locate | Forget) or self.draws.random() >= self.loss:
+                self.stores[name].inbox.append(about)
             if isinstance(about, Replicate):
                 self.answers[about.epoch, name, about.batch] = [item.key for item in about.items]
 
@@ -288,15 +295,17 @@ class World:
         if isinstance(message, Claim):
             keys = store.shelf.claim("token-0", message.epoch, message.batch, 0.0)
             if keys is not None:
-                self.wire.append(("claimed", (message.epoch, name, keys)))
+                self._answer("claimed", (message.epoch, name, keys))
         elif store.shelf.accepts("token-0", message.epoch):
             self._serve(name, store, message)
 
     def _serve(self, name: str, store: Store, message: Replicate | Forget | Locate) -> None:
         match message:
-            case Replicate(pipeline, epoch, batch, items) if store.shelf.begin(pipeline, epoch, batch, items):
-                failed = [item.key for item in message.items if not self._keep(store, item)]
-                self.wire.append(("replicated", (message.epoch, name, message.batch, failed)))
+            case Replicate(pipeline, epoch, batch, items):
+                if store.shelf.begin(pipeline, epoch, batch, items):
+                    store.answer = (epoch, batch, [item.key for item in items if not self._keep(store, item)])
+                if store.answer[:2] == (epoch, batch):
+                    self._answer("replicated", (epoch, name, batch, store.answer[2]))
             case Forget(_, _, keys):
                 for key in keys:
                     store.shelf.forget(key)
@@ -304,6 +313,10 @@ class World:
                 found = store.shelf.locate(replica_key(sequence_id), ids, 0.0)
                 held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)
                 self.wire.append(("located", (epoch, sequence_id, attempt, name, held)))
+
+    def _answer(self, kind: str, arguments: tuple[object, ...]) -> None:
+        if self.draws.random() >= self.loss:
+            self.wire.append((kind, arguments))
 
     def _keep(self, store: Store, item: ReplicaItem) -> bool:
         blocks = store.shelf.make_room("token-0", item, 0.0)
@@ -328,11 +341,17 @@ class World:
             if isinstance(message, Replicate)
             and store.shelf.accepts("token-0", message.epoch)
             and (message.epoch, name, message.batch) not in self.void_batches
+            and (message.epoch, message.batch) > store.answer[:2]
             for item in message.items
         ]
         pulls = [a for kind, a in self.wire if kind == "pull"]
         # the sequence and its blocks
         return [(i.key, i.blocks) for i in items] + [(replica_key(str(a[0])), a[1]) for a in pulls]  # type: ignore[misc]
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether a store, or somebody on the way to it, owes the driver an answer."""
+        return any(store.asked is not None for store in self.token.replication._stores.values())
 
     def check_blocks(self) -> None:
         """Nobody else has them meanwhile."""

@@ -32,11 +32,17 @@ def forsake(seed: int) -> World:
     return simulate(seed, ["forsake", "forsake", "epoch"] * 20, rate=0.03)
 
 
-def simulate(seed: int, faults: Sequence[str] = FAULTS, rate: float = 0.01) -> World:
+@pytest.mark.seeds(20)
+def test_what_is_lost_on_the_way_is_sent_again(seed: int) -> None:
+    simulate(seed, ["epoch", "router", "join", "forsake"], loss=0.3)
+
+
+def simulate(seed: int, faults: Sequence[str] = FAULTS, rate: float = 0.01, loss: float = 0.0) -> World:
     """One run; raises `AssertionError` where something is wrong, unprotected, stuck or leaked."""
     draws = random.Random(seed + 1000)
     # every other run with stores that have not enough room
     world = World(seed, num_blocks=24, num_store_blocks=40 if seed % 2 else 8)
+    world.loss = loss
     to_submit = [(f"r{i}" + "s" * (i % 4 == 0), draws.randrange(1, 40), draws.randrange(1, 40)) for i in range(20)]
     faults = draws.sample(faults, len(faults) - 1)
     for turn in range(100_000):
@@ -61,7 +67,7 @@ def simulate(seed: int, faults: Sequence[str] = FAULTS, rate: float = 0.01) -> W
             run(world, draws.choice(choices))
         elif world.away:
             world.come_back()
-        elif not to_submit and not faults:
+        elif not (to_submit or faults or world.is_owed or world.forsaken):
             break
         if world.away and draws.random() < 0.05:
             world.come_back()
