@@ -245,12 +245,16 @@ class Intake(SequenceTable):
     def located(self, sequence_id: str, attempt: int, store: str, held: HeldReplica | None) -> list[Action]:
         """A store's answer."""
         sequence = self._current(sequence_id, attempt)
-        if sequence is None or sequence.source != store or sequence.num_pulls or sequence.requeue:
+        if sequence is None or sequence.source != store or not sequence.is_asking or sequence.requeue:
             return []
         if held is None or len(sequence.tokens) < 2:
             return self._prefill(sequence)
         sequence.replica, sequence.num_pulls = held, self.shape.num_stages
         return [PullReplica(sequence_id)]
+
+    def ask_again(self) -> list[Action]:
+        """For what stores have of those that wait for it: what was asked before, or the answer, may be lost."""
+        return [AskStore(s.sequence_id, s.source) for s in self._sequences.values() if s.is_asking]
 
     def pulled(self, sequence_id: str, attempt: int, intact: bool) -> list[Action]:
         """A stage has copied its part of a replica; when all have, the sequence goes on behind it."""
@@ -332,7 +336,7 @@ class Intake(SequenceTable):
         sequence.blocks = blocks
         sequence.num_lost = max(sequence.num_computed, len(sequence.tokens) if sequence.num_output else 0)
         sequence.num_scheduled = sequence.num_computed = 0
-        sequence.first, sequence.num_writers = None, None
+        sequence.first = sequence.num_writers = sequence.replica = None
         sequence.ended_writers.clear()
         sequence.confirmed = [0] * self.shape.num_layers
         store = self.replication.holder(sequence, is_continued=sequence.num_output > 0)

@@ -88,6 +88,11 @@ class Sequence:
         """Whether anybody may still read or write its blocks."""
         return bool(self.num_in_flight or self.num_reads or self.num_pulls or self.awaits_writers)
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether it waits to hear what its store has of it."""
+        return self.phase is Phase.PREFILLING and bool(self.source) and self.replica is None and not self.num_pulls
+
     def confirm(self, layers: tuple[int, int], tokens: tuple[int, int]) -> bool:
         """These tokens of these layers are here. False: some before them are not."""
         first, last = layers

@@ -152,6 +152,7 @@ class TokenStage(StageService):
     def _remind(self, scheduler: TokenScheduler) -> None:
         """What nobody answers is sent again, also while nothing else happens."""
         if scheduler is self._scheduler:
+            self._carry_out(scheduler.ask_again())
             self.pump()
             self.loop.call_later(REPEAT_S, self._remind, scheduler)
 

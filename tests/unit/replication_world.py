@@ -81,7 +81,7 @@ class World:
         self.num_adopted = 0
         self.now_s = 0.0
         self.loss = 0.0
-        """of claims, batches and the answers to them this share never arrives"""
+        """this share of what needs an answer never arrives, nor do the answers"""
         self.begin_epoch()
 
     # ------------------------------------------------------------ faults
@@ -236,6 +236,8 @@ class World:
         while (step := self.token.next_step()) is not None:
             self.flying.append(step)
         self.now_s += 0.1
+        if self.draws.random() < 0.05:
+            self.carry_out(self.token.ask_again())
         for message in self.token.replication.flush(self.now_s):
             self.to_store(message)
 
@@ -284,7 +286,7 @@ class World:
     def to_store(self, message: ToStore) -> None:
         name, about = message
         if name in self.stores.keys() - self.forsaken:
-            if isinstance(about, Locate | Forget) or self.draws.random() >= self.loss:
+            if isinstance(about, Forget) or self.draws.random() >= self.loss:
                 self.stores[name].inbox.append(about)
             if isinstance(about, Replicate):
                 self.answers[about.epoch, name, about.batch] = [item.key for item in about.items]
@@ -312,7 +314,7 @@ class World:
             case Locate(_, epoch, sequence_id, attempt, ids):
                 found = store.shelf.locate(replica_key(sequence_id), ids, 0.0)
                 held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)
-                self.wire.append(("located", (epoch, sequence_id, attempt, name, held)))
+                self._answer("located", (epoch, sequence_id, attempt, name, held))
 
     def _answer(self, kind: str, arguments: tuple[object, ...]) -> None:
         if self.draws.random() >= self.loss:
@@ -351,7 +353,8 @@ class World:
     @property
     def is_owed(self) -> bool:
         """Whether a store, or somebody on the way to it, owes the driver an answer."""
-        return any(store.asked is not None for store in self.token.replication._stores.values())
+        owing = any(store.asked is not None for store in self.token.replication._stores.values())
+        return owing or any(sequence.is_asking for sequence in self.token._sequences.values())
 
     def check_blocks(self) -> None:
         """Nobody else has them meanwhile."""
