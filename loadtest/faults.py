@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from common.fault_hooks import STUCK_LOOP, STUCK_STEP, VARIABLE
 from dejavu import AsyncClient
 from loadtest.history import recomputed_tokens
-from loadtest.partition import PARTITION_S, cut_off, divided_system, move_far
+from loadtest.partition import (
+    FAR_STAGE,
+    FAR_STORE,
+    PARTITION_S,
+    cut_off,
+    divided_system,
+    has_far_store,
+    move_far,
+    use_far_store,
+)
 from loadtest.strikes import (
     STOPPED_S,
     STORM_S,
@@ -254,15 +263,31 @@ def _surroundings() -> dict[str, Fault]:
         ),
         "partition": Fault(
             f"for {PARTITION_S:g} s no packet reaches or leaves a token stage, then all do again",
-            cut_off,
+            cut_off(FAR_STAGE),
             max_recomputed_tokens=4,
             limits=Limits(1.5, 2.5),
             lasts_s=PARTITION_S + LEASE_S,
             is_apart=True,
-            system=divided_system,
+            system=divided_system("token-0-stage-0", FAR_STAGE, "--standby"),
             prepare=move_far,
         ),
+        "store-partition": Fault(
+            f"for {PARTITION_S:g} s no packet reaches or leaves one of two cache stores, then all do again",
+            cut_off(FAR_STORE),
+            max_recomputed_tokens=0,
+            limits=Limits(1.5, NO_STALL_S, 5.0),
+            lasts_s=PARTITION_S + LEASE_S,
+            shows=lambda before, after: has_far_store(after) and _was_found_again(before, after),
+            is_apart=True,
+            system=divided_system("cache-store-0", FAR_STORE),
+            prepare=use_far_store,
+        ),
     }
+
+
+def _was_found_again(before: Status, after: Status) -> bool:
+    """Whether one that was taken for dead has come back, and nobody else."""
+    return bool(after["counters"]["false_failovers"] == before["counters"]["false_failovers"] + 1)
 
 
 def _disk_count(status: Status, name: str) -> int:

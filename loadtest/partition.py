@@ -1,7 +1,7 @@
-"""A token stage on a host of its own, as far as the network goes, and the way to it cut and mended without either end
+"""One service on a host of its own, as far as the network goes, and the way to it cut and mended without either end
 hearing of it. Network namespaces do it, which need no privileges where the kernel allows users to have them.
 
-    near (everything else) n0 ── m0 middle m1 ── f0 far (one token stage)
+    near (everything else) n0 ── m0 middle m1 ── f0 far (a token stage, or a cache store)
 
 While the middle does not forward, packets vanish.
 """
@@ -15,17 +15,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from dejavu import AsyncClient
 from deploy.etcd_server import EtcdServer
-from loadtest.strikes import Scene
+from loadtest.strikes import Scene, Status, Strike
 from loadtest.system import running_system
 
 NEAR, FAR = "10.77.1.1", "10.77.2.1"
 PARTITION_S = 10.0
-FAR_NAME = "token-0-stage-0-far"
+FAR_STAGE, FAR_STORE = "token-0-stage-0-far", "cache-store-far"
 INSIDE = "DEJAVU_NAMESPACES"
 START_LIMIT_S = 60.0
 
@@ -58,20 +59,29 @@ def run_inside(arguments: Sequence[str]) -> int:
     return subprocess.run([*into, sys.executable, *arguments], env=os.environ | {INSIDE: "1"}, check=False).returncode
 
 
+def divided_system(
+    near: str, far: str, *options: str
+) -> Callable[[Sequence[str], Mapping[str, str]], AbstractAsyncContextManager[str]]:
+    """Like `running_system`, with one more service far away: what the one called `near` is, with more options. Call it
+    inside."""
+    return lambda arguments, environment: _divided_system(near, far, options, arguments, environment)
+
+
 @contextlib.asynccontextmanager
-async def divided_system(arguments: Sequence[str], environment: Mapping[str, str]) -> AsyncIterator[str]:
-    """Like `running_system`, with one more token stage far away, as a spare. Call it inside."""
+async def _divided_system(
+    near: str, far: str, options: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]
+) -> AsyncIterator[str]:
     _build_roads()
     with tempfile.TemporaryDirectory(prefix="dejavu-far-") as folder, EtcdServer(Path(folder, "etcd"), NEAR) as etcd:
         os.environ["DEJAVU_STATE_DIR"] = folder  # for our client's key
         own = ["--host", NEAR, "--etcd", etcd.url, "--state-dir", folder]
         async with running_system([*arguments, *own], environment) as endpoint:
-            far = await _start_far(endpoint, folder)
+            process = await _start_far(endpoint, folder, near, far, options)
             try:
                 yield endpoint
             finally:
-                far.kill()
-                await far.wait()
+                process.kill()
+                await process.wait()
 
 
 async def move_far(client: AsyncClient) -> None:
@@ -80,33 +90,53 @@ async def move_far(client: AsyncClient) -> None:
         while True:
             services = (await client.status())["services"]
             states = {service["name"]: service["state"] for service in services if service["pipeline"] == "token-0"}
-            if states.get(FAR_NAME) == "active":
+            if states.get(FAR_STAGE) == "active":
                 if "standby" in states.values():
                     return
-            elif FAR_NAME in states:
+            elif FAR_STAGE in states:
                 await client.drain(next(name for name, state in states.items() if state == "active"))
             await asyncio.sleep(0.1)
 
 
-async def cut_off(scene: Scene) -> list[str]:
-    """Nothing reaches the far stage, and nothing of it reaches anybody, for ten seconds."""
-    _forward(False)
-    asyncio.get_running_loop().call_later(PARTITION_S, _forward, True)
-    return [FAR_NAME]
+async def use_far_store(client: AsyncClient) -> None:
+    """Returns when all stores, the far one too, are given copies."""
+    async with asyncio.timeout(START_LIMIT_S):
+        while not has_far_store(await client.status()):  # noqa: ASYNC110 - nothing tells us
+            await asyncio.sleep(0.1)
 
 
-async def _start_far(endpoint: str, state_dir: str) -> asyncio.subprocess.Process:
+def has_far_store(status: Status) -> bool:
+    """Whether token drivers give copies to all stores, and the far one is among them."""
+    stores = [service["name"] for service in status["services"] if service["role"] == "cache_store"]
+    drivers = [service["replication"]["stores"] for service in status["services"] if "replication" in service]
+    return FAR_STORE in stores and set(drivers) == {len(stores)}
+
+
+def cut_off(far: str) -> Strike:
+    """Nothing reaches the far service, and nothing of it reaches anybody, for ten seconds."""
+
+    async def strike(scene: Scene) -> list[str]:
+        _forward(False)
+        asyncio.get_running_loop().call_later(PARTITION_S, _forward, True)
+        return [far]
+
+    return strike
+
+
+async def _start_far(
+    endpoint: str, state_dir: str, near: str, far: str, options: Sequence[str]
+) -> asyncio.subprocess.Process:
     """A copy of the near one, on the other side, under another host's name."""
     async with AsyncClient(endpoint) as client:
         services = (await client.status())["services"]
-    near = next(service for service in services if service["name"] == "token-0-stage-0")
-    command = Path(f"/proc/{near['pid']}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
-    for option, value in (("--name", FAR_NAME), ("--host", FAR)):
+    pid = next(service["pid"] for service in services if service["name"] == near)
+    command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
+    for option, value in (("--name", far), ("--host", FAR)):
         command[command.index(option) + 1] = value
     away = ("nsenter", "--net=/run/netns/far", "unshare", "--uts", "sh", "-c", 'hostname far && exec "$@"', "far")
     with Path(state_dir, "far.log").open("wb") as log:
         return await asyncio.create_subprocess_exec(
-            *away, *command, "--standby", stdout=log, stderr=log, env=os.environ | {"DEJAVU_STATE_DIR": state_dir}
+            *away, *command, *options, stdout=log, stderr=log, env=os.environ | {"DEJAVU_STATE_DIR": state_dir}
         )
 
 
