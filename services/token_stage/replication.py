@@ -50,6 +50,9 @@ class _Store:
     def may_have(self, key: str) -> bool:
         return key in self.keys or key in self.acknowledged or key in (self.reading or ())
 
+    def all_keys(self) -> set[str]:
+        return self.keys | self.acknowledged.keys() | (self.reading or {}).keys()
+
 
 class Replication:
     """One driver's replicas at one epoch; `num_copies` of every sequence. `flush` gives what there is to send."""
@@ -62,6 +65,8 @@ class Replication:
         self._block_size = block_size
         self._num_copies = num_copies
         self._stores: dict[str, _Store] = {}
+        self._absent: dict[str, dict[str, bool]] = {}
+        """what a store had when it was lost, and whether that has ended since: it may be back with all of it"""
         self._sequences: dict[str, Sequence] = {}
         self._unanswered: set[str] = set()
         self._claims: list[str] = []
@@ -71,7 +76,8 @@ class Replication:
 
     def store_joined(self, name: str, *, was_there: bool) -> None:
         """A store is there; `was_there` before this epoch began, so that it may still read for an older one."""
-        self._stores[name] = _Store()
+        had = self._absent.pop(name, {})
+        self._stores[name] = _Store(forget=[key for key, has_ended in had.items() if has_ended])
         self._claims.append(name)
         if was_there:
             self._unanswered.add(name)
@@ -87,6 +93,7 @@ class Replication:
         store = self._stores.pop(name, None)
         if store is None:
             return []
+        self._absent[name] = dict.fromkeys(store.all_keys(), False) | dict.fromkeys(store.forget, True)
         for sequence in self._sequences.values():
             self._note_behind(sequence)  # another store takes its place
         return self._end_reading(store)
@@ -157,6 +164,9 @@ class Replication:
                 store.keys.add(key)
             elif may_have:
                 store.forget.append(key)
+        for had in self._absent.values():
+            if key in had and not is_superseded:
+                had[key] = True
 
     def protects(self, sequence: Sequence, position: int, max_lag: int, *, is_strict: bool = False) -> bool:
         """Whether the token at `position` may be delivered: a store knows its id and the KV of all tokens before it but

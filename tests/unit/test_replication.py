@@ -162,6 +162,24 @@ def test_who_outlives_its_router_computes_nothing_again() -> None:
     assert world.token.costs.recomputed_tokens == world.token.costs.recoveries == 0
 
 
+def test_what_ends_while_a_store_is_away_is_forgotten_when_it_is_back() -> None:
+    world = World(3, num_blocks=64)
+    for name, num_tokens in (("r", 40), ("t", 200)):
+        world.submit(name, 10, num_tokens)
+    while len(world.outputs["r"]) < 15:
+        take_turn(world)
+    for name in sorted(world.stores):
+        world.forsake_store(name)
+    while "r" not in world.ended:
+        take_turn(world)
+    for name in sorted(world.forsaken):
+        world.find_store(name)
+    for _ in range(3):  # claimed, told, forgotten
+        take_turn(world)
+    kept = {key for store in world.stores.values() for key in store.shelf.replicas}
+    assert kept == {"t/0"}
+
+
 def test_a_sequence_that_has_gone_on_too_far_is_computed_again() -> None:
     """Only the last tokens are kept for the next router; and another request is not the same request."""
     world = World(3, num_blocks=64)
