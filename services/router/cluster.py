@@ -72,14 +72,12 @@ class Cluster:
         self._predecessor = ""  # the last other process that led
         self._changed = asyncio.Event()
         self._draining: set[str] = set()  # incarnations that are to be replaced
-        self._broken: set[str] = set()
-        """pipelines that have lost a stage since they were published"""
+        self._broken: set[str] = set()  # pipelines that have lost a stage since they were published
         self._converting = ""  # the pipeline that is being ended
         self._evicted: dict[str, str] = {}
         """the latest incarnation of each name that was taken for dead"""
         self._evictions = Evictions(membership)
-        self._ended: set[str] = set()
-        """incarnations that were seen to end before etcd has said so"""
+        self._ended: set[str] = set()  # incarnations that were seen to end before etcd has said so
         self.watchdog = Watchdog(neighbours.is_stopped, neighbours.run_delay_s)
 
     async def run(self) -> None:

@@ -74,13 +74,18 @@ def simulate(seed: int, faults: Sequence[str] = FAULTS, rate: float = 0.01, loss
         if world.forsaken and draws.random() < 0.03:
             world.find_store(draws.choice(sorted(world.forsaken)))
         world.check_blocks()
+    check_end(world)
+    return world
+
+
+def check_end(world: World) -> None:
+    """Everybody has ended, and every block is back."""
     assert world.ended == set(world.requests)
     assert world.token.allocator.num_free == 24
     assert world.token.num_running == world.token.num_waiting == 0
     for store in world.stores.values():
         store.shelf.sweep(1e9)
         assert store.shelf.kv_blocks()["free"] == store.shelf.kv_blocks()["total"]
-    return world
 
 
 def inject(world: World, fault: str, turn: int) -> None:
