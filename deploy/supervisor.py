@@ -53,6 +53,7 @@ class Supervisor:
         self._spawner = spawner
         self._on_exit = on_exit
         self._children: dict[str, Child] = {}
+        self._last_words: dict[str, str] = {}
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -114,7 +115,9 @@ class Supervisor:
                 is_short = lived_s < SHORT_LIFE_S and code not in (0, -signal.SIGKILL, TRY_AGAIN_EXIT)
                 num_short_lives = num_short_lives + 1 if is_short else 0
                 if code == FATAL_EXIT or num_short_lives == MAX_SHORT_LIVES:
-                    raise ServiceGaveUp(f"{command.name} cannot be kept alive (exit {code}); its log is above")
+                    raise ServiceGaveUp(
+                        f"{command.name} cannot be kept alive (exit {code}): {self._last_words.get(command.name, '')}"
+                    )
         finally:
             child = self._children.get(command.name)
             if child is not None:
@@ -139,6 +142,7 @@ class Supervisor:
         )
         while line := await _next_line(child.output):
             sys.stderr.write(f"{command.name:>16} | {line}\n")
+            self._last_words[command.name] = line.strip()
         sys.stderr.flush()
         return await asyncio.shield(child.exited)
 

@@ -123,8 +123,8 @@ async def test_every_end_is_reported_with_the_incarnation_that_ended(spawner: Sp
 
 async def test_when_one_is_given_up_the_others_are_ended(spawner: Spawner) -> None:
     ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
-    supervisor = Supervisor([command("wait", "token-0-stage-1"), command("1")], spawner, ends_into(ends))
-    with pytest.raises(ServiceGaveUp, match="token-0-stage-0 .*exit 1"):
+    supervisor = Supervisor([command("wait", "token-0-stage-1"), command("raise")], spawner, ends_into(ends))
+    with pytest.raises(ServiceGaveUp, match=r"token-0-stage-0 .*exit 1\): RuntimeError: as told"):
         await supervisor.run()
     seen = [ends.get_nowait() for _ in range(ends.qsize())]
     codes = {ended.name: ended.exit_code for ended in seen}
