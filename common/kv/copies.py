@@ -71,7 +71,7 @@ def check_plan(plan: CopyPlan, source_bytes: int, destination_bytes: int) -> Non
 
 def _check_few(pieces: Pieces, source_bytes: int, destination_bytes: int) -> None:
     for start, to, num_bytes in pieces:
-        if min(start, to, num_bytes) < 0 or start + num_bytes > source_bytes or to + num_bytes > destination_bytes:
+        if num_bytes < 0 or not 0 <= start <= source_bytes - num_bytes or not 0 <= to <= destination_bytes - num_bytes:
             raise ValueError(f"pieces do not lie within pools of {source_bytes} and {destination_bytes} bytes")
 
 
@@ -109,10 +109,10 @@ def packed(num_bytes: Int64) -> Int64:
 
 def _few(plan: CopyPlan) -> Pieces | None:
     """The pieces as plain numbers; None: too many for that to be fast."""
-    if len(plan) >= _FEW_PIECES:
+    if len(plan.num_bytes) >= _FEW_PIECES:
         return None
-    arrays = (plan.source_offset, plan.destination_offset, plan.num_bytes)
-    return list(zip(*(array.tolist() for array in arrays), strict=True))
+    starts, places, sizes = plan.source_offset.tolist(), plan.destination_offset.tolist(), plan.num_bytes.tolist()
+    return list(zip(starts, places, sizes, strict=True))
 
 
 def _copy_small(num_bytes: int, source: Bytes, from_offsets: Int64, destination: Bytes, to_offsets: Int64) -> None:

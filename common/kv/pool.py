@@ -32,10 +32,13 @@ class KvPool:
 
     def __init__(self, layout: PoolLayout, arena: torch.Tensor | Bytes, fd: int | None, name: str) -> None:
         self.layout = layout
+        self.total_bytes = layout.total_bytes
         self.name = name
         self.fd = fd
         """The arena's memfd; None where the memory cannot be passed to another process."""
         self._arena = arena
+        self.address = arena.ctypes.data if isinstance(arena, np.ndarray) else arena.data_ptr()
+        """where the arena begins; 0 once it is closed"""
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @classmethod
@@ -99,6 +102,7 @@ class KvPool:
         """Lets go of the memory, which lives on until the last view of it is gone. Idempotent."""
         self._layers = None
         self._arena = np.empty(0, dtype=np.uint8)
+        self.address = 0
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
