@@ -14,9 +14,8 @@ import os
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,9 @@ from common.kv.offer import NixlMemory
 from common.kv.pool import KvPool, retire
 
 _MODULES = ("nixl_cu13", "nixl_cu12")
+_MAX_PAUSE_US = 100_000
+_FEW_PIECES = 8
+"""Below this plain numbers are faster than arrays."""
 
 
 def nixl_module() -> str | None:
@@ -42,19 +44,25 @@ class Region:
 
     memory: torch.Tensor
     handle: Any
+    address: int
+    device_id: int
+    is_device: bool
 
-    @property
-    def address(self) -> int:
-        return self.memory.data_ptr()
+    @classmethod
+    def of(cls, memory: torch.Tensor, handle: Any) -> Region:
+        """PyTorch takes microseconds to say each of these things, and a small transfer does not take many."""
+        return cls(memory, handle, memory.data_ptr(), max(memory.get_device(), 0), memory.is_cuda)
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A request on its way, with the memory of ours that it may touch."""
+    """A request on its way, with the region of ours that it may touch."""
 
     handle: Any
-    memory: torch.Tensor
+    region: Region
     is_write: bool
+    state: str
+    """what the library said when it began"""
 
 
 class NixlAgent:
@@ -64,8 +72,9 @@ class NixlAgent:
         module = nixl_module()
         if module is None:
             raise LinkLost("the NIXL library is not installed")
-        library = importlib.import_module(f"{module}._api")
-        self._error_types = _error_types(importlib.import_module(f"{module}._bindings"))
+        library, bindings = importlib.import_module(f"{module}._api"), importlib.import_module(f"{module}._bindings")
+        self._typed_errors = _TypedErrors(_error_types(bindings))
+        vars(library)["nixlBind"] = _with_patience(bindings)
         _calm(logging.getLogger("nixl"))
         config = library.nixl_agent_config(
             backends=["UCX"], sync_mode=library.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
@@ -75,31 +84,31 @@ class NixlAgent:
         self._peers: Counter[str] = Counter()
         self._regions: dict[int, tuple[Region, int]] = {}
         self._left: list[Transfer] = []
-        with self._typed_errors():
+        with self._typed_errors:
             self._agent: Any = library.nixl_agent(self.name, config)
 
     @property
     def metadata(self) -> bytes:
         """What a peer needs to reach the memory that is registered so far."""
-        with self._typed_errors():
+        with self._typed_errors:
             metadata = self._agent.get_agent_metadata()
         assert isinstance(metadata, bytes)
         return metadata
 
     def register(self, memory: torch.Tensor) -> Region:
         """Once per piece of memory, however many links use it; each `unregister`s it once."""
-        with self._lock, self._typed_errors():
+        with self._lock, self._typed_errors:
             known = self._regions.get(memory.data_ptr())
-            region = known[0] if known else Region(memory, self._agent.register_memory(memory))
+            region = known[0] if known else Region.of(memory, self._agent.register_memory(memory))
             self._regions[region.address] = (region, known[1] + 1 if known else 1)
         return region
 
     def unregister(self, region: Region) -> None:
         """Not as long as a transfer that was left may touch it: then it stays registered."""
-        with self._lock, self._typed_errors():
+        with self._lock, self._typed_errors:
             self._sweep()
             _, num_users = self._regions[region.address]
-            is_touched = any(left.memory.data_ptr() == region.address for left in self._left)
+            is_touched = any(left.region.address == region.address for left in self._left)
             if num_users > 1 or is_touched:
                 self._regions[region.address] = (region, max(1, num_users - 1))
                 return
@@ -108,14 +117,14 @@ class NixlAgent:
 
     def add_peer(self, metadata: bytes) -> str:
         """The peer's name from now on. Several links may add the same one."""
-        with self._lock, self._typed_errors():
+        with self._lock, self._typed_errors:
             name = self._agent.add_remote_agent(metadata)
             text = name.decode() if isinstance(name, bytes) else str(name)
             self._peers[text] += 1
         return text
 
     def remove_peer(self, name: str) -> None:
-        with self._lock, self._typed_errors():
+        with self._lock, self._typed_errors:
             self._peers[name] -= 1
             if self._peers[name] <= 0:
                 del self._peers[name]
@@ -126,22 +135,24 @@ class NixlAgent:
         is on this host they may have moved when this returns."""
         sides = (plan.source_offset, plan.destination_offset)
         own_offsets, their_offsets = sides if is_write else sides[::-1]
-        ours = _pieces(local.address, max(local.memory.get_device(), 0), own_offsets, plan.num_bytes)
+        ours = _pieces(local.address, local.device_id, own_offsets, plan.num_bytes)
         theirs = _pieces(remote.address, remote.device_id, their_offsets, plan.num_bytes)
-        with self._typed_errors():
+        with self._typed_errors:
             handle = self._agent.initialize_xfer(
                 "WRITE" if is_write else "READ",
-                self._agent.get_xfer_descs(ours, _kind(local.memory.is_cuda)),
+                self._agent.get_xfer_descs(ours, _kind(local.is_device)),
                 self._agent.get_xfer_descs(theirs, _kind(remote.is_device)),
                 peer,
             )
-            self._agent.transfer(handle)
-        return Transfer(handle, local.memory, is_write)
+            state = self._agent.transfer(handle)
+        return Transfer(handle, local, is_write, state)
 
     def is_over(self, transfer: Transfer) -> bool:
         """Whether the bytes are there. Raises `LinkLost` where they never will be; then it has ended, too."""
-        with self._typed_errors():
-            state = self._agent.check_xfer_state(transfer.handle)
+        state = transfer.state
+        if state == "PROC":
+            with self._typed_errors:
+                state = self._agent.check_xfer_state(transfer.handle)
         if state == "PROC":
             return False
         transfer.handle.release()
@@ -164,11 +175,20 @@ class NixlAgent:
                 continue
         self._left = still
 
-    @contextmanager
-    def _typed_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except self._error_types as error:
+
+class _TypedErrors:
+    """Makes `LinkLost` of the library's errors; a generator would take as long as a call of the library."""
+
+    def __init__(self, types: tuple[type[Exception], ...]) -> None:
+        self._types = types
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, self._types):
             raise LinkLost(f"NIXL: {type(error).__name__} {error}") from error
 
 
@@ -205,8 +225,13 @@ def initiator() -> NixlAgent:
         return _initiator
 
 
-def _pieces(address: int, device_id: int, offsets: Int64, num_bytes: Int64) -> npt.NDArray[np.uint64]:
-    """[piece][address, size, device], as the library wants them."""
+def _pieces(
+    address: int, device_id: int, offsets: Int64, num_bytes: Int64
+) -> npt.NDArray[np.uint64] | list[tuple[int, int, int]]:
+    """(address, size, device) of each piece, as the library wants them."""
+    if len(offsets) < _FEW_PIECES:
+        few = zip(offsets.tolist(), num_bytes.tolist(), strict=True)
+        return [(address + offset, size, device_id) for offset, size in few]
     pieces = np.empty((len(offsets), 3), dtype=np.uint64)
     pieces[:, 0] = offsets
     pieces[:, 0] += np.uint64(address)
@@ -217,6 +242,17 @@ def _pieces(address: int, device_id: int, offsets: Int64, num_bytes: Int64) -> n
 
 def _kind(is_device: bool) -> str:
     return "VRAM" if is_device else "DRAM"
+
+
+def _with_patience(bindings: ModuleType) -> SimpleNamespace:
+    """The library's Python side has each agent's thread look for work without a pause: a core of every process that
+    has a pool or a link, for as long as it lives. The thread can wait, and is woken by what it waits for."""
+
+    class PatientConfig(bindings.nixlAgentConfig):  # type: ignore[misc, name-defined]
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, _MAX_PAUSE_US if name == "pthrDelay" else value)
+
+    return SimpleNamespace(**{**vars(bindings), "nixlAgentConfig": PatientConfig})
 
 
 def _error_types(bindings: object) -> tuple[type[Exception], ...]:

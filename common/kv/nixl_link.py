@@ -6,8 +6,9 @@ A thread starts the copies and watches them, for the library has nothing to wait
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,16 +22,20 @@ from common.kv.fence import Authority
 from common.kv.gate import Gate, GivenUp
 from common.kv.geometry import CopyPlan
 from common.kv.nixl_agent import Region, Transfer, initiator
-from common.kv.offer import GrantOffer, Leave, NixlMemory
+from common.kv.offer import GrantOffer, Leave, NixlMemory, Refusal
 from common.kv.pool import KvPool
 from common.kv.zmq_connection import ZmqConnection
+from common.kv.zmq_messages import Done
 
 MAX_TRANSFER_BYTES = 16 << 20
 """A link has one transfer of at most this size under way."""
 _MAX_AT_ONCE_BYTES = 4 << 20
 """Up to here the calling thread does it, if it can: the event loop waits no longer than for a copy in host memory."""
+_MAX_BLIND_S = 1e-3
+"""For no longer than this writes that are over at once keep the event loop from seeing the owner's end."""
 _SPIN_S = 200e-6
 _MIN_SLEEP_S, _MAX_SLEEP_S = 20e-6, 1e-3
+_ANSWER: msgspec.msgpack.Decoder[Done | Refusal] = msgspec.msgpack.Decoder(Done | Refusal)
 Result = TypeVar("Result")
 
 
@@ -42,12 +47,16 @@ class NixlLink:
     def __init__(self, offer: GrantOffer, timeout_s: float) -> None:
         self._offer = offer
         self._timeout_s = timeout_s
-        self._connection = ZmqConnection(offer, timeout_s, on_end=self._fail)
+        self._their_bytes = offer.layout.total_bytes
+        self._connection = ZmqConnection(offer, timeout_s, self._told, self._ended)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-nixl")
         self._failure: LinkError | None = None
         self._gates: set[Gate] = set()
         self._works: set[Future[Any]] = set()
         self._mover: _Mover | None = None
+        self._looked_at_s = 0.0
+        self._heard = asyncio.Event()
+        self._leaving: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> NixlLink:
@@ -68,12 +77,12 @@ class NixlLink:
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`."""
-        check_plan(plan, source.layout.total_bytes, self._offer.layout.total_bytes)
+        check_plan(plan, source.total_bytes, self._their_bytes)
         await self._move(source, plan, is_write=True)
 
     async def read(self, destination: KvPool, plan: CopyPlan) -> None:
         """See `Link.read`."""
-        check_plan(plan, self._offer.layout.total_bytes, destination.layout.total_bytes)
+        check_plan(plan, self._their_bytes, destination.total_bytes)
         await self._move(destination, plan, is_write=False)
 
     async def aclose(self) -> None:
@@ -82,21 +91,46 @@ class NixlLink:
         if mover is None:
             return
         self._fail(LinkLost(f"the link to {self._offer.name} was closed"))
-        gate = Gate()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._on_thread(lambda: mover.settle(gate))
-            if self._connection.error is None:
-                await self._connection.send([msgspec.msgpack.encode(Leave())])
-        except (TimeoutError, LinkLost):
-            pass  # `let_go` tells what is still under way
+            await self._leave(mover)
         finally:
-            gate.shut()
             may_still_write = await self._on_thread(mover.let_go)
             await self._connection.aclose()
             self._executor.shutdown(wait=False)
         if may_still_write:
             raise LinkTimeout(f"a write to {self._offer.name} has not ended", may_still_write=True)
+
+    def _told(self, frames: Sequence[memoryview]) -> None:
+        """All that an owner says after the handshake: that it has heard of our end, or that it wants it."""
+        answer = _ANSWER.decode(frames[0])
+        if isinstance(answer, Done):
+            self._heard.set()
+        elif self._mover is not None:
+            self._fail(LinkLost(answer.reason))
+            self._leave(self._mover)
+
+    def _ended(self, error: LinkError) -> None:
+        self._fail(error)
+        self._heard.set()
+
+    def _leave(self, mover: _Mover) -> asyncio.Task[None]:
+        if self._leaving is None or (self._leaving.done() and not self._heard.is_set()):
+            self._leaving = asyncio.create_task(self._say_goodbye(mover))
+        return self._leaving
+
+    async def _say_goodbye(self, mover: _Mover) -> None:
+        """Once nothing is under way the owner hears so: else it would take us for a writer for as long as it lives."""
+        gate = Gate()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                with contextlib.suppress(LinkLost):  # a transfer that failed is over, too
+                    await self._on_thread(lambda: mover.settle(gate))
+                await self._connection.send([msgspec.msgpack.encode(Leave())])
+                await self._heard.wait()
+        except (TimeoutError, LinkError):
+            pass  # `let_go` tells what is still under way
+        finally:
+            gate.shut()
 
     async def _move(self, pool: KvPool, plan: CopyPlan, *, is_write: bool) -> None:
         mover, gate = self._mover, Gate()
@@ -105,13 +139,12 @@ class NixlLink:
         move = _Move(mover, pool, plan, gate, is_write)
         self._gates.add(gate)
         try:
-            if plan.total_bytes <= _MAX_AT_ONCE_BYTES and not self._works and mover.is_idle:
-                work = None if move.try_at_once() else move.end
+            if plan.total_bytes > _MAX_AT_ONCE_BYTES or self._works or not mover.is_idle:
+                await self._within_deadline(move.run)
+            elif move.try_at_once():
+                await self._look_around()
             else:
-                work = move.run
-            async with asyncio.timeout(self._timeout_s):
-                # also where all is done: else the loop would never get to see the owner's end
-                await (asyncio.sleep(0) if work is None else self._on_thread(work))
+                await self._within_deadline(move.end)
         except TimeoutError:
             message = f"{self._offer.name} did not let a transfer end within {self._timeout_s} s"
             self._fail(LinkTimeout(message))
@@ -124,6 +157,16 @@ class NixlLink:
             self._gates.discard(gate)
         if self._failure is not None:
             raise self._lost(mover)
+
+    async def _within_deadline(self, work: Callable[[], None]) -> None:
+        async with asyncio.timeout(self._timeout_s):
+            await self._on_thread(work)
+
+    async def _look_around(self) -> None:
+        """Lets the event loop see the owner's end, if it has not had the chance for a while."""
+        if time.perf_counter() > self._looked_at_s + _MAX_BLIND_S:
+            await asyncio.sleep(0)
+            self._looked_at_s = time.perf_counter()
 
     async def _on_thread(self, work: Callable[[], Result]) -> Result:
         # what runs on the thread ends by itself, soon after its gate is shut
@@ -143,7 +186,7 @@ class NixlLink:
             gate.shut()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Move:
     """One `write` or `read`. What it raises is what `_Mover` raises."""
 
@@ -201,12 +244,9 @@ class _Mover:
         self._own = self._agent.register(pool.arena)
         self._landing = self._agent.register(torch.empty(MAX_TRANSFER_BYTES, dtype=torch.uint8))
         self._under_way: Transfer | None = None
-
-    @property
-    def may_still_write(self) -> bool:
-        """A write was begun and has not ended."""
-        transfer = self._under_way
-        return transfer is not None and transfer.is_write
+        self.may_still_write = False
+        """A write is about to begin or has begun, and has not ended. On one host the library copies before it says that
+        it has begun."""
 
     @property
     def is_idle(self) -> bool:
@@ -215,7 +255,7 @@ class _Mover:
 
     def begin_write(self, source: KvPool, part: CopyPlan, gate: Gate) -> None:
         region = self._own
-        if source.arena.data_ptr() != region.address:  # not registered, and not worth it
+        if source.address != region.address:  # not registered, and not worth it
             with gate:
                 pieces = gather(source.memory, part.source_offset, part.num_bytes)
                 self._landing.memory.numpy()[: len(pieces)] = pieces
@@ -232,16 +272,24 @@ class _Mover:
             scatter(payload, part.destination_offset, part.num_bytes, destination.memory)
 
     def _begin(self, region: Region, part: CopyPlan, gate: Gate, *, is_write: bool) -> None:
-        if gate.is_shut:
-            raise GivenUp
-        self._under_way = self._agent.start(self._peer, region, self._theirs, part, is_write=is_write)
+        self.may_still_write = is_write  # before the look at the gate: whoever shuts it looks at this afterwards
+        try:
+            if gate.is_shut:
+                raise GivenUp
+            self._under_way = self._agent.start(self._peer, region, self._theirs, part, is_write=is_write)
+        except (LinkLost, GivenUp):
+            self._over()
+            raise
+
+    def _over(self) -> None:
+        self._under_way, self.may_still_write = None, False
 
     def is_over_soon(self) -> bool:
         """Whether nothing is under way any more after a moment that is shorter than a change of threads takes."""
         until_s = time.perf_counter() + _SPIN_S
         while self._under_way is not None:
             if self._is_over(self._under_way):
-                self._under_way = None
+                self._over()
             elif time.perf_counter() > until_s:
                 return False
         return True
@@ -251,7 +299,7 @@ class _Mover:
         started_s, sleep_s = time.perf_counter(), _MIN_SLEEP_S
         while self._under_way is not None:
             if self._is_over(self._under_way):
-                self._under_way = None
+                self._over()
             elif gate.is_shut:
                 raise GivenUp
             elif time.perf_counter() > started_s + _SPIN_S:
@@ -262,7 +310,7 @@ class _Mover:
         try:
             return self._agent.is_over(transfer)
         except LinkLost:
-            self._under_way = None
+            self._over()
             raise
 
     def let_go(self) -> bool:

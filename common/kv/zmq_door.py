@@ -84,9 +84,13 @@ class ZmqDoor:
         return bool(self._one_sided)
 
     def shut_out(self) -> None:
-        """Whatever the writers that the fence stops have sent, or will send, is refused from now on."""
+        """Whatever the writers that the fence stops have sent, or will send, is refused from now on; those who write
+        without asking are told to leave."""
         for writer in [writer for writer, hello in self._writers.items() if self._fence.stops(hello.authority)]:
             del self._writers[writer]
+        goodbye = msgspec.msgpack.encode(Refusal(f"{self._pool.name} wants no writers of an epoch that is over"))
+        for writer in [writer for writer, authority in self._one_sided.items() if self._fence.stops(authority)]:
+            self.socket.send_multipart([writer, goodbye], zmq.NOBLOCK)
 
     def bury(self, name: str) -> None:
         """Whoever names this in its authority is dead."""

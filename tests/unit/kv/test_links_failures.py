@@ -126,7 +126,7 @@ async def test_owner_killed_in_the_middle(kind: str, direction: str) -> None:
         if isinstance(link, ZmqLink):
             await until(lambda: bool(link._requests))
         if isinstance(link, NixlLink):
-            await until(lambda: link._mover is not None and link._mover._under_way is not None)
+            await until(lambda: bool(link._works))
         await asyncio.sleep(0)
         process.kill()
         hold.set()
@@ -227,6 +227,27 @@ async def test_a_frozen_owner_costs_no_more_than_the_deadline(kind: str, directi
         process.thaw()
         await close_quietly(link)
         assert (source.memory == 7).all()
+
+
+@every_kind
+async def test_what_ran_out_of_time_says_whether_it_is_over(kind: str) -> None:
+    source, destination = random_pool(BIG), KvPool.create(BIG, name="owner")
+    server = await PoolServer.start(destination, "127.0.0.1", "first")
+    num_in_time = 0
+    for delay_s in (0.0, 1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3):
+        link = await open_link(only(kind, server.offer), source, timeout_s=TIMEOUT_S)
+        link._timeout_s = delay_s  # type: ignore[attr-defined]
+        try:
+            await link.write(source, whole(BIG, BIG))
+            num_in_time, is_over = num_in_time + 1, True
+        except LinkTimeout as timed_out:
+            is_over = not timed_out.may_still_write
+        destination.memory[:] = 7
+        link._timeout_s = TIMEOUT_S  # type: ignore[attr-defined]
+        await close_quietly(link)
+        assert not is_over or (destination.memory == 7).all()
+    assert kind == "shm" or num_in_time < 7
+    await server.aclose()
 
 
 async def test_closing_says_that_a_frozen_owner_may_still_write() -> None:
