@@ -275,7 +275,7 @@ def _surroundings() -> dict[str, Fault]:
             f"for {PARTITION_S:g} s no packet reaches or leaves one of two cache stores, then all do again",
             cut_off(FAR_STORE),
             max_recomputed_tokens=0,
-            limits=Limits(1.5, NO_STALL_S, 5.0),
+            limits=Limits(1.5, NO_STALL_S, PARTITION_S + LEASE_S),
             lasts_s=PARTITION_S + LEASE_S,
             shows=lambda before, after: has_far_store(after) and _was_found_again(before, after),
             is_apart=True,

@@ -133,7 +133,9 @@ async def _start_far(
     command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
     for option, value in (("--name", far), ("--host", FAR)):
         command[command.index(option) + 1] = value
-    away = ("nsenter", "--net=/run/netns/far", "unshare", "--uts", "sh", "-c", 'hostname far && exec "$@"', "far")
+    # its number must not mean anything here, or the router would take it for a neighbour and kill it
+    elsewhere = ("unshare", "--uts", "--pid", "--fork", "--kill-child")
+    away = ("nsenter", "--net=/run/netns/far", *elsewhere, "sh", "-c", 'hostname far && exec "$@"', "far")
     with Path(state_dir, "far.log").open("wb") as log:
         return await asyncio.create_subprocess_exec(
             *away, *command, *options, stdout=log, stderr=log, env=os.environ | {"DEJAVU_STATE_DIR": state_dir}
