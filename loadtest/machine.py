@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "pyzmq", "uvloop", "msgspec")
+PACKAGES = ("torch", "transformers", "pyzmq", "uvloop", "msgspec", "nixl-cu13")
 
 
 def describe_machine() -> dict[str, Any]:
