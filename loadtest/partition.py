@@ -80,7 +80,8 @@ async def _divided_system(
             try:
                 yield endpoint
             finally:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):  # it has ended, which is another matter
+                    process.kill()
                 await process.wait()
 
 
