@@ -17,6 +17,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 INCARNATION_VARIABLE = "DEJAVU_INCARNATION"
 """How a parent names the incarnation that it starts, so that it can say later which one has ended."""
 
+PARENT_VARIABLE = "DEJAVU_PARENT"
+"""How a parent gives its pid to its child, which may get to look only when the parent has died."""
+
 
 def new_incarnation() -> str:
     """A name that no other process has, now or later."""
@@ -42,9 +45,9 @@ def die_with_parent() -> None:
     """This process is killed when its parent dies (Linux; elsewhere nothing happens)."""
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = int(os.environ.pop(PARENT_VARIABLE, "0")) or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != parent:  # it has died already
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -63,7 +64,7 @@ class DirectSpawner:
                 stderr=write_end,
                 start_new_session=True,
             )
-        return Child(process.pid, await _reader(read_end), watch_exit(process.pid, process.wait))
+        return await _child(process.pid, read_end, process.wait)
 
 
 class Nursery:
@@ -116,7 +117,7 @@ class Nursery:
         with _output_pipe() as (read_end, write_end):
             socket.send_fds(self._control, [birth], [write_end])
             pid = int(await asyncio.get_running_loop().sock_recv(self._control, MAX_MESSAGE_BYTES))
-        return Child(pid, await _reader(read_end), watch_exit(pid, lambda: _reap(pid)))
+        return await _child(pid, read_end, lambda: _reap(pid))
 
 
 def _module(command: ServiceCommand) -> str:
@@ -167,6 +168,17 @@ def _output_pipe() -> Iterator[tuple[int, int]]:
         raise
     finally:
         os.close(write_end)
+
+
+async def _child(pid: int, read_end: int, reap: Callable[[], int]) -> Child:
+    """Ends the process where it is given up before anybody knows it."""
+    try:
+        output = await _reader(read_end)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        reap()
+        raise
+    return Child(pid, output, watch_exit(pid, reap))
 
 
 async def _reader(descriptor: int) -> asyncio.StreamReader:

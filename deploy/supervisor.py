@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.process import INCARNATION_VARIABLE, new_incarnation
+from common.process import INCARNATION_VARIABLE, PARENT_VARIABLE, new_incarnation
 from common.service import FATAL_EXIT, TRY_AGAIN_EXIT
 from deploy.children import Child, Spawner
 from deploy.layout import ServiceCommand
@@ -130,6 +131,7 @@ class Supervisor:
             "OMP_NUM_THREADS": _threads(command),
             "PYTHONUNBUFFERED": "1",
             INCARNATION_VARIABLE: incarnation,
+            PARENT_VARIABLE: str(os.getpid()),
         }
         child = await self._spawn(command, environment)
         if child is None:

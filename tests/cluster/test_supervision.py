@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.process import INCARNATION_VARIABLE
+from common.process import INCARNATION_VARIABLE, PARENT_VARIABLE
 from common.service import TRY_AGAIN_EXIT
 from deploy.children import DirectSpawner, Nursery, Spawner
 from deploy.layout import ServiceCommand
@@ -53,6 +53,21 @@ async def test_a_child_is_a_process_of_its_own(spawner: Spawner) -> None:
     assert await child.exited == -signal.SIGKILL
     assert await child.output.read() == b""
     child.send_signal(signal.SIGKILL)  # nobody is there, nobody is hit
+
+
+async def test_a_child_whose_parent_has_died_before_it_could_look_ends(spawner: Spawner) -> None:
+    child = await spawner.spawn(command("wait"), {PARENT_VARIABLE: "1"})
+    assert await child.exited == -signal.SIGKILL
+
+
+async def test_a_start_that_is_given_up_leaves_nobody() -> None:
+    before = descendants(os.getpid())
+    spawning = asyncio.ensure_future(DirectSpawner(ROOT).spawn(command("wait"), {}))
+    await asyncio.sleep(0)
+    (pid,) = descendants(os.getpid()) - before
+    spawning.cancel()
+    await asyncio.wait([spawning])
+    assert spawning.cancelled() and not Path("/proc", str(pid)).exists()
 
 
 @pytest.mark.parametrize(("what", "code"), [("0", 0), ("3", 3), ("raise", 1)])
