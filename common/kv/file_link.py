@@ -31,14 +31,17 @@ class Disk:
         self.timeout_s = timeout_s
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-disk")
 
-    async def run(self, work: Callable[[], Result], undo: Callable[[Result], None] | None = None) -> Result:
-        """Raises what `work` raises, and `LinkTimeout`. `undo` gets the result that nobody waited for."""
+    async def run(
+        self, work: Callable[[], Result], undo: Callable[[Result], None] | None = None, *, is_owed: bool = False
+    ) -> Result:
+        """Raises what `work` raises, and `LinkTimeout`. `undo` gets the result that nobody waited for. What has not
+        begun when nobody waits any more is dropped, unless it `is_owed`."""
         running = self._executor.submit(work)
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await asyncio.shield(asyncio.wrap_future(running))
         except BaseException as error:
-            if not running.cancel() and undo is not None:
+            if (is_owed or not running.cancel()) and undo is not None:
                 running.add_done_callback(lambda done: None if done.exception() else undo(done.result()))
             if isinstance(error, TimeoutError):
                 raise LinkTimeout(f"{self.name} took longer than {self.timeout_s} s") from None
@@ -94,7 +97,11 @@ class FileLink:
             self._pool.finish(key, note)
             with typed_errors(self._pool.name):
                 part.replace(path)
-                sync_directory(path.parent)
+            try:
+                with typed_errors(self._pool.name):
+                    sync_directory(path.parent)
+            except LinkError as error:
+                raise type(error)(error.message, may_still_write=True) from error
 
         try:
             await self._disk.run(finish)
@@ -105,14 +112,15 @@ class FileLink:
         self.note = note
 
     async def aclose(self) -> None:
-        """See `Link.aclose`. A file that is not finished is gone."""
+        """See `Link.aclose`. A file that is not finished is gone, or, where the disk fails (`LinkLost`), will be when
+        the store is started next."""
         if self._pool.fd < 0:
             return
         self._failure = self._failure or LinkLost(f"the link to {self._pool.name} was closed")
         for gate in self._gates:
             gate.shut()
         try:
-            await self._disk.run(self._let_go)
+            await self._disk.run(self._let_go, is_owed=True)
         except LinkTimeout as late:
             raise LinkTimeout(late.message, may_still_write=True) from None
 
@@ -120,7 +128,8 @@ class FileLink:
         fd, self._pool.fd = self._pool.fd, -1
         os.close(fd)
         if self._part is not None:
-            self._part.unlink(missing_ok=True)
+            with typed_errors(self._pool.name):
+                self._part.unlink(missing_ok=True)
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -182,4 +182,5 @@ def _check_header(header: FileHeader, key: str, pool: KvPool, name: str) -> None
 
 def _remove(fd: int, path: Path) -> None:
     os.close(fd)
-    path.unlink(missing_ok=True)
+    with typed_errors(path.name):
+        path.unlink(missing_ok=True)

@@ -47,6 +47,8 @@ FAILURE_PAUSE_S = 5.0
 """So long nothing is written after the disk was full, or failed."""
 TIMEOUT_S = 10.0
 """Of reading or writing one segment: somebody may wait for a replica that is behind it."""
+NOT_KNOWN = b""
+"""The hash of a segment whose file may hold this or that: no tokens agree with it."""
 
 
 class DiskTier:
@@ -57,6 +59,8 @@ class DiskTier:
         self._pool = pool
         self._shelf = shelf
         self._segments: dict[str, list[Segment]] = {}
+        self._undeleted: set[str] = set()
+        """files of no use that could not be deleted yet"""
         self._paused_until_s = 0.0
         self._used_bytes = 0
         self._one_at_a_time = asyncio.Lock()
@@ -108,11 +112,15 @@ class DiskTier:
             async with self._one_at_a_time:
                 if key not in self._shelf.replicas:
                     await self._delete(key, self._segments.pop(key))
+        undeleted = list(self._undeleted) if time.monotonic() >= self._paused_until_s else []
+        if undeleted:
+            async with self._one_at_a_time:
+                await self._delete_files(undeleted)
         behind = [(key, each) for key, each in self._shelf.replicas.items() if each.num_on_disk < each.num_tokens]
         for key, replica in behind:
             if time.monotonic() >= self._paused_until_s:
                 await self._save(key, replica)
-        if not gone and not behind:
+        if not (gone or behind or undeleted):
             return
         try:
             self._used_bytes = await self._files.used_bytes()
@@ -140,6 +148,7 @@ class DiskTier:
         if not known or known[-1].end < replica.num_tokens:
             start, end = next_segment(known, replica.num_tokens)
             version, token_ids = replica.version, replica.token_ids[: end * ID_BYTES]
+            segment = Segment(start, end, hash_tokens(token_ids))
             note = new_note(start, token_ids, replica.digests[:, start:end])
             layout = self._layout(end - start)
             plan = self._plan(layout, replica.blocks, start, end, to_disk=True)
@@ -148,20 +157,38 @@ class DiskTier:
                 await link.write(self._pool, plan)
                 if not self._is_kept(key, replica) or replica.version != version:
                     return False
-                await self._files.finish(link, segment_name(key, start), msgspec.msgpack.encode(note))
+                await self._finish(key, [*known, segment], link, note)
             finally:
                 await link.aclose()
             self._counts["written_bytes"] += layout.total_bytes
-            await self._replace(key, [*known, Segment(start, end, hash_tokens(token_ids))])
-        replica.num_on_disk = min(self._segments[key][-1].end, replica.num_tokens)
+            await self._delete_files(list(self._undeleted))
+        self._count_on_disk(key, replica)
         return True
 
-    async def _replace(self, key: str, segments: Sequence[Segment]) -> None:
-        """The last segment has been written and takes the place of all that begin where it does, or behind."""
+    async def _finish(self, key: str, segments: Sequence[Segment], link: FileLink, note: SegmentNote) -> None:
+        """The last segment, which has been written, takes the place of all that begin where it does, or behind; these
+        are to be deleted. Raises `LinkError`; where nobody can say then what is in the file, no token is counted on
+        that would be in it."""
         last = segments[-1]
         before = self._segments.get(key, [])
+        try:
+            await self._files.finish(link, segment_name(key, last.start), msgspec.msgpack.encode(note))
+        except LinkError as error:
+            if error.may_still_write:
+                doubtful = Segment(last.start, last.end, NOT_KNOWN)
+                others = [segment for segment in before if segment.start != last.start]
+                self._segments[key] = sorted([*others, doubtful], key=lambda segment: segment.start)
+                if (replica := self._shelf.replicas.get(key)) is not None:
+                    self._count_on_disk(key, replica)
+            raise
+        self._undeleted.discard(segment_name(key, last.start))
         self._segments[key] = [segment for segment in segments if segment.start < last.start] + [last]
-        await self._delete(key, [segment for segment in before if segment.start > last.start])
+        self._undeleted |= {segment_name(key, segment.start) for segment in before if segment.start > last.start}
+
+    def _count_on_disk(self, key: str, replica: Replica) -> None:
+        """Of its present text: that may have changed while another was written."""
+        whole = agreeing(self._segments[key], replica.token_ids)
+        replica.num_on_disk = min(whole[-1].end if whole else 0, replica.num_tokens)
 
     def _is_kept(self, key: str, replica: Replica) -> bool:
         return self._shelf.replicas.get(key) is replica and bool(replica.blocks)
@@ -267,9 +294,16 @@ class DiskTier:
     # ------------------------------------------------------------ files
 
     async def _delete(self, key: str, segments: Iterable[Segment]) -> None:
+        names = [segment_name(key, segment.start) for segment in segments]
+        self._undeleted.update(names)
+        await self._delete_files(names)
+
+    async def _delete_files(self, names: Iterable[str]) -> None:
+        """Where it fails, the next pass tries again."""
         try:
-            for segment in segments:
-                await self._files.delete(segment_name(key, segment.start))
+            for name in names:
+                await self._files.delete(name)
+                self._undeleted.discard(name)
         except LinkError as error:
             self._note_failure(error)
 
