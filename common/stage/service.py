@@ -184,8 +184,7 @@ class StageService(StageRole):
                     # connected first: whoever is among the members can be sent something
                     await self.peers.connect(record.name, record.endpoint)
                     self.members[record.name] = record
-                    if self._waits_for_us(record):
-                        self._report_ready(record.name)
+                    self._report_ready(record)
                     if isinstance(event, MemberJoined):
                         await self.member_joined(record)
                 case MemberLost(record):
@@ -219,6 +218,8 @@ class StageService(StageRole):
             for stage in record.stages if record.successor is None else ():
                 # its members may become known to us only later
                 await self.peers.connect(stage.name, stage.endpoint)
+                # again, as an older publication may have led us back to an incarnation that was gone
+                self._report_ready(stage)
             self.records[record.pipeline] = record
             if is_retired(self.options.pipeline, self.records):
                 if not self._over.done():
@@ -292,19 +293,19 @@ class StageService(StageRole):
             return
         self.new_driver(self.epoch, stages)
         for member in self.members.values():
-            if self._waits_for_us(member):
-                self._report_ready(member.name)
+            self._report_ready(member)
 
     def _waits_for_us(self, member: MemberRecord) -> bool:
         """Routers place work on pipelines that are ready; token drivers send prompts to them."""
         is_token_driver = member.role == "token_stage" and member.stage_index == 0
         return member.role == "router" or (self.options.role == "prompt_stage" and is_token_driver)
 
-    def _report_ready(self, name: str) -> None:
-        stages = self._ready.all_of(self.epoch) if self.options.is_driver else None
+    def _report_ready(self, member: MemberRecord) -> None:
+        is_due = self.options.is_driver and self._waits_for_us(member)
+        stages = self._ready.all_of(self.epoch) if is_due else None
         if stages is not None:
             capacity = min(stage.num_sequence_blocks for stage in stages) * self.options.block_size
-            self.peers.send(name, PipelineReady(self.options.pipeline, self.epoch, capacity))
+            self.peers.send(member.name, PipelineReady(self.options.pipeline, self.epoch, capacity))
 
     # ------------------------------------------------------------ messages
 

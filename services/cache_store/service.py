@@ -226,7 +226,7 @@ class CacheStore:
                 case Forget(pipeline, epoch, keys):
                     if self._accepts(pipeline, epoch):
                         for key in keys:
-                            self._shelf.forget(key)
+                            self._shelf.ended(pipeline, key)
 
     async def _replicate(self, sender: str, asked: Replicate) -> None:
         pipeline, epoch, batch = asked.pipeline, asked.epoch, asked.batch
@@ -241,7 +241,9 @@ class CacheStore:
 
     def _locate(self, sender: str, locate: Locate) -> None:
         if self._accepts(locate.pipeline, locate.epoch):
-            held = self._keeper.held(replica_key(locate.sequence_id), locate.token_ids)
+            key = replica_key(locate.sequence_id)
+            self._shelf.take_over(locate.pipeline, key)
+            held = self._keeper.held(key, locate.token_ids)
             answer = Located(self._options.name, locate.epoch, locate.sequence_id, locate.attempt, held)
             self._peers.send(sender, answer)
 

@@ -24,7 +24,8 @@ NOBODY = ""
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """KV of the first `num_tokens` tokens lies in `blocks`; `token_ids` may know more (packed int32).
+    """KV of the first `num_tokens` tokens lies in `blocks`; `token_ids` may know more (packed int32). It belongs to the
+    `pipeline` that last wrote it from its beginning, or asked for it: one that its sequence has left changes nothing.
     `digests` [plane][token] say what was received. Nobody may want it after `expires_at_s`.
 
     The first `num_on_disk` tokens are on disk, too. An *asleep* replica is only there: it has no blocks."""
@@ -129,7 +130,10 @@ class Shelf:
 
     def make_room(self, pipeline: str, item: ReplicaItem, now_s: float) -> list[int] | None:
         """The replica's blocks, enough for the item's tokens; what it held from `start` on is void. None where the
-        item does not continue what is there, or no block is free: then nothing of it is kept, but what is asleep."""
+        item does not continue what is there, or no block is free: then nothing of it is kept, but what is asleep, or
+        another pipeline's."""
+        if item.start and item.key in self.replicas and not self._is_of(pipeline, item.key):
+            return None
         replica = self.replicas.setdefault(item.key, Replica(pipeline))
         replica.pipeline, replica.expires_at_s, replica.used_at_s = pipeline, None, now_s
         if replica.is_asleep and item.start:
@@ -165,6 +169,20 @@ class Shelf:
         replica = self.replicas.pop(key, None)
         if replica is not None:
             self.let_go(replica)
+
+    def take_over(self, pipeline: str, key: str) -> None:
+        """The replica's sequence goes on in this pipeline."""
+        if key in self.replicas:
+            self.replicas[key].pipeline = pipeline
+
+    def ended(self, pipeline: str, key: str) -> None:
+        """Its sequence has ended in this pipeline. If it has moved to another, that one's copy stays."""
+        if key in self.replicas and self._is_of(pipeline, key):
+            self.forget(key)
+
+    def _is_of(self, pipeline: str, key: str) -> bool:
+        """What was found on disk is whoever's comes first."""
+        return self.replicas[key].pipeline in (pipeline, NOBODY)
 
     def sweep(self, now_s: float) -> None:
         """Drops what has expired."""

@@ -87,6 +87,11 @@ class Replication:
         self._claims.append(name)
         self._unanswered.add(name)
 
+    def writer_is_back(self, name: str) -> None:
+        """There is a new way to a prompt stage: what it was asked before may have gone nowhere."""
+        if name in self._unanswered and name not in self._claims:
+            self._claims.append(name)
+
     def store_lost(self, name: str) -> list[Sequence]:
         """A store (or a writer) is dead. Returns the sequences that it no longer reads."""
         self._unanswered.discard(name)

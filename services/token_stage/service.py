@@ -356,6 +356,8 @@ class TokenStage(StageService):
         if record.role == "prompt_stage" and self._scheduler is not None:
             if record.successor is not None:
                 self._carry_out(self._scheduler.pipeline_replaced(record.pipeline, record.epoch))
+            for stage in record.stages:
+                self._scheduler.replication.writer_is_back(stage.name)
             waiting = self._prompts.take_waiting()
             self._carry_out(g for g in waiting if self._scheduler.is_granted(g.sequence_id, g.attempt))
             self.pump()

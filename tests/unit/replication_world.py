@@ -310,7 +310,7 @@ class World:
                     self._answer("replicated", (epoch, name, batch, store.answer[2]))
             case Forget(_, _, keys):
                 for key in keys:
-                    store.shelf.forget(key)
+                    store.shelf.ended("token-0", key)
             case Locate(_, epoch, sequence_id, attempt, ids):
                 found = store.shelf.locate(replica_key(sequence_id), ids, 0.0)
                 held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)

@@ -108,9 +108,10 @@ class StoreLife:
         self.store = CacheStore(options, SPEC)
         self.peers = self.store._peers = StorePeers(world)
         self.records: asyncio.Queue[PipelineRecord] = asyncio.Queue()
-        self.lease = SimpleNamespace(id=1)
-        self.store._membership = SimpleNamespace(lease=self.lease, watch_pipelines=self._watch)  # type: ignore[assignment]
-        self.store._lease_id = 1
+        self.standing = 1
+        """as whom others know it"""
+        membership = SimpleNamespace(standing=lambda: self.standing, watch_pipelines=self._watch)
+        self.store._membership = membership  # type: ignore[assignment]
         self.tasks: list[asyncio.Task[None]] = []
 
     async def _watch(self) -> Any:

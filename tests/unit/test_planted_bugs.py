@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -28,6 +26,7 @@ from services.token_stage.replication import Replication
 from services.token_stage.sequence import Sequence
 from services.token_stage.table import SequenceTable
 from tests.unit import test_cluster_simulation, test_prompt_recovery, test_replication, test_whole_system
+from tests.unit.planting import Bug, Patch, around, instead
 
 STORES = test_replication.simulate
 FORSAKEN = test_replication.forsake
@@ -35,30 +34,6 @@ PROMPTS = test_prompt_recovery.simulate
 WHOLE = test_whole_system.simulate
 CLUSTER = test_cluster_simulation.simulate
 REPLACEMENT = test_cluster_simulation.replace_in_time
-NUM_SEEDS = 60
-
-Patch = pytest.MonkeyPatch
-
-
-@dataclass(frozen=True)
-class Bug:
-    """`plant` changes the code; one of `NUM_SEEDS` runs from `first_seed` on must fail."""
-
-    name: str
-    simulate: Callable[[int], object]
-    plant: Callable[[Patch], None]
-    first_seed: int = 0
-
-
-def instead(owner: object, name: str, new: Any) -> Callable[[Patch], None]:
-    """Plants `new` in the place of an attribute."""
-    return lambda patch: patch.setattr(owner, name, new)
-
-
-def around(owner: type, name: str, new: Callable[..., Any]) -> Callable[[Patch], None]:
-    """Plants a method that calls `new(old method, self, ...)`."""
-    old = getattr(owner, name)
-    return instead(owner, name, lambda self, *args, **named: new(old, self, *args, **named))
 
 
 def touched_only_by(*names: str) -> Callable[[Patch], None]:
@@ -251,13 +226,6 @@ BUGS = [
 ]
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
-def test_a_planted_bug_is_found(bug: Bug, monkeypatch: Patch) -> None:
-    logging.disable(logging.CRITICAL)  # there is much to say
-    bug.plant(monkeypatch)
-    try:
-        with pytest.raises((AssertionError, LookupError)):
-            for seed in range(bug.first_seed, bug.first_seed + NUM_SEEDS):
-                bug.simulate(seed)
-    finally:
-        logging.disable(logging.NOTSET)
+@pytest.mark.parametrize("bug", BUGS, ids=Bug.id_of)
+def test_a_planted_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.must_be_found(monkeypatch)

@@ -1,0 +1,337 @@
+"""Several pipelines of each kind, stores, routers and clients: what they send each other keeps its order per sender and
+receiver, everything else happens in any order. Processes die, live on cut off, and change their roles."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+from common.kv.lane import HandoffSpan
+from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord, SnapshotEnd
+from common.messages import Admit, Message, pack_ids
+from common.replica_messages import Replicate, replica_key
+from dejavu.params import SamplingParams
+from dejavu.wire import Ended, RouterMessage, Submit, Tokens
+from services.router.pipelines import missing_pipelines
+from services.router.service import RouterOptions, RouterService
+from services.token_stage.sequence import Phase, Produce
+from tests.unit.fleet_stages import SPEC, FleetPeers, FleetPromptStage, FleetTokenStage, Stage, drive, stage_options
+from tests.unit.fleet_store import FleetStore
+from tests.unit.replication_world import BLOCK_SIZE, next_token
+from tests.unit.test_whole_system import Client
+
+ROLES: dict[str, Any] = {"token_stage": FleetTokenStage, "prompt_stage": FleetPromptStage}
+
+
+class FleetRouter(RouterService):
+    """A router as it is served; who leads is said by the world."""
+
+    def __init__(self, world: Fleet, name: str, incarnation: str) -> None:
+        super().__init__(RouterOptions(name, "", "c", "h", 0, "", "", may_kill=True), SPEC, None)
+        self.world, self.name, self.incarnation = world, name, incarnation
+        self._incarnation = self.requests._incarnation = incarnation
+        self._peers = FleetPeers(world, f"{name}.{incarnation}")
+        self.cluster = self._cluster = cast(Any, SimpleNamespace(members={}, records={}, is_leader=False, leader=""))
+        self._is_live = True
+
+    @property
+    def requests(self) -> Any:
+        return self._requests
+
+    def to_client(self, client: bytes, message: RouterMessage) -> None:
+        for frame in message.frames if isinstance(message, Tokens) else ():
+            # one that was repeated to a client that has come back may be of an epoch before
+            known = self.world.homes[f"{frame.request_id}/{frame.choice}"]
+            assert frame.epoch <= known[1], "a zombie was heard"
+        self.world.to_clients.append((self.incarnation, client.decode(), message))
+
+    def to_member(self, name: str, message: Message) -> bool:
+        if isinstance(message, Admit):
+            self.world.admitted(name, message)
+        return super().to_member(name, message)
+
+    def receive(self, peer: str, frame: bytes) -> None:
+        self._on_service_frames(peer.encode(), [memoryview(frame)])
+
+    def can_hear(self, kind: str) -> bool:
+        return True
+
+    def ways(self) -> list[Callable[[], None]]:
+        return []
+
+    def hear(self, kind: str, event: Any) -> None:
+        if isinstance(event, PipelineRecord):
+            if event.successor is None:
+                drive(self._peers.connect(event.stages[0].name, event.stages[0].endpoint))
+            self.cluster.records[event.pipeline] = event
+            self._pipeline_published(event)
+        elif isinstance(event, MemberJoined):
+            drive(self._peers.connect(event.record.name, event.record.endpoint))
+            self.cluster.members[event.record.name] = event.record
+        elif isinstance(event, MemberLost):
+            record = event.record
+            if self.cluster.members.get(record.name) is record:
+                del self.cluster.members[record.name]
+            self._peers.drop(record.name, record.endpoint)
+            if record.pipeline is not None:
+                self.requests.pipeline_lost(record.pipeline)
+
+
+Process = FleetRouter | FleetStore | FleetTokenStage | FleetPromptStage
+
+
+class Fleet:
+    """`processes` by incarnation; `cut_off` are those that others take for dead and that live on."""
+
+    def __init__(self, seed: int, num_token: int, num_prompt: int) -> None:
+        self.draws = random.Random(seed)
+        self.revision = self.num_started = self.num_restored = self.num_moved = 0
+        self.processes: dict[str, Process] = {}
+        self.members: dict[str, MemberRecord] = {}
+        self.records: dict[str, PipelineRecord] = {}
+        self.broken: set[str] = set()
+        self.cut_off: dict[str, Process] = {}
+        self.agenda: list[Callable[[], None]] = []
+        """what follows some time after a fault"""
+        self.wire: dict[tuple[str, str], deque[tuple[str, bytes]]] = {}
+        self.news: dict[tuple[str, str], deque[object]] = defaultdict(deque)
+        self.clients: dict[str, Client] = {}
+        self.to_clients: deque[tuple[str, str, RouterMessage]] = deque()
+        self.from_clients: deque[tuple[str, str]] = deque()
+        self.homes: dict[str, tuple[str, int]] = {}
+        """the driver and the epoch that each sequence was last given to, by its key"""
+        self.leader: FleetRouter
+        for name in ("router-0", "router-1"):
+            self.start(name, "router")
+        self.lead(self.routers[0], "")
+        for name in ("store-a", "store-b"):
+            self.start(name, "cache_store")
+        for role, count in (("token", num_token), ("prompt", num_prompt)):
+            for index in range(count):
+                self.start_stage(f"{role}-{index}", f"{role}_stage")
+        self.agenda.append(self.publish)
+
+    # ------------------------------------------------------------ who is there
+
+    @property
+    def routers(self) -> list[FleetRouter]:
+        return [process for process in self.processes.values() if isinstance(process, FleetRouter)]
+
+    def stages(self, kind: type[Stage]) -> list[Any]:
+        return [process for process in self.processes.values() if isinstance(process, kind)]
+
+    @property
+    def stores(self) -> list[FleetStore]:
+        return [process for process in self.processes.values() if isinstance(process, FleetStore)]
+
+    def store_named(self, name: str) -> FleetStore | None:
+        return next((store for store in self.stores if store.name == name), None)
+
+    def token_stage(self, incarnation: str) -> FleetTokenStage | None:
+        found = self.processes.get(incarnation)
+        return found if isinstance(found, FleetTokenStage) else None
+
+    def is_alive(self, stage: Stage) -> bool:
+        return stage.incarnation in self.processes or stage.incarnation in self.cut_off
+
+    def start_stage(self, pipeline: str, role: str) -> None:
+        self.start(f"{pipeline}-0", role, pipeline)
+
+    def start(self, name: str, role: str, pipeline: str | None = None) -> None:
+        """It registers, and hears of everybody."""
+        self.num_started += 1
+        incarnation = f"i{self.num_started}"
+        detail: dict[str, str | int | float] = {}
+        process: Process
+        if role == "router":
+            process = FleetRouter(self, name, incarnation)
+        elif role == "cache_store":
+            process = FleetStore(self, name, incarnation)
+        else:
+            assert pipeline is not None
+            options = stage_options(pipeline, role)
+            process = ROLES[role](self, options, incarnation)
+            detail = {"other_pipeline": options.other_pipeline}
+            if isinstance(process, FleetTokenStage):
+                detail["kv_offer"] = process.door.offer
+        index, count, layers = (None, None, None) if pipeline is None else (0, 1, (0, 1))
+        record = MemberRecord(
+            name, role, incarnation, 1, "h", f"tcp://{incarnation}:1", pipeline, index, count, layers, "active", detail
+        )
+        self.processes[incarnation] = process
+        for member in self.members.values():
+            self.tell(process, "members", MemberJoined(member))
+        self.tell(process, "members", SnapshotEnd())
+        for known in self.records.values():
+            self.tell(process, "pipelines", known)
+        self.members[name] = record
+        self.tell_all("members", MemberJoined(record))
+
+    def end(self, process: Process, *, lives_on: bool = False) -> None:
+        """Its lease is gone. What it has sent arrives, or the last of it does not."""
+        name, incarnation = self._name(process), process.incarnation
+        del self.processes[incarnation]
+        if lives_on:
+            self.cut_off[incarnation] = process
+        else:
+            self.forget(incarnation)
+        record = self.members.pop(name)
+        if record.pipeline is not None:
+            self.broken.add(record.pipeline)
+        self.tell_all("members", MemberLost(record))
+
+    def forget(self, incarnation: str) -> None:
+        self.cut_off.pop(incarnation, None)
+        for key in [key for key in self.wire if incarnation in (key[0].rpartition(".")[2], key[1])]:
+            sent = self.wire[key]
+            for _ in range(len(sent) if key[1] == incarnation else self.draws.randint(0, len(sent))):
+                sent.pop()
+
+    def _name(self, process: Process) -> str:
+        return process.options.name if isinstance(process, Stage) else process.name
+
+    def tell(self, process: Process, kind: str, event: object) -> None:
+        self.news[process.incarnation, kind].append(event)
+
+    def tell_all(self, kind: str, event: object) -> None:
+        for process in self.processes.values():
+            self.tell(process, kind, event)
+
+    def publish(self) -> None:
+        """As the leader does."""
+        for record in missing_pipelines(self.members.values(), self.records, (), self.broken):
+            self._publish(record)
+
+    def _publish(self, record: PipelineRecord) -> None:
+        self.revision += 1
+        record = PipelineRecord(record.pipeline, record.role, self.revision, record.stages, record.successor)
+        self.records[record.pipeline] = record
+        self.broken.discard(record.pipeline)
+        self.tell_all("pipelines", record)
+
+    def retire(self, stage: Stage) -> None:
+        """Its pipeline is over; its process goes on in the other role."""
+        record = self.records[stage.options.pipeline]
+        self._publish(PipelineRecord(record.pipeline, record.role, 0, record.stages, stage.options.other_pipeline))
+
+    def lead(self, router: FleetRouter, after: str) -> None:
+        self.leader = router
+        router.cluster.is_leader = True
+        if after:
+            router.requests.succeed(after)
+        for name, client in self.clients.items():
+            if not client.outcome:
+                self.from_clients.append((router.incarnation, name))
+
+    def admitted(self, driver: str, admit: Admit) -> None:
+        """A router has given a sequence to a pipeline."""
+        key = replica_key(admit.sequence_id)
+        self.num_moved += self.homes.get(key, (driver, 0))[0] != driver
+        self.homes[key] = (driver, admit.epoch)
+
+    # ------------------------------------------------------------ what is on its way
+
+    def send(self, sender: str, to: str, frame: bytes) -> None:
+        if to in self.processes or to in self.cut_off:
+            self.wire.setdefault((sender, to), deque()).append((sender, frame))
+
+    def ways(self) -> list[Callable[[], None]]:
+        """All that can happen now."""
+        found: list[Callable[[], None]] = []
+        for (_, to), sent in self.wire.items():
+            if sent:
+                found.append(lambda sent=sent, to=to: self._arrive(to, sent))  # type: ignore[misc]
+        for (incarnation, kind), events in self.news.items():
+            process = self.processes.get(incarnation)
+            if events and process is not None and process.can_hear(kind):
+                found.append(lambda p=process, k=kind, e=events: p.hear(k, e.popleft()))  # type: ignore[misc]
+        for process in (*self.processes.values(), *self.cut_off.values()):
+            found += process.ways()
+        found += [self._reach_client] * bool(self.to_clients) + [self._hear_client] * bool(self.from_clients)
+        return found
+
+    def _arrive(self, to: str, sent: deque[tuple[str, bytes]]) -> None:
+        sender, frame = sent.popleft()
+        process = self.processes.get(to) or self.cut_off.get(to)
+        if process is not None:
+            process.receive(sender, frame)
+
+    def check_write(self, stage: FleetTokenStage, span: HandoffSpan) -> None:
+        """Nobody else has the blocks that are being written to."""
+        scheduler = stage._scheduler
+        first, last = (position // BLOCK_SIZE for position in (span.token_range[0], span.token_range[1] - 1))
+        touched = set(span.destination_blocks[first : last + 1])
+        for other in scheduler._sequences.values() if scheduler is not None else ():
+            if (other.sequence_id, other.attempt) != (span.sequence_id, span.attempt):
+                assert not touched & set(other.blocks), "a block was given away that somebody still writes to"
+
+    def check_blocks(self) -> None:
+        """Nobody else has the blocks that a store is to read, or a stage to copy into."""
+        for store in self.stores:
+            for _, message in store.inbox:
+                stage = store.sources.get(getattr(message, "pipeline", ""), (0, None))[1]
+                if isinstance(message, Replicate) and stage is not None and self._reads(store, message, stage):
+                    self._check_lent(stage, [(item.key, item.blocks) for item in message.items])
+        for stage in self.stages(FleetTokenStage):
+            pulls = [pull for pull in stage.pulls.waiting if pull.epoch == stage.epoch]
+            self._check_lent(stage, [(replica_key(pull.sequence_id), pull.blocks) for pull in pulls])
+
+    def _reads(self, store: FleetStore, message: Replicate, stage: FleetTokenStage) -> bool:
+        return store.shelf.accepts(message.pipeline, message.epoch) and stage.epoch == message.epoch
+
+    def _check_lent(self, stage: FleetTokenStage, touched: list[tuple[str, list[int]]]) -> None:
+        scheduler = stage._scheduler
+        if scheduler is None:
+            return
+        scheduler.allocator.check()
+        lent = {b: replica_key(s.sequence_id) for s in scheduler._sequences.values() for b in s.blocks}
+        for key, blocks in touched:
+            assert all(lent.get(block, key) == key for block in blocks), f"blocks of {key} were given away too early"
+
+    def check_safe(self, stage: FleetTokenStage, produced: Produce) -> None:
+        """A token is shown: a store has the KV before it, but for what may lag, or none can have it."""
+        scheduler = stage._scheduler
+        sequence = None if scheduler is None else scheduler._sequences.get(produced.sequence_id)
+        if scheduler is None or sequence is None or sequence.max_lag is None or sequence.phase is Phase.ENDED:
+            return
+        key, tokens = replica_key(produced.sequence_id), sequence.tokens[: sequence.num_prompt + produced.index]
+        kept = [store.shelf.locate(key, pack_ids(tokens), 0.0) for store in self.stores]
+        is_safe = any(found is not None and found[1] >= len(tokens) - sequence.max_lag for found in kept)
+        is_refused = any(key in store.refused for store in scheduler.replication._stores.values())
+        if any(stage.members.get(name) != self.members.get(name) for name in scheduler.replication._stores):
+            return  # it has not heard of a store's death yet
+        assert is_safe or is_refused or not scheduler.replication.num_stores, "a token was shown that is not safe"
+
+    # ------------------------------------------------------------ clients
+
+    def submit(self, name: str, num_prompt: int, max_tokens: int) -> None:
+        prompt = [self.draws.randrange(1, 90) for _ in range(num_prompt)]
+        num_choices = self.draws.choice((1, 1, 2))
+        durability = self.draws.choice(["async", "lag:3", "sync"])
+        params = SamplingParams(max_tokens=max_tokens, durability=durability, n=num_choices, ignore_eos=True, seed=1)
+        self.clients[name] = Client(prompt, params, [[] for _ in range(num_choices)])
+        self.from_clients.append((self.leader.incarnation, name))
+
+    def _hear_client(self) -> None:
+        incarnation, name = self.from_clients.popleft()
+        client = self.clients[name]
+        if incarnation == self.leader.incarnation and not client.outcome:
+            known = [list(ids) for ids in client.delivered]
+            self.leader._submit(name.encode(), Submit(name, client.prompt, client.params, known))
+
+    def _reach_client(self) -> None:
+        incarnation, name, message = self.to_clients.popleft()
+        client = self.clients[name]
+        if incarnation != self.leader.incarnation:
+            return
+        for frame in message.frames if isinstance(message, Tokens) else ():
+            known = client.delivered[frame.choice]
+            assert frame.index == len(known), "a token is missing, or came twice"
+            assert frame.token_id == next_token(client.prompt + known), "a token diverges"
+            known.append(frame.token_id)
+        if isinstance(message, Ended):
+            assert client.outcome in ("", "left"), "it ended twice"
+            client.outcome = client.outcome or message.outcome

@@ -1,0 +1,177 @@
+"""Several pipelines of each kind: one dies while another lives, requests move from one to the other, pipelines change
+their roles, and who was taken for dead talks on. Every request ends once, with its tokens, and nothing stays behind."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.unit.fleet_stages import NUM_BLOCKS, FleetPromptStage, FleetTokenStage, Stage
+from tests.unit.fleet_world import Fleet
+
+NUM_REQUESTS = 14
+
+
+def inject(world: Fleet, fault: str) -> None:
+    draws = world.draws
+    match fault:
+        case "token" | "prompt" | "token zombie" | "prompt zombie":
+            victims = world.stages(FleetTokenStage if fault.startswith("token") else FleetPromptStage)
+            if victims:
+                lose_stage(world, draws.choice(victims), lives_on="zombie" in fault)
+        case "epoch":
+            # another stage of it has died
+            stage = draws.choice([*world.stages(FleetTokenStage), *world.stages(FleetPromptStage)])
+            world.broken.add(stage.options.pipeline)
+            world.agenda.append(world.publish)
+        case "store":
+            lose_store(world)
+        case "router":
+            change_leader(world)
+        case "retire":
+            retire(world)
+
+
+def lose_stage(world: Fleet, stage: Stage, *, lives_on: bool) -> None:
+    pipeline, role = stage.options.pipeline, stage.options.role
+    world.end(stage, lives_on=lives_on)  # type: ignore[arg-type]
+
+    def again() -> None:
+        record = world.records.get(pipeline)
+        if record is not None and record.successor is not None:
+            pipeline_now, role_now = stage.options.other_pipeline, other_role(role)
+        else:
+            pipeline_now, role_now = pipeline, role
+        world.start_stage(pipeline_now, role_now)
+        world.agenda.append(world.publish)
+
+    world.agenda.append(again)
+
+
+def other_role(role: str) -> str:
+    return "token_stage" if role == "prompt_stage" else "prompt_stage"
+
+
+def lose_store(world: Fleet) -> None:
+    if world.stores:
+        store = world.draws.choice(world.stores)
+        world.end(store)
+        world.agenda.append(lambda: world.start(store.name, "cache_store"))
+
+
+def change_leader(world: Fleet) -> None:
+    dead = world.leader
+    others = [router for router in world.routers if router is not dead]
+    if others:
+        world.end(dead)
+        world.agenda.append(lambda: world.start(dead.name, "router"))
+        world.lead(others[0], dead.name)
+
+
+def retire(world: Fleet) -> None:
+    """Where another pipeline of the kind works, as the router demands."""
+    kinds: list[type[Stage]] = [FleetTokenStage, FleetPromptStage]
+    for kind in world.draws.sample(kinds, 2):
+        able = [stage for stage in world.stages(kind) if world.leader.requests.is_ready(stage.options.pipeline)]
+        if len(able) > 1:
+            world.retire(world.draws.choice(able))
+            return
+
+
+def leave_retired(world: Fleet) -> None:
+    """A process whose pipeline is over goes on in its other role."""
+    for stage in [*world.stages(FleetTokenStage), *world.stages(FleetPromptStage)]:
+        if stage._over.done():
+            world.end(stage)
+            world.broken.discard(stage.options.pipeline)
+            world.start_stage(stage.options.other_pipeline, other_role(stage.options.role))
+            world.agenda.append(world.publish)
+
+
+def run_a_timer(world: Fleet) -> None:
+    """Somebody is not waited for any longer: token pipelines that do not say what they have, or the next router."""
+    timers = [stage.timers.later for stage in world.stages(FleetTokenStage) if stage.timers.later]
+    if world.leader.requests._awaited:
+        world.leader.requests.stop_awaiting()
+    elif timers:
+        world.draws.choice(timers).pop(0)()
+
+
+def let_time_pass(world: Fleet) -> bool:
+    """What waits for a clock happens; False: nothing does."""
+    timers = [timer for stage in world.stages(FleetTokenStage) for timer in stage.timers.later]
+    for stage in world.stages(FleetTokenStage):
+        stage.timers.later.clear()
+    for timer in timers:
+        timer()
+    awaited = bool(world.leader.requests._awaited)
+    world.leader.requests.stop_awaiting()
+    was_cut_off = list(world.cut_off)
+    for incarnation in was_cut_off:
+        world.forget(incarnation)
+    return bool(timers or awaited or was_cut_off)
+
+
+FAULTS = [
+    *["token"] * 3, *["prompt"] * 2, *["token zombie"] * 2, "prompt zombie", *["epoch"] * 2, "store",
+    *["router"] * 2, *["retire"] * 2,
+]  # fmt: skip
+
+
+def simulate(seed: int) -> Fleet:
+    """One run; raises `AssertionError` where something is lost, twice, wrong, stuck or leaked."""
+    draws = random.Random(seed + 5000)
+    world = Fleet(seed, num_token=draws.choice([2, 3]), num_prompt=2)
+    to_submit = [(f"r{i}", draws.randrange(1, 60), draws.randrange(1, 40)) for i in range(NUM_REQUESTS)]
+    faults = draws.sample(FAULTS, draws.randrange(9))
+    for turn in range(200_000):
+        if to_submit and draws.random() < 0.02:
+            world.submit(*to_submit.pop())
+        if faults and draws.random() < 0.004 and (len(world.leader.requests.ledger) > 2 or not to_submit):
+            inject(world, faults.pop())
+        if world.agenda and draws.random() < 0.02:
+            world.agenda.pop(0)()
+        if draws.random() < 0.003:
+            run_a_timer(world)
+        ways = world.ways()
+        if ways:
+            draws.choice(ways)()
+        elif not (to_submit or faults or world.agenda) and not let_time_pass(world):
+            break
+        leave_retired(world)
+        if turn % 8 == 0:
+            world.check_blocks()
+    check_end(world)
+    return world
+
+
+def check_end(world: Fleet) -> None:
+    for name, client in world.clients.items():
+        assert client.outcome == "finished", f"{name} never ended: {client.outcome}"
+        assert all(len(ids) == client.params.max_tokens for ids in client.delivered)
+    assert len(world.leader.requests.ledger) == 0
+    assert all(view.load_tokens == 0 for view in world.leader.requests.pipelines.values()), "load is left"
+    for stage in world.stages(FleetTokenStage):
+        scheduler = stage._scheduler
+        assert scheduler is not None, f"{stage.options.name} does not work"
+        assert scheduler.num_running == scheduler.num_waiting == 0, "sequences are left"
+        assert scheduler.allocator.num_free == NUM_BLOCKS["token_stage"], "blocks are left"
+    for stage in world.stages(FleetPromptStage):
+        assert stage._scheduler is not None, f"{stage.options.name} does not work"
+        assert stage._scheduler.num_free == NUM_BLOCKS["prompt_stage"], "prompt blocks are left"
+    for store in world.stores:
+        store.shelf.sweep(1e9)
+        assert store.shelf.kv_blocks()["free"] == store.shelf.kv_blocks()["total"], "replicas are left"
+
+
+@pytest.mark.seeds(8)
+def test_requests_move_among_pipelines(seed: int) -> None:
+    simulate(seed)
+
+
+def test_many_requests_move() -> None:
+    """The runs would say little if nobody moved, or no copy was ever of use."""
+    worlds = [simulate(seed) for seed in range(5, 9)]
+    assert sum(world.num_moved for world in worlds) > 3
+    assert sum(world.num_restored for world in worlds) > 3

@@ -1,0 +1,67 @@
+"""The simulation of several pipelines finds what it is there to find."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from services.cache_store.shelf import Shelf
+from services.router.ledger import Choice, Request
+from services.router.requests import Requests
+from services.token_stage.prompt_pipelines import PromptPipelines
+from services.token_stage.replication import Replication
+from services.token_stage.service import TokenStage
+from tests.unit import test_fleet
+from tests.unit.planting import Bug, around, instead
+
+FLEET = test_fleet.simulate
+
+
+def keeps_its_epoch(old: Any, self: Requests, request: Request, choice: Choice) -> None:
+    """Whoever was somewhere before is thought to be in that epoch still."""
+    epoch = choice.epoch
+    old(self, request, choice)
+    choice.epoch = epoch or choice.epoch
+
+
+def stays_loaded(old: Any, self: Requests, choice: Choice) -> None:
+    """A pipeline that a sequence leaves is thought to be busy with it for ever."""
+    before = {name: view.load_tokens for name, view in self.pipelines.items()}
+    was = choice.pipeline
+    old(self, choice)
+    if was in before and not choice.is_done:
+        self.pipelines[was].load_tokens = before[was]
+
+
+def asks_who_is_over(self: PromptPipelines, grant: Any, wanted: str, records: Any) -> Any:
+    prompts = [record for record in records.values() if record.role == "prompt_stage"]
+    record = next((record for record in prompts if record.pipeline == wanted), next(iter(prompts), None))
+    if record is None:
+        self._waiting.append(grant)
+    return record
+
+
+BUGS = [
+    Bug("who moves keeps its old epoch", FLEET, around(Requests, "_place", keeps_its_epoch), 1),
+    Bug("blocks that nobody asks for are kept", FLEET, instead(TokenStage, "_end_orphans", lambda *args: None), 5),
+    Bug("the load of a pipeline stays when its sequences leave", FLEET, around(Requests, "_unload", stays_loaded), 1),
+    Bug("a prompt pipeline that is over is asked", FLEET, instead(PromptPipelines, "pick", asks_who_is_over), 2),
+    Bug(
+        "a pipeline that a sequence has left deletes its copy",
+        FLEET,
+        instead(Shelf, "ended", lambda self, pipeline, key: self.forget(key)),
+        108,
+    ),
+    Bug(
+        "a claim that went nowhere is not repeated",
+        FLEET,
+        instead(Replication, "writer_is_back", lambda *args: None),
+        30,
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=Bug.id_of)
+def test_a_planted_bug_is_found(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.must_be_found(monkeypatch)
