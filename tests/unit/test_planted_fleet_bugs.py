@@ -51,13 +51,13 @@ BUGS = [
         "a pipeline that a sequence has left deletes its copy",
         FLEET,
         instead(Shelf, "ended", lambda self, pipeline, key: self.forget(key)),
-        108,
+        165,
     ),
     Bug(
         "a claim that went nowhere is not repeated",
         FLEET,
         instead(Replication, "writer_is_back", lambda *args: None),
-        30,
+        61,
     ),
 ]
 
