@@ -136,7 +136,6 @@ class Supervisor:
         child = await self._spawn(command, environment)
         if child is None:
             return 0
-        self._children[command.name] = child
         child.exited.add_done_callback(
             lambda exited: self._on_exit(
                 ServiceExit(command.name, command.role, child.pid, incarnation, exited.result(), time.monotonic())
@@ -150,7 +149,7 @@ class Supervisor:
 
     async def _spawn(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child | None:
         """None where all is to stop: what is not there yet is not waited for."""
-        spawning = asyncio.ensure_future(self._spawner.spawn(command, environment))
+        spawning = asyncio.ensure_future(self._bear(command, environment))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await asyncio.wait([spawning, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -158,6 +157,11 @@ class Supervisor:
         finally:
             spawning.cancel()
             stopping.cancel()
+
+    async def _bear(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child:
+        # known the moment it is there: nobody may wait for it any more
+        child = self._children[command.name] = await self._spawner.spawn(command, environment)
+        return child
 
 
 async def _next_line(stream: asyncio.StreamReader) -> str:

@@ -7,14 +7,14 @@ import os
 import select
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from common.process import INCARNATION_VARIABLE, PARENT_VARIABLE
 from common.service import TRY_AGAIN_EXIT
-from deploy.children import DirectSpawner, Nursery, Spawner
+from deploy.children import Child, DirectSpawner, Nursery, Spawner
 from deploy.layout import ServiceCommand
 from deploy.supervisor import MAX_SHORT_LIVES, ServiceExit, ServiceGaveUp, Supervisor
 from tests.cluster.system import ROOT, descendants
@@ -68,6 +68,20 @@ async def test_a_start_that_is_given_up_leaves_nobody() -> None:
     spawning.cancel()
     await asyncio.wait([spawning])
     assert spawning.cancelled() and not Path("/proc", str(pid)).exists()
+
+
+async def test_a_child_that_nobody_waits_for_any_more_is_ended() -> None:
+    born: list[Child] = []
+
+    class Late(DirectSpawner):
+        async def spawn(self, command: ServiceCommand, environment: Mapping[str, str]) -> Child:
+            born.append(await super().spawn(command, environment))
+            running.cancel()
+            return born[0]
+
+    running = asyncio.ensure_future(Supervisor([command("wait")], Late(ROOT)).run())
+    await asyncio.wait([running])
+    assert running.cancelled() and born[0].exited.result() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("what", "code"), [("0", 0), ("3", 3), ("raise", 1)])
