@@ -226,8 +226,8 @@ class Intake(SequenceTable):
         """A store is gone: who waits for its answer is prefilled."""
         self._no_longer_read(self.replication.store_lost(name))
         delivered = self._deliver_all()
-        waiting = [s for s in self._sequences.values() if s.source == name and not s.num_pulls and not s.is_leaving]
-        actions = [action for s in waiting if s.phase is Phase.PREFILLING for action in self._prefill(s)]
+        waiting = [s for s in self._sequences.values() if s.source == name and s.is_asking and not s.is_leaving]
+        actions = [action for s in waiting for action in self._prefill(s)]
         return [*delivered, *actions, *self._grant_waiting()]
 
     def store_claimed(self, name: str, keys: list[str]) -> list[Action]:

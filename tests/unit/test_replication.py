@@ -197,3 +197,24 @@ def test_a_sequence_that_has_gone_on_too_far_is_computed_again() -> None:
     assert token.adopt("r/0/x", prompt, [*output[:-1], 99], params) is None
     assert token.adopt("r/0/x", prompt, output, SamplingParams(max_tokens=201)) is None
     assert token.adopt("r/0/x", prompt, output[:50], params) is not None
+
+
+def test_a_store_that_dies_once_its_copy_is_here_is_not_missed() -> None:
+    """The sequence goes on behind the copy; it was computed a second time beside that, and a token came twice."""
+    world = World(7, num_blocks=64)
+    world.submit("r", 30, 60)
+    while len(world.outputs["r"]) < 20:
+        take_turn(world)
+    world.begin_epoch()
+    while world.num_restored < NUM_STAGES:
+        world.start_steps()
+        for name, store in world.stores.items():
+            if store.inbox:
+                world.run_store(name)
+        if world.wire:
+            world.deliver_one()
+    for name in list(world.stores):
+        world.lose_store(name)
+    while not world.ended:
+        take_turn(world)
+    assert world.token.costs.recomputed_tokens < 10
