@@ -207,6 +207,13 @@ class Membership:
         """A number that changes when others may have taken us for dead in between; None: they may do so now."""
         return self._num_writings if self.is_seen() else None
 
+    async def is_confirmed(self, limit_s: float) -> bool:
+        """Whether etcd still has our record as that of a living process. Raises `EtcdUnavailable`: it did not answer in
+        time."""
+        found = None if self._record is None else await self._client.get(self._members + self._record.name, limit_s)
+        member = None if found is None else _decode_member(found)
+        return member is not None and member.state != GONE and member == self._record
+
     # ------------------------------------------------------------ writing
 
     async def register(self, record: MemberRecord) -> None:

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 DRAIN_LIMIT_S = 20.0
+CONFIRM_LIMIT_S = 0.15
+"""For etcd to say whom others see: nobody is judged meanwhile."""
 
 
 class Cluster:
@@ -174,8 +176,18 @@ class Cluster:
                 continue
             others = [member for member in self.members.values() if member.name != self._name]
             watched = [member for member in others if self._may_judge(member)]
-            for suspicion in self.watchdog.suspects(watched, time.monotonic()):
+            suspicions = self.watchdog.suspects(watched, time.monotonic())
+            if any(suspicion.is_silence for suspicion in suspicions) and not await self._is_surely_seen():
+                suspicions = [suspicion for suspicion in suspicions if not suspicion.is_silence]
+            for suspicion in suspicions:
                 self._suspect(suspicion)
+
+    async def _is_surely_seen(self) -> bool:
+        """Who slept, or is cut off, may hear nothing because it has been replaced, and does not know that yet."""
+        try:
+            return await self._membership.is_confirmed(CONFIRM_LIMIT_S)
+        except EtcdUnavailable:
+            return False
 
     def _note_ends(self) -> None:
         """Who ends on this machine will not come back: nobody has to wait for etcd to hear of it. It is told by whoever

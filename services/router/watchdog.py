@@ -22,6 +22,8 @@ class Suspicion:
 
     record: MemberRecord
     reason: str
+    is_silence: bool = False
+    """whoever says so must be sure that the others speak to it"""
 
 
 @dataclass(slots=True)
@@ -76,10 +78,10 @@ class Watchdog:
             for pulse in self._pulses.values():
                 pulse.heard_at_s = min(now_s, pulse.heard_at_s + late_s)
             return []
-        judged = ((record, self._judge(record, now_s)) for record in members)
-        return [Suspicion(record, reason) for record, reason in judged if reason is not None]
+        judged = [self._judge(record, now_s) for record in members]
+        return [suspicion for suspicion in judged if suspicion is not None]
 
-    def _judge(self, record: MemberRecord, now_s: float) -> str | None:
+    def _judge(self, record: MemberRecord, now_s: float) -> Suspicion | None:
         pulse = self._pulses.get(record.name)
         if pulse is None or pulse.incarnation != record.incarnation:
             # how soon its first heartbeat finds its way to us is not certain, but it may be stopped before that
@@ -90,8 +92,8 @@ class Watchdog:
             if pulse.run_delay_s is None:
                 pulse.run_delay_s = run_delay_s
             silent_s -= run_delay_s - pulse.run_delay_s
-        if silent_s > SILENT_AFTER_S and pulse.has_beaten:
-            return f"silent for {silent_s:.2f} s"
         if silent_s > STOPPED_AFTER_S and self._is_stopped(record):
-            return "stopped"
-        return f"step overdue by {pulse.overdue_s:.2f} s" if pulse.overdue_s > 0 else None
+            return Suspicion(record, "stopped")
+        if silent_s > SILENT_AFTER_S and pulse.has_beaten:
+            return Suspicion(record, f"silent for {silent_s:.2f} s", is_silence=True)
+        return Suspicion(record, f"step overdue by {pulse.overdue_s:.2f} s") if pulse.overdue_s > 0 else None

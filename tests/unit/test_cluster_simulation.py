@@ -128,6 +128,21 @@ def test_while_etcd_is_away_one_suspect_does_not_keep_the_others_waiting(seed: i
     _run(seed, act, may_kill=True)
 
 
+@pytest.mark.seeds(5)
+def test_a_leader_that_slept_and_cannot_know_that_it_was_replaced_judges_nobody(seed: int) -> None:
+    """Nobody speaks to it any more, and its lease has lapsed only for the others."""
+
+    async def act(world: ClusterWorld) -> None:
+        await _begin(world)
+        (leader,) = [life for life in world.lives.values() if life.cluster is not None and life.cluster.is_leader]
+        world.cut_off(leader, 2.9)
+        world.stop(leader, world.draws.uniform(0.6, 1.0))
+        await asyncio.sleep(15.0)
+        await _settle(world, SETTLE_LIMIT_S)
+
+    _run(seed, act, may_kill=False)
+
+
 def test_a_run_can_be_repeated() -> None:
     """The same seed has the same course."""
     courses = [[(at_s, record.pipeline) for at_s, record in simulate(3).published] for _ in range(2)]
