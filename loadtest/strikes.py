@@ -37,12 +37,12 @@ class Scene:
     status: Status
     draws: random.Random
     struck_at_s: dict[str, float] = field(default_factory=dict)
-    """when (monotonic) each victim got its signal; a strike may take a while before"""
+    """when (monotonic) each victim was sent its signal; a strike may take a while before"""
 
     def signal(self, victim: Service, number: signal.Signals) -> str:
         """Sends it; returns the victim's name."""
+        self.struck_at_s[str(victim["name"])] = time.monotonic()  # before: it may be noticed within the call
         os.kill(victim["pid"], number)
-        self.struck_at_s[str(victim["name"])] = time.monotonic()
         return str(victim["name"])
 
 

@@ -47,16 +47,17 @@ class PromptPipelines:
         ready = self._ready.get(pipeline)
         return None if ready is None else ready.capacity_tokens
 
-    def epoch(self, pipeline: str) -> int:
-        """0 for one that has not said that it is ready: it refuses, and is asked again when it does."""
-        ready = self._ready.get(pipeline)
-        return 0 if ready is None else ready.epoch
+    def epoch(self, record: PipelineRecord) -> int:
+        """As which it is asked. 0, which it refuses, where what was published last and what has said that it is ready
+        are not of the same epoch: who would be asked may be dead. All is asked again when they are."""
+        ready = self._ready.get(record.pipeline)
+        return record.epoch if ready is not None and ready.epoch == record.epoch else 0
 
-    def prefill(self, pipeline: str, admit: Admit, grant: Grant, handoff: tuple[str, int]) -> Prefill:
+    def prefill(self, record: PipelineRecord, admit: Admit, grant: Grant, handoff: tuple[str, int]) -> Prefill:
         """The work for it; `handoff` names the token pipeline and its epoch."""
         start = 0 if grant.held is None else grant.held.num_tokens
         return Prefill(
-            self.epoch(pipeline),
+            self.epoch(record),
             grant.sequence_id,
             grant.attempt,
             admit.choice,

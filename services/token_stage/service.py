@@ -209,17 +209,16 @@ class TokenStage(StageService):
             if self.accepts(message.epoch):
                 self.in_background(self._door.fence_off(message, self._fenced_off))
             return
+        if isinstance(message, PipelineReady):
+            self._prompts.reported(message)
         scheduler = self._scheduler
         if scheduler is None:
-            if isinstance(message, PipelineReady):
-                self._prompts.reported(message)
-            elif isinstance(message, Claimed) and self.accepts(message.epoch):
+            if isinstance(message, Claimed) and self.accepts(message.epoch):
                 self._guests.left(message.name)
             return
         match message:
-            case PipelineReady(pipeline, epoch):
-                self._prompts.reported(message)
-                self._carry_out(scheduler.pipeline_replaced(pipeline, epoch))
+            case PipelineReady(pipeline):
+                self._prompts_ready(scheduler, pipeline)
             case Admit():
                 if self.accepts(message.epoch):
                     self._admit(scheduler, sender, message)
@@ -345,9 +344,14 @@ class TokenStage(StageService):
         if capacity is not None and num_tokens > capacity:
             self._carry_out(scheduler.refuse(grant.sequence_id, too_long_again(num_tokens, capacity)))
             return
-        scheduler.assign_writer(grant.sequence_id, pipeline, self._prompts.epoch(pipeline))
-        prefill = self._prompts.prefill(pipeline, admit, grant, (self.options.pipeline, self.epoch))
+        scheduler.assign_writer(grant.sequence_id, pipeline, self._prompts.epoch(record))
+        prefill = self._prompts.prefill(record, admit, grant, (self.options.pipeline, self.epoch))
         self.peers.send(record.stages[0].name, prefill)
+
+    def _prompts_ready(self, scheduler: TokenScheduler, pipeline: str) -> None:
+        """What older epochs of it had not finished is asked of its newest, once that is both published and ready."""
+        if (record := self.records.get(pipeline)) is not None and self._prompts.epoch(record):
+            self._carry_out(scheduler.pipeline_replaced(pipeline, record.epoch))
 
     async def pipeline_published(self, record: PipelineRecord) -> None:
         self._fence_off_older(record)
@@ -358,6 +362,7 @@ class TokenStage(StageService):
                 self._carry_out(self._scheduler.pipeline_replaced(record.pipeline, record.epoch))
             for stage in record.stages:
                 self._scheduler.replication.writer_is_back(stage.name)
+            self._prompts_ready(self._scheduler, record.pipeline)
             waiting = self._prompts.take_waiting()
             self._carry_out(g for g in waiting if self._scheduler.is_granted(g.sequence_id, g.attempt))
             self.pump()

@@ -28,12 +28,20 @@ def test_who_finds_nobody_waits_for_the_first_that_comes() -> None:
 def test_one_that_is_not_ready_is_asked_at_an_epoch_that_it_refuses() -> None:
     prompts = PromptPipelines()
     assert prompts.capacity_tokens("prompt-1") is None
-    assert prompts.prefill("prompt-1", ADMIT, GRANT, ("token-0", 5)).epoch == 0
+    assert prompts.prefill(RECORD, ADMIT, GRANT, ("token-0", 5)).epoch == 0
     prompts.reported(PipelineReady("prompt-1", 4, 100))
-    prefill = prompts.prefill("prompt-1", ADMIT, GRANT, ("token-0", 5))
+    prefill = prompts.prefill(RECORD, ADMIT, GRANT, ("token-0", 5))
     assert (prefill.epoch, prefill.attempt, prefill.num_prompt_tokens) == (4, 2, 3)
     assert unpack_ids(prefill.token_ids) == [1, 2, 3, 9]
     assert (prefill.handoff.epoch, prefill.handoff.blocks, prefill.handoff.start) == (5, [7], 0)
+
+
+def test_one_that_is_ready_before_it_is_known_who_it_is_is_not_asked() -> None:
+    """What was published last still names the driver of the older epoch, which may be dead."""
+    prompts = PromptPipelines()
+    prompts.reported(PipelineReady("prompt-1", 6, 100))
+    assert prompts.epoch(RECORD) == 0
+    assert prompts.epoch(msgspec.structs.replace(RECORD, epoch=6)) == 6
 
 
 def test_one_that_is_over_is_not_asked() -> None:
@@ -44,4 +52,5 @@ def test_one_that_is_over_is_not_asked() -> None:
         prompts.reported(PipelineReady(name, 4, 100))
     assert prompts.pick(GRANT, "prompt-0", {"prompt-0": over} | others) is others["prompt-2"], "the one that is ready"
     prompts.over("prompt-0")
-    assert prompts.epoch("prompt-0") == 0 and prompts.capacity_tokens("prompt-0") is None
+    assert prompts.epoch(msgspec.structs.replace(RECORD, pipeline="prompt-0")) == 0
+    assert prompts.capacity_tokens("prompt-0") is None
