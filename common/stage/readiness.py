@@ -25,6 +25,7 @@ class Readiness:
         reports = self._reports.get(epoch, {})
         return list(reports.values()) if len(reports) == self._num_stages else None
 
-    def clear(self) -> None:
-        """Nobody has said anything."""
-        self._reports.clear()
+    def forget(self, epoch: int) -> None:
+        """What was said of this epoch and of older ones; others may know of a newer one already."""
+        for old in [known for known in self._reports if known <= epoch]:
+            del self._reports[old]

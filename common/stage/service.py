@@ -282,7 +282,7 @@ class StageService(StageRole):
     def _set_aside(self, epoch: int) -> None:
         self.epoch = epoch
         self.record = None
-        self._ready.clear()
+        self._ready.forget(epoch)
         self.worker = self.new_worker()
         self.end_driver()
 
