@@ -13,8 +13,9 @@ from dejavu.params import SamplingParams
 from dejavu.wire import WireError
 from services.token_stage.fences import Need
 
-MAX_SHOWN = 64
-"""So many tokens that a router was given are kept, in case it dies before it has passed them on."""
+MAX_SHOWN = 256
+"""So many tokens that a router was given are kept, in case it dies before it has passed them on: a small model draws
+hundreds in the time that a busy machine may take to tell of that."""
 
 
 class Phase(Enum):

@@ -12,6 +12,7 @@ from common.messages import pack_ids
 from common.replica_messages import ReplicaItem
 from dejavu.params import SamplingParams
 from services.cache_store.shelf import Shelf
+from services.token_stage.sequence import MAX_SHOWN
 from tests.unit.replication_world import NUM_STAGES, STORE_BLOCK_SIZE, World, take_turn
 
 FAULTS = ["epoch"] * 3 + ["router"] * 3 + ["lose", "join", "damage", "damage"]
@@ -187,15 +188,15 @@ def test_what_ends_while_a_store_is_away_is_forgotten_when_it_is_back() -> None:
 
 def test_a_sequence_that_has_gone_on_too_far_is_computed_again() -> None:
     """Only the last tokens are kept for the next router; and another request is not the same request."""
-    world = World(3, num_blocks=64)
-    world.submit("r", 10, 200)
-    while len(world.outputs["r"]) < 100:
+    world = World(3, num_blocks=256)
+    world.submit("r", 10, 400)
+    while len(world.outputs["r"]) < MAX_SHOWN + 40:
         take_turn(world)
     token, prompt, output = world.token, world.requests["r"], world.outputs["r"]
-    params = SamplingParams(max_tokens=200, durability=world.durability["r"])
+    params = SamplingParams(max_tokens=400, durability=world.durability["r"])
     assert token.adopt("r/0/x", prompt, output[:20], params) is None
     assert token.adopt("r/0/x", prompt, [*output[:-1], 99], params) is None
-    assert token.adopt("r/0/x", prompt, output, SamplingParams(max_tokens=201)) is None
+    assert token.adopt("r/0/x", prompt, output, SamplingParams(max_tokens=401)) is None
     assert token.adopt("r/0/x", prompt, output[:50], params) is not None
 
 
