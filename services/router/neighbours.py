@@ -1,7 +1,7 @@
 """What the operating system says of members that run on this machine, sooner and more surely than any message.
 
-A process that is killed is seen to end before it has ended: giving back its memory takes it 0.1 s and more, and only
-then do its connections close and does its parent hear of it.
+A process that is killed is seen to end before it has ended: first it gives back its memory, and only then do its
+connections close and does its parent hear of it.
 """
 
 from __future__ import annotations

@@ -387,9 +387,9 @@ class FleetPromptStage(Stage, PromptStage):
         self._handoffs.drain(opened).add_done_callback(lambda done: self._drained(epoch, opened, done))
 
 
-def stage_options(pipeline: str, role: str) -> StageOptions:
+def stage_options(name: str, pipeline: str, role: str) -> StageOptions:
     return StageOptions(
-        name=f"{pipeline}-0", role=role, etcd="", cluster="c", host="h", model="", dtype="", pipeline=pipeline,
+        name=name, role=role, etcd="", cluster="c", host="h", model="", dtype="", pipeline=pipeline,
         other_pipeline=f"{'prompt' if role == 'token_stage' else 'token'}-of-{pipeline}", stage_index=0, num_stages=1,
         layers=(0, 1), device="cpu", kv_memory_bytes=0, host_kv_memory_bytes=0, swap="off", block_size=BLOCK_SIZE,
         chunk_tokens=CHUNK_TOKENS, num_threads=1, cores="", link="zmq", is_colocated=False, is_standby=False,

@@ -88,6 +88,7 @@ class Fleet:
 
     def __init__(self, seed: int, num_token: int, num_prompt: int) -> None:
         self.draws = random.Random(seed)
+        self.has_spares = False
         self.revision = self.num_started = self.num_restored = self.num_moved = 0
         self.processes: dict[str, Process] = {}
         self.members: dict[str, MemberRecord] = {}
@@ -138,7 +139,8 @@ class Fleet:
         return stage.incarnation in self.processes or stage.incarnation in self.cut_off
 
     def start_stage(self, pipeline: str, role: str) -> None:
-        self.start(f"{pipeline}-0", role, pipeline)
+        """Under the name of the one before it or, as a spare, under another."""
+        self.start(f"{pipeline}-{self.num_started if self.has_spares else 0}", role, pipeline)
 
     def start(self, name: str, role: str, pipeline: str | None = None) -> None:
         """It registers, and hears of everybody."""
@@ -152,7 +154,7 @@ class Fleet:
             process = FleetStore(self, name, incarnation)
         else:
             assert pipeline is not None
-            options = stage_options(pipeline, role)
+            options = stage_options(name, pipeline, role)
             process = ROLES[role](self, options, incarnation)
             detail = {"other_pipeline": options.other_pipeline}
             if isinstance(process, FleetTokenStage):

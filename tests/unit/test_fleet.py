@@ -4,6 +4,7 @@ their roles, and who was taken for dead talks on. Every request ends once, with 
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 
@@ -175,3 +176,38 @@ def test_many_requests_move() -> None:
     worlds = [simulate(seed) for seed in range(5, 9)]
     assert sum(world.num_moved for world in worlds) > 3
     assert sum(world.num_restored for world in worlds) > 3
+
+
+def _settle(world: Fleet, *, deaf: Stage | None = None) -> None:
+    """Until nothing can happen any more; `deaf` hears of no publication."""
+    held = [] if deaf is None else [world.news[deaf.incarnation, "pipelines"]]
+    if deaf is not None:
+        world.news[deaf.incarnation, "pipelines"] = deque()
+    while world.agenda or (ways := world.ways()) or (deaf is None and let_time_pass(world)):
+        if world.agenda:
+            world.agenda.pop(0)()
+        elif ways:
+            world.draws.choice(ways)()
+        if deaf is not None:
+            held[0].extend(world.news[deaf.incarnation, "pipelines"])
+            world.news[deaf.incarnation, "pipelines"].clear()
+    if deaf is not None:
+        world.news[deaf.incarnation, "pipelines"] = held[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_prompt_pipeline_is_asked_once_it_is_known_who_drives_it(seed: int) -> None:
+    """That it is ready may be heard before the publication of that, while the one before names somebody dead."""
+    world = Fleet(seed, num_token=1, num_prompt=1)
+    world.has_spares = True
+    _settle(world)
+    for index in range(4):
+        world.submit(f"r{index}", 40, 8)
+    [token], [prompt] = world.stages(FleetTokenStage), world.stages(FleetPromptStage)
+    while not prompt.flying:
+        world.draws.choice(world.ways())()
+    lose_stage(world, prompt, lives_on=False)
+    _settle(world, deaf=token)
+    assert not all(client.outcome for client in world.clients.values()), "nobody was to be asked yet"
+    _settle(world)
+    check_end(world)
