@@ -16,7 +16,7 @@ test: setup ## all tests
 test-layouts: setup ## every cut of the stages and every model family, through real processes (20 minutes)
 	@OMP_NUM_THREADS=1 $(python) -m pytest -m matrix $(ARGS)
 
-simulate: setup ## the deciding code of all services on a simulated network: deaths and losses by 2,000 seeds (make simulate SEEDS=100)
+simulate: setup ## the deciding code of all services on a simulated network: deaths and losses by 2,000 seeds, in an hour or two (make simulate SEEDS=100)
 	@OMP_NUM_THREADS=1 $(python) -m pytest -q -m seeds --seeds $(or $(SEEDS),2000) $(ARGS)
 
 leaks: setup ## 1,000 requests, cancelled and disconnected at random: every KV block must come back
