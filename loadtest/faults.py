@@ -98,7 +98,7 @@ HOOKS = {VARIABLE: "1"}
 
 def known_faults(outage_s: float = DEFAULT_OUTAGE_S) -> dict[str, Fault]:
     """By name; `outage_s` is for how long etcd is stopped."""
-    return _deaths() | _silences() | _pairs() | _outages(outage_s) | _surroundings()
+    return _deaths() | _silences() | _pairs() | _outages(outage_s) | _surroundings() | _partitions()
 
 
 def _deaths() -> dict[str, Fault]:
@@ -261,6 +261,11 @@ def _surroundings() -> dict[str, Fault]:
             Limits(next_token_s=1.0),
             shows=lambda before, after: _disk_count(after, "full") > _disk_count(before, "full"),
         ),
+    }
+
+
+def _partitions() -> dict[str, Fault]:
+    return {
         "partition": Fault(
             f"for {PARTITION_S:g} s no packet reaches or leaves a token stage, then all do again",
             cut_off(FAR_STAGE),

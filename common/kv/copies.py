@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from common.kv.geometry import CopyPlan, Int64
+from common.kv.geometry import FEW_PIECES, CopyPlan, Int64
 from common.kv.native import BIG_COPY_BYTES, load_native
 from common.kv.pool import Bytes
 
 _MIN_DIRECT_BYTES = 4096
 """From here on a copy per piece is cheaper than gathering and scattering many at once."""
-_FEW_PIECES = 8
-"""Below this plain numbers are faster than arrays."""
 _BATCH_BYTES = 256 << 10
 """So much is gathered before it is scattered: it stays in the processor's cache in between."""
 
@@ -43,7 +41,7 @@ def _copy_by_numpy(plan: CopyPlan, source: Bytes, destination: Bytes) -> None:
     for num_bytes in np.unique(plan.num_bytes).tolist():
         same_size = plan.num_bytes == num_bytes
         from_offsets, to_offsets = plan.source_offset[same_size], plan.destination_offset[same_size]
-        if num_bytes >= _MIN_DIRECT_BYTES or len(from_offsets) < _FEW_PIECES:
+        if num_bytes >= _MIN_DIRECT_BYTES or len(from_offsets) < FEW_PIECES:
             for start, to in zip(from_offsets.tolist(), to_offsets.tolist(), strict=True):
                 destination[to : to + num_bytes] = source[start : start + num_bytes]
         else:
@@ -109,7 +107,7 @@ def packed(num_bytes: Int64) -> Int64:
 
 def _few(plan: CopyPlan) -> Pieces | None:
     """The pieces as plain numbers; None: too many for that to be fast."""
-    if len(plan.num_bytes) >= _FEW_PIECES:
+    if len(plan.num_bytes) >= FEW_PIECES:
         return None
     starts, places, sizes = plan.source_offset.tolist(), plan.destination_offset.tolist(), plan.num_bytes.tolist()
     return list(zip(starts, places, sizes, strict=True))

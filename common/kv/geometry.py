@@ -16,6 +16,8 @@ import numpy.typing as npt
 from common.kv.layout import PoolLayout
 
 Int64 = npt.NDArray[np.int64]
+FEW_PIECES = 8
+"""Below this plain numbers are faster than arrays."""
 Range = tuple[int, int]
 """[start, end)"""
 
@@ -34,7 +36,7 @@ class CopyPlan:
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.num_bytes.tolist()) if len(self) < 8 else int(self.num_bytes.sum())  # numpy's needs 2 us
+        return sum(self.num_bytes.tolist()) if len(self) < FEW_PIECES else int(self.num_bytes.sum())
 
 
 def plan_copies(

@@ -23,14 +23,12 @@ import numpy.typing as npt
 import torch
 
 from common.kv.errors import LinkLost
-from common.kv.geometry import CopyPlan, Int64
+from common.kv.geometry import FEW_PIECES, CopyPlan, Int64
 from common.kv.offer import NixlMemory
 from common.kv.pool import KvPool, retire
 
 _MODULES = ("nixl_cu13", "nixl_cu12")
 _MAX_PAUSE_US = 100_000
-_FEW_PIECES = 8
-"""Below this plain numbers are faster than arrays."""
 
 
 def nixl_module() -> str | None:
@@ -229,7 +227,7 @@ def _pieces(
     address: int, device_id: int, offsets: Int64, num_bytes: Int64
 ) -> npt.NDArray[np.uint64] | list[tuple[int, int, int]]:
     """(address, size, device) of each piece, as the library wants them."""
-    if len(offsets) < _FEW_PIECES:
+    if len(offsets) < FEW_PIECES:
         few = zip(offsets.tolist(), num_bytes.tolist(), strict=True)
         return [(address + offset, size, device_id) for offset, size in few]
     pieces = np.empty((len(offsets), 3), dtype=np.uint64)

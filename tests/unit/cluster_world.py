@@ -18,12 +18,13 @@ from common.etcd.client import Operation, Put
 from common.etcd.errors import EtcdUnavailable
 from common.membership import Election, MemberRecord, Membership, MemberSuperseded, PipelineRecord
 from common.messages import Beat, Message, Stop
-from common.peers import Peers, beat
+from common.peers import beat
 from deploy.obituary import Obituaries
 from services.router.cluster import Cluster
 from services.router.neighbours import Neighbours
 from services.router.status import Journal
 from tests.unit.simulated_etcd import SimulatedClient, SimulatedEtcd
+from tests.unit.simulated_peers import KnownPeers
 from tests.unit.virtual_time import Process
 
 CLUSTER = "c"
@@ -63,27 +64,19 @@ ROLES = [
 ]
 
 
-class SimulatedPeers(Peers):
+class SimulatedPeers(KnownPeers):
     """Messages to members reach their process some milliseconds later; those of the dead and the cut off are lost."""
 
     def __init__(self, process: Process, world: ClusterWorld) -> None:
         super().__init__(process.name)
         self._process = process
         self._world = world
-        self._known: dict[str, str] = {}
-
-    async def connect(self, name: str, endpoint: str, on_frames: object = None) -> None:
-        self._known[name] = endpoint
 
     def send(self, name: str, message: Message, payload: object = None) -> bool:
         if name not in self._known:
             return False
         self._world.deliver(self._process, name, message)
         return True
-
-    def drop(self, name: str, endpoint: str) -> None:
-        if self._known.get(name) == endpoint:
-            del self._known[name]
 
 
 class SimulatedNeighbours(Neighbours):

@@ -20,7 +20,6 @@ from common.kv.offer import GrantOffer
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import Drawn, Message, Step, StepDone, encode
 from common.model.spec import load_spec
-from common.peers import Peers
 from common.replica_messages import Pull
 from common.stage.life import StageLife
 from common.stage.options import StageOptions
@@ -29,7 +28,8 @@ from services.prompt_stage.handoffs import Handoffs
 from services.prompt_stage.service import PromptStage
 from services.token_stage.sequence import Action, Produce
 from services.token_stage.service import ORPHAN_S, TokenStage
-from tests.unit.replication_world import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slot
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slot
+from tests.unit.simulated_peers import KnownPeers
 
 if TYPE_CHECKING:
     from tests.unit.fleet_world import Fleet
@@ -53,16 +53,12 @@ def drive(work: Coroutine[Any, Any, Any]) -> None:
     raise AssertionError(f"{work} waits")
 
 
-class FleetPeers(Peers):
+class FleetPeers(KnownPeers):
     """Connections to incarnations: what is sent to one that is gone arrives nowhere."""
 
     def __init__(self, world: Fleet, incarnation: str) -> None:
         super().__init__(incarnation)
         self._world = world
-        self._known: dict[str, str] = {}
-
-    async def connect(self, name: str, endpoint: str, on_frames: object = None) -> None:
-        self._known[name] = endpoint
 
     def send(self, name: str, message: Message, payload: object = None) -> bool:
         if name not in self._known:
@@ -70,10 +66,6 @@ class FleetPeers(Peers):
         to = self._known[name].removeprefix("tcp://").removesuffix(":1")
         self._world.send(self._identity, to, encode(message))
         return True
-
-    def drop(self, name: str, endpoint: str) -> None:
-        if self._known.get(name) == endpoint:
-            del self._known[name]
 
 
 class _Events:

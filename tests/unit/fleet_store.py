@@ -24,7 +24,7 @@ from common.replica_messages import (
 )
 from services.cache_store.shelf import Shelf
 from tests.unit.fleet_stages import U64, FleetPeers, FleetTokenStage, checksum, drive
-from tests.unit.replication_world import BLOCK_SIZE, STORE_BLOCK_SIZE, slot
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, slot
 
 if TYPE_CHECKING:
     from tests.unit.fleet_world import Fleet

@@ -20,7 +20,7 @@ from services.router.service import RouterOptions, RouterService
 from services.token_stage.sequence import Phase, Produce
 from tests.unit.fleet_stages import SPEC, FleetPeers, FleetPromptStage, FleetTokenStage, Stage, drive, stage_options
 from tests.unit.fleet_store import FleetStore
-from tests.unit.replication_world import BLOCK_SIZE, next_token
+from tests.unit.made_up_kv import BLOCK_SIZE, next_token
 from tests.unit.test_whole_system import Client
 
 ROLES: dict[str, Any] = {"token_stage": FleetTokenStage, "prompt_stage": FleetPromptStage}

@@ -16,23 +16,9 @@ from services.token_stage.replication import Replication, ToStore
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, AskStore, Fail, Produce, PullReplica
 from services.token_stage.table import PipelineShape
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slot
 
-BLOCK_SIZE = 4
-STORE_BLOCK_SIZE = 8
 NUM_STAGES = 2
-
-
-def next_token(tokens: list[int]) -> int:
-    return hash(tuple(tokens)) % 89 + 1
-
-
-def kv_of(tokens: list[int], position: int) -> int:
-    """What the cache of a position holds: it depends on all ids up to there."""
-    return hash(tuple(tokens[: position + 1]))
-
-
-def slot(blocks: list[int], position: int, block_size: int) -> int:
-    return blocks[position // block_size] * block_size + position % block_size
 
 
 class Store:

@@ -16,7 +16,8 @@ from common.messages import Drawn, Prefill, Step, pack_ids
 from services.prompt_stage.scheduler import Action as PromptAction
 from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler, PullHeld
 from services.token_stage.sequence import Action, Grant, StopPrefill
-from tests.unit.replication_world import BLOCK_SIZE, NUM_STAGES, STORE_BLOCK_SIZE, World, kv_of, next_token, slot
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slot
+from tests.unit.replication_world import NUM_STAGES, World
 
 NUM_PROMPT_BLOCKS = 40
 CHUNK_TOKENS = 16

@@ -13,7 +13,8 @@ from common.replica_messages import ReplicaItem
 from dejavu.params import SamplingParams
 from services.cache_store.shelf import Shelf
 from services.token_stage.sequence import MAX_SHOWN
-from tests.unit.replication_world import NUM_STAGES, STORE_BLOCK_SIZE, World, take_turn
+from tests.unit.made_up_kv import STORE_BLOCK_SIZE
+from tests.unit.replication_world import NUM_STAGES, World, take_turn
 
 FAULTS = ["epoch"] * 3 + ["router"] * 3 + ["lose", "join", "damage", "damage"]
 

@@ -22,7 +22,7 @@ from services.router.requests import Requests
 from services.router.status import Journal
 from services.token_stage.audience import Audience
 from services.token_stage.sequence import Action, Fail, Produce
-from tests.unit.replication_world import next_token
+from tests.unit.made_up_kv import next_token
 from tests.unit.test_prompt_recovery import NUM_PROMPT_BLOCKS, TwoPipelines, run_one
 
 SPEC = load_spec("models/tiny")
