@@ -167,11 +167,13 @@ class Cluster:
 
     async def _watch_pulses(self) -> None:
         """The leader watches everybody, the other routers watch the leader. Whom others may have let go of judges
-        nobody."""
+        nobody, and when they have found us again they begin anew to speak to us."""
+        judged_as: int | None = None
         while True:
             await asyncio.sleep(TICK_S)
             self._note_ends()
-            if not self._membership.is_seen() or self._name not in self.members:
+            standing, judged_as = judged_as, self._membership.standing()
+            if judged_as is None or judged_as != standing or self._name not in self.members:
                 self.watchdog.pause()
                 continue
             others = [member for member in self.members.values() if member.name != self._name]
@@ -183,11 +185,14 @@ class Cluster:
                 self._suspect(suspicion)
 
     async def _is_surely_seen(self) -> bool:
-        """Who slept, or is cut off, may hear nothing because it has been replaced, and does not know that yet."""
+        """Who slept, or is cut off, may hear nothing because it has been replaced, and does not know that yet, or has
+        come back only while it asked."""
+        standing = self._membership.standing()
         try:
-            return await self._membership.is_confirmed(CONFIRM_LIMIT_S)
+            is_confirmed = await self._membership.is_confirmed(CONFIRM_LIMIT_S)
         except EtcdUnavailable:
             return False
+        return is_confirmed and standing is not None and standing == self._membership.standing()
 
     def _note_ends(self) -> None:
         """Who ends on this machine will not come back: nobody has to wait for etcd to hear of it. It is told by whoever

@@ -130,7 +130,17 @@ def test_while_etcd_is_away_one_suspect_does_not_keep_the_others_waiting(seed: i
 
 @pytest.mark.seeds(5)
 def test_a_leader_that_slept_and_cannot_know_that_it_was_replaced_judges_nobody(seed: int) -> None:
-    """Nobody speaks to it any more, and its lease has lapsed only for the others."""
+    wake_up_replaced(seed)
+
+
+@pytest.mark.parametrize("seed", [5, 7])
+def test_a_leader_that_comes_back_while_it_is_about_to_judge_judges_nobody(seed: int) -> None:
+    """It asks, as the one that slept, whether it is seen, and hears that it is: as the one that has just come back."""
+    wake_up_replaced(seed)
+
+
+def wake_up_replaced(seed: int) -> None:
+    """Nobody speaks to a leader any more, and its lease has lapsed only for the others."""
 
     async def act(world: ClusterWorld) -> None:
         await _begin(world)
