@@ -33,7 +33,8 @@ def place(
 ) -> Placement | None:
     """The least loaded pair of ready pipelines, or None while there is none; with its output the sequence may have
     `num_tokens`, and goes where these fit if it can. One that already lives in the pipeline `home` goes on there; the
-    prompt pipeline `known` has computed its prompt before, or does so now."""
+    prompt pipeline `known` has computed its prompt before, or does so now. A sequence that has outgrown all of them is
+    placed all the same: its KV may be there, or comes from a store, and its token pipeline computes what is missing."""
     views = [view for view in pipelines if view.is_ready]
     able = (view for view in views if view.role == "token_stage")
     token = min(
@@ -43,8 +44,12 @@ def place(
         return None
     if token.is_colocated:
         return Placement(token.name, "")
-    fitting = [v for v in views if v.role == "prompt_stage" and v.capacity_tokens >= num_prompt_tokens]
-    prompt = min(fitting, key=lambda v: (v.name != known, v.load_tokens, v.name), default=None)
+    prompts = (view for view in views if view.role == "prompt_stage")
+    prompt = min(
+        prompts,
+        key=lambda v: (v.capacity_tokens < num_prompt_tokens, v.name != known, v.load_tokens, v.name),
+        default=None,
+    )
     return None if prompt is None else Placement(token.name, prompt.name)
 
 

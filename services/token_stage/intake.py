@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from common.messages import Drawn
 from common.replica_messages import HeldReplica, replica_key
 from dejavu.params import SamplingParams
-from dejavu.wire import WireError
 from services.token_stage.sequence import (
     Action,
     AskStore,
@@ -87,12 +86,6 @@ class Intake(SequenceTable):
             return []
         return [*self._end(sequence), *self._grant_waiting()]
 
-    def refuse(self, sequence_id: str, error: WireError) -> list[Action]:
-        """A granted sequence whose prompt nobody can compute; no writer was asked."""
-        sequence = self._sequences[sequence_id]
-        sequence.awaits_writers = False
-        return [Fail(sequence_id, error), *self.cancel(sequence_id)]
-
     # ------------------------------------------------------------ our own stages
 
     def stage_lost(self, incarnation: str) -> None:
@@ -169,6 +162,12 @@ class Intake(SequenceTable):
     def assign_writer(self, sequence_id: str, pipeline: str, epoch: int) -> None:
         """Notes which prompt pipeline (at which epoch) was asked to prefill a granted sequence."""
         self._sequences[sequence_id].writer = (pipeline, epoch)
+
+    def compute_here(self, sequence_id: str) -> None:
+        """A granted sequence has outgrown what a prompt pipeline holds; no writer was asked."""
+        sequence = self._sequences[sequence_id]
+        sequence.awaits_writers = False
+        self._compute(sequence)
 
     def writer(self, sequence_id: str) -> tuple[str, int] | None:
         """The prompt pipeline and epoch that were asked to prefill a sequence."""
@@ -282,10 +281,14 @@ class Intake(SequenceTable):
             self.costs.recoveries += 1
         self.replication.restored(sequence, sequence.source)
         if self.shape.is_colocated or len(sequence.tokens) - start <= MAX_LOCAL_TOKENS:
-            self._count_recomputed(sequence, sequence.num_lost - start)
-            self._prefilling[sequence.sequence_id] = sequence
-            return []
+            return self._compute(sequence)
         return [self._grant(sequence, held)]
+
+    def _compute(self, sequence: Sequence) -> list[Action]:
+        """What has no KV yet is computed by our own stages."""
+        self._count_recomputed(sequence, sequence.num_lost - sequence.num_scheduled)
+        self._prefilling[sequence.sequence_id] = sequence
+        return []
 
     def _count_recomputed(self, sequence: Sequence, num_tokens: int) -> None:
         """Tokens that had KV before: lost by a failure, or given up for others."""
@@ -348,11 +351,7 @@ class Intake(SequenceTable):
     def _prefill(self, sequence: Sequence) -> list[Action]:
         """Its KV is computed from token 0."""
         sequence.source, sequence.replica = "", None
-        if self.shape.is_colocated:
-            self._count_recomputed(sequence, sequence.num_lost)
-            self._prefilling[sequence.sequence_id] = sequence
-            return []
-        return [self._grant(sequence)]
+        return self._compute(sequence) if self.shape.is_colocated else [self._grant(sequence)]
 
     def _grant(self, sequence: Sequence, held: HeldReplica | None = None) -> Grant:
         sequence.awaits_writers = True

@@ -206,15 +206,6 @@ def too_long(num_prompt: int, max_tokens: int, needed: int, num_blocks: int) -> 
     return WireError("context_exceeded", message, "max_tokens")
 
 
-def too_long_again(num_tokens: int, capacity_tokens: int) -> WireError:
-    """The end of a sequence that has outgrown what a prompt pipeline could compute again."""
-    message = (
-        f"its KV was lost, and {num_tokens} tokens are more than the {capacity_tokens} that a prompt pipeline holds "
-        "(raise --kv-memory, or run with cache stores)"
-    )
-    return WireError("context_exceeded", message, "max_tokens")
-
-
 @dataclass(frozen=True, slots=True)
 class FlyingStep:
     """A step on its way through the pipeline, with the sequences in it, in chunk order."""

@@ -52,7 +52,6 @@ from services.token_stage.sequence import (
     Produce,
     PullReplica,
     StopPrefill,
-    too_long_again,
 )
 from services.token_stage.swapping import device_tier
 from services.token_stage.table import PipelineShape
@@ -333,7 +332,7 @@ class TokenStage(StageService):
             self._audience.leave(sequence_id)
 
     def _request_prefill(self, admit: Admit, grant: Grant) -> None:
-        """Sends the grant and the work to a prompt pipeline."""
+        """Sends the grant and the work to a prompt pipeline that can hold it."""
         scheduler = self._scheduler
         record = self._prompts.pick(grant, admit.prompt_pipeline, self.records)
         if record is None or scheduler is None:
@@ -342,7 +341,7 @@ class TokenStage(StageService):
         num_tokens = len(admit.prompt) // 4 + len(grant.forced)
         capacity = self._prompts.capacity_tokens(pipeline)
         if capacity is not None and num_tokens > capacity:
-            self._carry_out(scheduler.refuse(grant.sequence_id, too_long_again(num_tokens, capacity)))
+            scheduler.compute_here(grant.sequence_id)
             return
         scheduler.assign_writer(grant.sequence_id, pipeline, self._prompts.epoch(record))
         prefill = self._prompts.prefill(record, admit, grant, (self.options.pipeline, self.epoch))

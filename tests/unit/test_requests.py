@@ -126,3 +126,17 @@ def test_a_long_sequence_goes_where_it_fits() -> None:
     come_back(requests, "r", [])
     come_back(requests, "s", [])
     assert [name for name, _ in sent.admitted] == ["token-1-stage-0"] * 2
+
+
+def test_who_has_outgrown_every_prompt_pipeline_is_placed_all_the_same() -> None:
+    requests, sent = router_with_two_pipelines()
+    for name in ("token-0", "token-1"):
+        requests.pipelines[name].is_colocated = False
+    for name, capacity in (("prompt-0", 4), ("prompt-1", 3)):
+        requests.pipeline_published(pipeline(name, 3))
+        requests.pipeline_ready(requests.pipelines[name], PipelineReady(name, 3, capacity))
+    come_back(requests, "r", [8])
+    come_back(requests, "s", [8, 9])
+    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
+    admitted = [(admit.sequence_id.split("/")[0], admit.prompt_pipeline) for _, admit in sent.admitted]
+    assert admitted == [("r", "prompt-0"), ("s", "prompt-1"), ("r", "prompt-0")]

@@ -33,10 +33,18 @@ class Pipelines:
     """A token pipeline (colocated or fed by a prompt pipeline) whose messages are delivered in a random order."""
 
     def __init__(
-        self, seed: int, num_blocks: int, num_stages: int, is_colocated: bool, device: DeviceTier | None = None
+        self,
+        seed: int,
+        num_blocks: int,
+        num_stages: int,
+        is_colocated: bool,
+        device: DeviceTier | None = None,
+        num_prompt_blocks: int | None = None,
     ) -> None:
         self.draws = random.Random(seed)
         self.device = device
+        self.prompt_capacity = BLOCK_SIZE * (num_prompt_blocks or num_blocks)
+        self.num_outgrown = 0
         shape = PipelineShape(
             epoch=1,
             num_stages=num_stages,
@@ -52,7 +60,7 @@ class Pipelines:
         self.num_guessed = self.num_right = 0
         self.guess: set[str] = set()
         self.prompt = PromptScheduler(
-            epoch=1, num_stages=2, num_blocks=num_blocks, block_size=BLOCK_SIZE, chunk_tokens=16
+            epoch=1, num_stages=2, num_blocks=num_prompt_blocks or num_blocks, block_size=BLOCK_SIZE, chunk_tokens=16
         )
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
         self.tables: dict[str, dict[str, list[int]]] = {"token": {}, "prompt": {}}
@@ -81,6 +89,10 @@ class Pipelines:
             match action:
                 case Grant(name, attempt, blocks, forced):
                     prompt, params = self.requests[name]
+                    if len(prompt + forced) > self.prompt_capacity:
+                        self.num_outgrown += 1
+                        self.token.compute_here(name)
+                        continue
                     prefill = Prefill(
                         1, name, attempt, 0, len(prompt), pack_ids(prompt + forced), params,
                         Handoff("token", 1, blocks),
@@ -216,6 +228,16 @@ def test_a_device_that_holds_two_sequences_serves_all(seed: int, mode: str, is_c
     everybody_ends(pipelines, seed)
 
 
+def test_who_has_outgrown_the_prompt_pipeline_goes_on() -> None:
+    """It is preempted, and nobody has a copy: the token pipeline computes it again."""
+    num_outgrown = 0
+    for seed in range(20):
+        pipelines = Pipelines(seed, num_blocks=24, num_stages=2, is_colocated=False, num_prompt_blocks=13)
+        everybody_ends(pipelines, seed)
+        num_outgrown += pipelines.num_outgrown
+    assert num_outgrown > 5
+
+
 def test_what_comes_next_is_guessed() -> None:
     """Without new arrivals a wrong guess is rare: a sequence ends, or grows beyond its microbatch."""
     pipelines = Pipelines(1, 200, 3, is_colocated=False, device=DeviceTier("on", 3, 60, 0.0))
@@ -254,7 +276,7 @@ def everybody_ends(pipelines: Pipelines, seed: int) -> None:
             break
     assert set(pipelines.ended) == set(pipelines.requests)
     assert pipelines.token.allocator.num_free == num_blocks
-    assert pipelines.prompt.num_free == num_blocks
+    assert pipelines.prompt.num_free * BLOCK_SIZE == pipelines.prompt_capacity
     for name, reason in pipelines.ended.items():
         if reason == "length":
             assert len(pipelines.outputs[name]) == pipelines.requests[name][1].max_tokens
