@@ -1,4 +1,5 @@
-"""Client connections: who said hello and who still lives. A client that vanished ends its requests."""
+"""Client connections: who said hello and who still lives. A client that vanished ends its requests; one that was only
+stopped asks for them again."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Iterable
 
 SILENCE_LIMIT_S = 5.0
 MAX_CLIENTS = 4096
+MAX_GIVEN_UP = 4096
 
 
 class Clients:
@@ -13,6 +15,8 @@ class Clients:
 
     def __init__(self) -> None:
         self._heard_s: dict[bytes, float] = {}
+        self._given_up: dict[bytes, None] = {}
+        """the last whose requests were ended while nothing was heard of them"""
 
     def heard(self, client: bytes, now_s: float) -> bool:
         """Notes a sign of life; False where there are too many clients for a new one."""
@@ -21,8 +25,16 @@ class Clients:
         self._heard_s[client] = now_s
         return True
 
-    def gone(self, client: bytes) -> None:
+    def gone(self, client: bytes, *, had_requests: bool = False) -> None:
         self._heard_s.pop(client, None)
+        if had_requests:
+            self._given_up[client] = None
+        if len(self._given_up) > MAX_GIVEN_UP:
+            del self._given_up[next(iter(self._given_up))]
+
+    def is_back(self, client: bytes) -> bool:
+        """Whether one that is heard now was given up; True once."""
+        return self._given_up.pop(client, False) is None
 
     def silent(self, now_s: float) -> Iterable[bytes]:
         """Clients that have not been heard for `SILENCE_LIMIT_S`."""

@@ -72,11 +72,8 @@ class Requests:
     def precheck(self, client: bytes, submit: Submit) -> bool:
         """Judges a request before its prompt is tokenised. True: go on with `accept`; False: it was answered (a
         refusal, or the stream of the same request joined again). Raises `DejavuError`."""
-        known = self.ledger.get(submit.request_id)
-        if known is not None:
-            if known.body_hash != _body_hash(submit):
-                raise RequestConflict("another request with this id is live", field="request_id")
-            return self._rejoin(known, client, submit)
+        if self._rejoin(client, submit):
+            return False
         check_form(submit, self._spec, has_tokenizer=self._codec is not None)
         check_load(self.ledger.num_sequences, submit.params.n)
         return True
@@ -93,14 +90,15 @@ class Requests:
         return self._codec.encode(submit.prompt)
 
     def accept(self, client: bytes, submit: Submit, prompt_ids: list[int]) -> None:
-        """Enters a request and places its sequences. Raises `DejavuError`."""
+        """Enters a request and places its sequences, unless it came twice while its prompt was tokenised. Raises
+        `DejavuError`."""
+        if self._rejoin(client, submit):
+            return
         check_tokens(prompt_ids, submit.delivered, submit.params, self._spec)
         capacity = prompt_capacity(self.pipelines.values())
         if capacity is not None and len(prompt_ids) > capacity:
             message = f"prompt has {len(prompt_ids)} tokens, a prompt pipeline holds {capacity} (raise --kv-memory)"
             raise PromptTooLong(message, field="prompt")
-        if self.ledger.get(submit.request_id) is not None:
-            raise RequestConflict("another request with this id is live", field="request_id")
         request = new_request(
             submit.request_id,
             client,
@@ -131,13 +129,22 @@ class Requests:
             self._end(request, "cancelled")
 
     def client_gone(self, client: bytes) -> None:
-        """Ends what nobody waits for any more."""
+        """Ends what nobody waits for any more. The client is not told: if it lives, it is to ask again."""
         for request in self.ledger.of_client(client):
             logger.info("client of %s is gone", request.request_id)
-            self._end(request, "cancelled")
+            self._close(request, "cancelled")
 
-    def _rejoin(self, request: Request, client: bytes, submit: Submit) -> bool:
-        """The same request from a client that reconnected: repeat what it has not got."""
+    def _rejoin(self, client: bytes, submit: Submit) -> bool:
+        """Whether this is a live request, from a client that reconnected: what it has not got is repeated. Another
+        client that has waited for it hears that it is no longer its own. Raises `RequestConflict`."""
+        request = self.ledger.get(submit.request_id)
+        if request is None:
+            return False
+        if request.body_hash != _body_hash(submit):
+            raise RequestConflict("another request with this id is live", field="request_id")
+        if request.client != client:
+            taken = RequestConflict("another client has asked for the same and goes on with it", field="request_id")
+            self.refuse(request.client, request.request_id, taken)
         request.client = client
         self._wires.to_client(client, Accepted(request.request_id, len(request.prompt_ids)))
         frames: list[TokenFrame] = []
@@ -146,7 +153,7 @@ class Requests:
             frames += choice.frames_from(len(known))
         if frames:
             self._wires.to_client(client, Tokens(frames))
-        return False
+        return True
 
     # ------------------------------------------------------------ from pipelines
 
@@ -318,6 +325,12 @@ class Requests:
         choice.pipeline, choice.prompt_pipeline = "", ""
 
     def _end(self, request: Request, outcome: str, error: WireError | None = None) -> None:
+        self._close(request, outcome)
+        ended = Ended(request.request_id, outcome, len(request.prompt_ids), request.num_output_tokens, error)
+        self._wires.to_client(request.client, ended)
+
+    def _close(self, request: Request, outcome: str) -> None:
+        """Nobody works on it any more."""
         for choice in request.choices:
             self._unplaced.pop(choice.sequence_id, None)
             view = self.pipelines.get(choice.pipeline)
@@ -326,8 +339,6 @@ class Requests:
             self._unload(choice)
         self.ledger.close(request)
         self._journal.counters[f"requests_{outcome}"] += 1
-        ended = Ended(request.request_id, outcome, len(request.prompt_ids), request.num_output_tokens, error)
-        self._wires.to_client(request.client, ended)
 
 
 def wire_error(error: DejavuError) -> WireError:

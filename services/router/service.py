@@ -75,6 +75,8 @@ class RouterService:
         self._neighbours = Neighbours()
         self._requests = Requests(spec, codec, self, self._journal, self._incarnation)
         self._clients = Clients()
+        self._tokenising: dict[tuple[bytes, str], asyncio.Task[None]] = {}
+        """long prompts that are not in the ledger yet, by client and request"""
         self._reports: dict[str, PipelineReady] = {}
         self._monitor = LoopMonitor()
         self._queries = StatsQueries(options.name, self._peers.send)
@@ -207,7 +209,7 @@ class RouterService:
     # ------------------------------------------------------------ clients
 
     def _on_client_gone(self, client: bytes) -> None:
-        self._clients.gone(client)
+        self._clients.gone(client, had_requests=bool(self._requests.ledger.of_client(client)))
         # not at once: the report comes from inside a send, in the middle of somebody's loop
         asyncio.get_running_loop().call_soon(self._requests.client_gone, client)
 
@@ -221,13 +223,15 @@ class RouterService:
         except msgspec.DecodeError as error:
             self._refuse_bad_frame(client, frames, str(error))
             return
+        if self._clients.is_back(client) and not isinstance(message, wire.Hello):
+            self._welcome(client)  # it asks again for all that it still waits for
         match message:
             case wire.Hello():
                 self._welcome(client)
             case wire.Submit():
                 self._submit(client, message)
             case wire.Cancel():
-                self._requests.cancel(message.request_id)
+                self._cancel(client, message.request_id)
             case wire.Ping():
                 self.to_client(client, wire.Pong())
             case wire.StatusQuery():
@@ -271,11 +275,17 @@ class RouterService:
             if self._is_draining:
                 raise Unavailable("the system is stopping")
             if isinstance(submit.prompt, str) and len(submit.prompt) > LONG_TEXT_CHARS:
-                self._tasks.create_task(self._accept_long(client, submit))
+                self._tokenise(client, submit)
                 return
             self._requests.accept(client, submit, self._requests.tokenise(submit))
         except DejavuError as error:
             self._requests.refuse(client, submit.request_id, error)
+
+    def _tokenise(self, client: bytes, submit: wire.Submit) -> None:
+        key = client, submit.request_id
+        task = self._tasks.create_task(self._accept_long(client, submit))
+        self._tokenising[key] = task
+        task.add_done_callback(lambda done: self._tokenising.pop(key) if self._tokenising.get(key) is done else None)
 
     async def _accept_long(self, client: bytes, submit: wire.Submit) -> None:
         try:
@@ -283,6 +293,13 @@ class RouterService:
             self._requests.accept(client, submit, prompt_ids)
         except DejavuError as error:
             self._requests.refuse(client, submit.request_id, error)
+
+    def _cancel(self, client: bytes, request_id: str) -> None:
+        tokenising = self._tokenising.pop((client, request_id), None)
+        if tokenising is not None:
+            tokenising.cancel()
+            self.to_client(client, wire.Ended(request_id, "cancelled"))
+        self._requests.cancel(request_id)
 
     # ------------------------------------------------------------ services
 

@@ -10,7 +10,8 @@ from common.model.spec import load_spec
 from common.text import TextCodec
 from dejavu.errors import PromptTooLong
 from dejavu.params import SamplingParams
-from dejavu.wire import RouterMessage, Submit
+from dejavu.wire import Accepted, Ended, RouterMessage, Submit
+from services.router.clients import Clients
 from services.router.placement import PipelineView
 from services.router.requests import Requests
 from services.router.status import Journal
@@ -21,8 +22,10 @@ class Sent:
 
     def __init__(self) -> None:
         self.admitted: list[tuple[str, Admit]] = []
+        self.told: list[RouterMessage] = []
 
-    def to_client(self, client: bytes, message: RouterMessage) -> None: ...
+    def to_client(self, client: bytes, message: RouterMessage) -> None:
+        self.told.append(message)
 
     def to_member(self, name: str, message: Message) -> bool:
         if isinstance(message, Admit):
@@ -140,3 +143,27 @@ def test_who_has_outgrown_every_prompt_pipeline_is_placed_all_the_same() -> None
     requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
     admitted = [(admit.sequence_id.split("/")[0], admit.prompt_pipeline) for _, admit in sent.admitted]
     assert admitted == [("r", "prompt-0"), ("s", "prompt-1"), ("r", "prompt-0")]
+
+
+def test_who_is_silent_is_not_told_that_it_is_given_up() -> None:
+    """It would take that for the end, though it may only have been busy; it asks again when it is heard again."""
+    requests, sent = router_with_two_pipelines()
+    clients = Clients()
+    come_back(requests, "r", [])
+    clients.heard(b"client", 0.0)
+    requests.client_gone(b"client")
+    clients.gone(b"client", had_requests=True)
+    assert not [message for message in sent.told if isinstance(message, Ended)]
+    assert [clients.is_back(b"other"), clients.is_back(b"client"), clients.is_back(b"client")] == [False, True, False]
+    come_back(requests, "r", [8])
+    assert len(sent.admitted) == 2
+
+
+def test_a_request_that_came_twice_while_it_was_tokenised_is_one() -> None:
+    requests, sent = router_with_two_pipelines()
+    submit = Submit("r", [5, 6, 7], SamplingParams())
+    assert requests.precheck(b"client", submit) and requests.precheck(b"client", submit)
+    requests.accept(b"client", submit, [5, 6, 7])
+    requests.accept(b"client", submit, [5, 6, 7])
+    assert [type(message) for message in sent.told] == [Accepted, Accepted]
+    assert len(sent.admitted) == 1

@@ -1,0 +1,71 @@
+"""Clients that come back late, change their mind early, or want the same: every stream has its tokens, or its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from dejavu import AsyncClient, SamplingParams
+from dejavu.errors import RequestCancelled, RequestConflict
+from services.router.clients import SILENCE_LIMIT_S
+from services.router.requests import LONG_TEXT_CHARS
+from tests.cluster.reference import assert_greedy
+from tests.cluster.system import TINY, System, running
+from tests.cluster.test_kills import pid_of
+from tests.cluster.test_serving import FLOAT32, GREEDY, prompts, settled_status
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def system() -> Iterator[System]:
+    with running(*FLOAT32, "--no-kill") as started:
+        yield started
+
+
+async def test_a_client_that_was_thought_to_be_gone_gets_its_tokens(system: System) -> None:
+    """A user who keeps the event loop busy for some seconds pings nobody. No prompt is computed meanwhile."""
+    prompt = prompts(31, [40])[0]
+    async with AsyncClient(system.endpoint) as client:
+        stage = await pid_of(client, "prompt-0-stage-0")
+        os.kill(stage, signal.SIGSTOP)
+        try:
+            answer = asyncio.ensure_future(client.generate(prompt, GREEDY))
+            while not (await client.status())["live"]["requests"]:
+                pass
+            time.sleep(SILENCE_LIMIT_S + 2.0)  # noqa: ASYNC251 this is the user
+        finally:
+            os.kill(stage, signal.SIGCONT)
+        assert_greedy(TINY, prompt, (await answer).token_ids)
+        assert (await client.status())["counters"]["requests_cancelled"] == 1
+    await settled_status(system.endpoint)
+
+
+async def test_a_prompt_that_is_being_tokenised_can_be_cancelled(system: System) -> None:
+    prompt = "Once upon a time there was " * (1 + LONG_TEXT_CHARS // 20)
+    async with AsyncClient(system.endpoint) as client:
+        answer = asyncio.ensure_future(client.generate(prompt, SamplingParams(max_tokens=900, ignore_eos=True), "r"))
+        await asyncio.sleep(0)  # it is sent
+        await client.cancel("r")
+        with pytest.raises(RequestCancelled):
+            await answer
+    await settled_status(system.endpoint)
+
+
+async def test_who_loses_a_request_to_another_client_hears_it(system: System) -> None:
+    params = SamplingParams(max_tokens=400, seed=1, ignore_eos=True)
+    prompt = prompts(32, [10])[0]
+    async with AsyncClient(system.endpoint) as one, AsyncClient(system.endpoint) as other:
+        stream = one.stream(prompt, params, "r")
+        await anext(stream)
+        answer = await other.generate(prompt, params, "r")
+        with pytest.raises(RequestConflict, match="another client"):
+            async for _ in stream:
+                pass
+    assert len(answer.token_ids) == 400
+    await settled_status(system.endpoint)
