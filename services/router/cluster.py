@@ -71,7 +71,8 @@ class Cluster:
         self._on_lost = on_lost
         self._on_lead = on_lead
         self._is_ready = is_ready
-        self._predecessor = ""  # the last other process that led
+        # the last other process that led; until we know of one, it may be the one that had our name
+        self._predecessor = name
         self._changed = asyncio.Event()
         self._draining: set[str] = set()  # incarnations that are to be replaced
         self._broken: set[str] = set()  # pipelines that have lost a stage since they were published

@@ -218,11 +218,13 @@ class Requests:
 
     def succeed(self, router: str) -> None:
         """We lead after `router`. Requests that it had begun are placed when every token pipeline has said which of
-        them it has, or after `stop_awaiting`."""
+        them it has, also one of which we have heard nothing yet, or after `stop_awaiting`."""
         self._awaited = {
             view.name
             for view in self.pipelines.values()
-            if view.role == "token_stage" and view.is_ready and self._reports.get(view.name) != router
+            if view.role == "token_stage"
+            and (view.is_ready or not view.epoch)
+            and self._reports.get(view.name) != router
         }
 
     def stop_awaiting(self) -> None:

@@ -174,6 +174,9 @@ class RouterService:
             on_lead=self._succeed,
             is_ready=self._requests.is_ready,
         )
+        # whoever has sequences of a router before us is waited for
+        for pipeline in (await membership.pipelines()).values():
+            self._requests.pipeline_published(pipeline)
         # from its registration on others tell it things once and never again
         self._is_live = True
         await membership.register(record)

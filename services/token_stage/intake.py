@@ -58,8 +58,9 @@ class Intake(SequenceTable):
             self._ready.pop(sequence_id, None)
 
     def orphans(self) -> list[str]:
-        """Those that wait for another router."""
-        return [sequence.sequence_id for sequence in self._sequences.values() if sequence.is_orphan]
+        """Those that wait for another router, and the last that finished: theirs may not have told anybody."""
+        waiting = [sequence.sequence_id for sequence in self._sequences.values() if sequence.is_orphan]
+        return [*waiting, *(sequence.sequence_id for sequence in self._finished.values())]
 
     def adopt(
         self, sequence_id: str, prompt: list[int], forced: list[int], params: SamplingParams

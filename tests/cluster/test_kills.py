@@ -158,3 +158,21 @@ async def test_services_are_replaced_one_by_one_without_a_failed_request() -> No
     for prompt, tokens in zip(work, answers[: len(work)], strict=True):
         assert_greedy(TINY, prompt, tokens)
     assert answers == answers[: len(work)] * 4
+
+
+async def test_the_only_router_finds_every_sequence_where_it_was() -> None:
+    """There are two token pipelines and no copies: in the other one a sequence would be computed again."""
+    work = prompts(26, [10, 40, 70, 33, 20, 50])
+    with running(*FLOAT32, "--colocated", "--token-pipelines", "2", "--cache-stores", "0") as system:
+        async with AsyncClient(system.endpoint) as client:
+            started: asyncio.Queue[int] = asyncio.Queue()
+            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+            for _ in range(2 * len(work)):
+                await started.get()
+            os.kill(await pid_of(client, "router-0"), signal.SIGKILL)
+            answers = await asyncio.gather(*streams)
+            assert (await client.status())["counters"]["recomputed_tokens"] == 0
+        await settled_status(system.endpoint)
+    for prompt, tokens in zip(work, answers, strict=True):
+        assert len(tokens) == NUM_TOKENS
+        assert_greedy(TINY, prompt, tokens)

@@ -74,6 +74,18 @@ def test_a_text_that_cannot_fit_is_judged_by_its_beginning() -> None:
         requests.tokenise(Submit("r", "ab " * 1_300_000, SamplingParams()))
 
 
+def test_a_router_that_has_just_started_waits_for_pipelines_that_it_has_not_heard_yet() -> None:
+    requests, sent = router_with_two_pipelines()
+    requests.pipelines["token-1"] = PipelineView("token-1", "token_stage", is_colocated=True, driver="token-1-stage-0")
+    requests.succeed("router-0")
+    requests.orphans_found(Orphans("token-0", 7, "router-0", []))
+    come_back(requests, "r", [8])
+    assert sent.admitted == [], "token-1 may have it"
+    requests.pipeline_ready(requests.pipelines["token-1"], PipelineReady("token-1", 7, 1000))
+    requests.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
+    assert [name for name, _ in sent.admitted] == ["token-1-stage-0"]
+
+
 def test_new_requests_and_lost_pipelines_do_not_wait() -> None:
     requests, sent = router_with_two_pipelines()
     requests.orphans_found(Orphans("token-0", 7, "router-0", []))

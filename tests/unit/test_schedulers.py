@@ -238,6 +238,20 @@ def test_who_has_outgrown_the_prompt_pipeline_goes_on() -> None:
     assert num_outgrown > 5
 
 
+def test_the_next_router_hears_of_what_has_just_finished() -> None:
+    """The dead one may not have told anybody; elsewhere all of it would be computed again."""
+    pipelines = Pipelines(0, num_blocks=24, num_stages=1, is_colocated=True)
+    pipelines.submit("r/0/a", 10, 6)
+    while "r/0/a" not in pipelines.ended:
+        pipelines.start_steps()
+        pipelines.run_step("token")
+    assert pipelines.token.orphans() == ["r/0/a"]
+    prompt, params = pipelines.requests["r/0/a"]
+    adopted = pipelines.token.adopt("r/0/b", prompt, pipelines.outputs["r/0/a"][:4], params)
+    assert adopted is not None
+    assert [action.index for action in adopted[1] if isinstance(action, Produce)] == [4, 5]
+
+
 def test_what_comes_next_is_guessed() -> None:
     """Without new arrivals a wrong guess is rare: a sequence ends, or grows beyond its microbatch."""
     pipelines = Pipelines(1, 200, 3, is_colocated=False, device=DeviceTier("on", 3, 60, 0.0))
