@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Bytes = npt.NDArray[np.uint8]
 
+_MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _retired: list[object] = []
 
@@ -129,9 +130,18 @@ def create_memfd(name: str, num_bytes: int) -> int:
 def map_memory(fd: int | None, num_bytes: int) -> mmap.mmap:
     """Maps a memfd (None: private memory) with all pages present: a first touch costs ten times a copy, and
     it should not happen inside one."""
-    memory = mmap.mmap(-1 if fd is None else fd, num_bytes)
+    return _populated(mmap.mmap(-1 if fd is None else fd, num_bytes), _MADV_POPULATE_WRITE)
+
+
+def map_present_memory(fd: int, num_bytes: int) -> mmap.mmap:
+    """Maps a memfd whose pages its owner has made: the kernel maps many at once where they are only to be read, in a
+    quarter of the time, and lets us write to them all the same."""
+    return _populated(mmap.mmap(fd, num_bytes), _MADV_POPULATE_READ)
+
+
+def _populated(memory: mmap.mmap, advice: int) -> mmap.mmap:
     try:
-        memory.madvise(_MADV_POPULATE_WRITE)
+        memory.madvise(advice)
     except OSError:
         # before Linux 5.14, and elsewhere: touch every page
         np.frombuffer(memory, dtype=np.uint8)[:: mmap.PAGESIZE] |= 0

@@ -15,7 +15,7 @@ from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan
 from common.kv.memory_door import Entrance, Watch, ended, enter
 from common.kv.offer import GrantOffer
-from common.kv.pool import Bytes, KvPool, map_memory
+from common.kv.pool import Bytes, KvPool, map_present_memory
 
 
 class ShmLink:
@@ -107,7 +107,7 @@ def _map(fd: int | None, offer: GrantOffer) -> Bytes:
     is_sealed = fd is not None and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
     if fd is None or not is_sealed or os.fstat(fd).st_size != offer.layout.total_bytes:
         raise LinkRefused(f"{offer.name} sent no sealed memory of {offer.layout.total_bytes} bytes")
-    return np.frombuffer(map_memory(fd, offer.layout.total_bytes), dtype=np.uint8)
+    return np.frombuffer(map_present_memory(fd, offer.layout.total_bytes), dtype=np.uint8)
 
 
 def _abandon(entering: asyncio.Future[tuple[Entrance, Bytes]]) -> None:
