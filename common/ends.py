@@ -12,6 +12,6 @@ def finish_reason(
 ) -> str | None:
     """What output token number `num_output_tokens` (from 1) means: "stop", "length", or None to go on."""
     is_eos = token_id in eos_token_ids and not params.ignore_eos
-    if (is_eos or token_id in params.stop_token_ids) and num_output_tokens > params.min_tokens:
+    if (is_eos or token_id in params.stop_token_ids) and num_output_tokens > (params.min_tokens or 0):
         return "stop"
     return "length" if num_output_tokens >= params.max_tokens else None

@@ -91,6 +91,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (1.0)")
     parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens with mass P (1.0)")
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens (0: all)")
+    parser.add_argument(
+        "--repetition-penalty", type=float, metavar="P", help="above 1: no repetitions (the model's own)"
+    )
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable (default: random)")
     parser.add_argument("--stop", action="append", metavar="S", help="end before this string; may be repeated")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
@@ -129,7 +132,7 @@ def _add_endpoint(parser: argparse.ArgumentParser) -> None:
 
 
 async def _generate(options: argparse.Namespace) -> int:
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+    names = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop", "ignore_eos")
     params = SamplingParams.from_mapping({name: getattr(options, name) for name in names})
     async with (
         AsyncClient(options.endpoint) as client,

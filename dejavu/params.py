@@ -20,7 +20,8 @@ MAX_TOKENS_LIMIT = 1 << 20
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Parameters of one request, under the names people know; the defaults sample at temperature 1.
 
-    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `stop` strings (a single one
+    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. None leaves `repetition_penalty` and
+    `min_tokens` to the model's generation_config.json (else 1 and 0, which are off). `stop` strings (a single one
     becomes a list) are cut from the text; tokens of `stop_token_ids` and EOS are delivered, with empty text.
     `durability` is "async", "lag:k" or "sync": how much of what precedes a token a cache store must have before the
     token is shown. Where no store can have it, tokens are shown all the same, unless `durability_strict`: then they
@@ -32,7 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
@@ -40,7 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop: list[str] | str = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
-    min_tokens: int = 0
+    min_tokens: int | None = None
     logprobs: int | None = None
     durability: str | None = None
     durability_strict: bool = False
@@ -74,7 +75,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_integer("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
         _check_integer("top_k", self.top_k, -1, 1 << 31)
         _check_integer("n", self.n, 1, MAX_CHOICES)
-        _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.min_tokens is not None:
+            _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, (1 << 63) - 1)
         if self.logprobs is not None:
@@ -84,7 +86,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_real("temperature", self.temperature, 0.0, 100.0)
         _check_real("top_p", self.top_p, 0.0, 1.0, excludes_low=True)
         _check_real("min_p", self.min_p, 0.0, 1.0)
-        _check_real("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if self.repetition_penalty is not None:
+            _check_real("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_real("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_real("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
 

@@ -59,7 +59,7 @@ class SamplingRow:
     @property
     def changes_logits(self) -> bool:
         """Whether a penalty or a mask is on."""
-        return _has_penalty(self.params) or self.num_output_tokens < self.params.min_tokens
+        return has_penalty(self.params) or self.num_output_tokens < (self.params.min_tokens or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,9 @@ def _adjust(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """A float32 copy, finite, with penalties and masks applied."""
     adjusted = logits.float().nan_to_num(nan=_IMPOSSIBLE).clamp_(_IMPOSSIBLE, -_IMPOSSIBLE)
     for scores, row in zip(adjusted, rows, strict=True):
-        if _has_penalty(row.params):
+        if has_penalty(row.params):
             _penalise(scores, row)
-        if row.num_output_tokens < row.params.min_tokens:
+        if row.num_output_tokens < (row.params.min_tokens or 0):
             _forbid_ends(scores, row)
     return adjusted
 
@@ -119,17 +119,18 @@ def _forbid_ends(scores: torch.Tensor, row: SamplingRow) -> None:
     scores[torch.tensor(ends, dtype=torch.int64, device=scores.device)] = _IMPOSSIBLE
 
 
-def _has_penalty(params: SamplingParams) -> bool:
-    return bool(params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty)
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether the ids so far matter."""
+    return bool((params.repetition_penalty or 1.0) != 1.0 or params.frequency_penalty or params.presence_penalty)
 
 
 def _penalise(scores: torch.Tensor, row: SamplingRow) -> None:
     params = row.params
     counts = Counter(row.output_ids)
-    if params.repetition_penalty != 1.0:
+    penalty = params.repetition_penalty or 1.0
+    if penalty != 1.0:
         seen = torch.tensor(list({*row.prompt_ids, *counts}), dtype=torch.int64, device=scores.device)
         before = scores[seen]
-        penalty = params.repetition_penalty
         scores[seen] = torch.where(before < 0, before * penalty, before / penalty)
     if counts and (params.frequency_penalty or params.presence_penalty):
         written = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)

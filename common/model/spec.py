@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.model.demands import check_demands
+from common.model.generation import GenerationDefaults
 from dejavu.errors import ConfigurationError
 
 SUPPORTED = ("bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3")
@@ -39,6 +40,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     dtype: str
     fingerprint: str
+    generation: GenerationDefaults
     keys: dict[str, str] = field(repr=False, hash=False)
 
 
@@ -63,6 +65,7 @@ def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
     _check_layers(num_layers, keys, config_file)
     # BLOOM's first files call it n_embed, which then counts
     hidden_size = sizes.of("n_embed", "hidden_size", "n_embd")
+    generation, generation_file = _generation(folder, config)
     return ModelSpec(
         model_dir=folder,
         name=folder.resolve().name,
@@ -74,9 +77,10 @@ def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
         vocab_size=sizes.of("vocab_size"),
         # BLOOM has no position table: its context is what it was trained with, if it says so
         max_context_tokens=sizes.of("max_position_embeddings", "n_positions", "seq_length", default=2048),
-        eos_token_ids=_eos_token_ids(folder, config),
+        eos_token_ids=_eos_token_ids(generation, generation_file),
         dtype=_dtype(config, dtype),
         fingerprint=digest.hexdigest(),
+        generation=GenerationDefaults.of(generation, generation_file),
         keys=keys,
     )
 
@@ -127,13 +131,16 @@ def _check_layers(num_layers: int, keys: Iterable[str], config_file: Path) -> No
         )
 
 
-def _eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+def _generation(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
     """As transformers has it: `generation_config.json` decides, also by saying nothing; without it the config does."""
     file = folder / "generation_config.json"
-    eos = (_read_json(file) if file.exists() else config).get("eos_token_id")
+    return (_read_json(file), file) if file.exists() else (config, folder / "config.json")
+
+
+def _eos_token_ids(generation: dict[str, Any], file: Path) -> tuple[int, ...]:
+    eos = generation.get("eos_token_id")
     token_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(token_id) is int for token_id in token_ids):
-        file = file if file.exists() else folder / "config.json"
         raise ConfigurationError(f"{file}: eos_token_id {eos!r} is no token id, nor a list of them", field="model")
     return tuple(token_ids)
 

@@ -15,7 +15,7 @@ from common.kv.residency import Residency, Want
 from common.messages import ChunkWork, Drawn, SequenceOpen, Step, SwapFigures, unpack_ids
 from common.model.batch import SequenceChunk, StageBatch
 from common.model.runner import StageRunner
-from common.model.sampler import SamplingRow, sample
+from common.model.sampler import SamplingRow, has_penalty, sample
 
 
 @dataclass(slots=True)
@@ -170,13 +170,8 @@ class StageWorker:
             params=opened.params,
             choice=opened.choice,
             position=len(tokens),
-            prompt_ids=tokens[:num_prompt] if _reads_ids(opened) else (),
-            output_ids=tokens[num_prompt:] if _reads_ids(opened) else (),
+            prompt_ids=tokens[:num_prompt] if has_penalty(opened.params) else (),
+            output_ids=tokens[num_prompt:] if has_penalty(opened.params) else (),
             eos_token_ids=self._eos_token_ids,
             num_output_tokens=len(tokens) - num_prompt,
         )
-
-
-def _reads_ids(opened: SequenceOpen) -> bool:
-    params = opened.params
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)

@@ -103,7 +103,7 @@ class Requests:
             submit.request_id,
             client,
             prompt_ids,
-            submit.params,
+            self._spec.generation.complete(submit.params, len(prompt_ids)),
             _body_hash(submit),
             self._codec,
             submit.delivered,

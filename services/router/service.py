@@ -94,6 +94,8 @@ class RouterService:
     async def serve(cls, options: RouterOptions, stop: asyncio.Event) -> None:
         """Runs a router until `stop` is set. Raises `ConfigurationError` (port in use, bad model)."""
         spec = load_spec(options.model, options.dtype)
+        for remark in spec.generation.remarks():
+            logger.warning("%s", remark)
         service = cls(options, spec, TextCodec.load(options.model))
         async with asyncio.TaskGroup() as service._tasks:
             await service._run(stop)
