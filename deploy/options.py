@@ -99,23 +99,24 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         pin=arguments.pin,
         has_nursery=arguments.nursery,
     )
-    if options.port:
-        check_port_free(options.host, options.port)
+    check_address(options.host, options.port)
     return options
 
 
-def check_port_free(host: str, port: int) -> None:
-    """Raises `ConfigurationError` where somebody listens on the port."""
+def check_address(host: str, port: int) -> None:
+    """Raises `ConfigurationError` where `host` is no address of this machine, or somebody listens on the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
+        except (OSError, TypeError) as error:
             raise bind_error(host, port, error) from error
 
 
-def bind_error(host: str, port: int, error: OSError) -> ConfigurationError:
+def bind_error(host: str, port: int, error: OSError | TypeError) -> ConfigurationError:
     """What is wrong where an address cannot be bound: the port, or the host."""
+    if isinstance(error, TypeError):  # its letters cannot be those of a name
+        return ConfigurationError(f"{host} is no name of a machine ({error})", field="host")
     if error.errno in (errno.EADDRINUSE, errno.EACCES):
         hint = "choose another --port, or 0 for a free one"
         return ConfigurationError(f"{host}:{port} cannot be used ({error.strerror}); {hint}", field="port")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ def lasting_ports(num: int, host: str = "127.0.0.1") -> list[int]:
             try:
                 listener.bind((host, port))
                 reserved.append(listener)
-            except OSError:
+            except OSError as error:
                 listener.close()
-                if not port:
+                # no other port helps where the address is wrong, and to look a name up may take long
+                if not port or error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise
         return [int(each.getsockname()[1]) for each in reserved]
     finally:

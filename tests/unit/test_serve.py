@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dejavu.errors import ConfigurationError
 from deploy.options import parse_options
 from deploy.serve import endpoints_file
 
@@ -25,3 +26,11 @@ def test_nothing_is_no_place(option: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit, match="2"):
         parse_options(["--port", "0", option, ""])
     assert f"argument {option}: is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["no-such-machine.invalid", "192.0.2.1", "::1", "m\u00e4chine." * 9])
+@pytest.mark.parametrize("port", ["0", "5999"])
+def test_a_host_that_cannot_be_is_refused_at_once(host: str, port: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        parse_options(["--host", host, "--port", port])
+    assert refused.value.field == "host" and host in str(refused.value)
