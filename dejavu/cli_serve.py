@@ -21,8 +21,5 @@ def serve(arguments: Sequence[str], root: Path = CHECKOUT) -> int:
         return 1
     sys.path.insert(0, str(root))
     # by name: the wheel has no such module, and the client must not depend on it
-    try:
-        code: int = importlib.import_module("deploy.serve").main(list(arguments))
-    except KeyboardInterrupt:  # before there was anything to stop
-        return 0
+    code: int = importlib.import_module("deploy.serve").main(list(arguments))
     return code

@@ -19,6 +19,6 @@ def test_wheel_holds_only_the_client(tmp_path: Path) -> None:
 
 
 def test_client_and_command_line_never_load_torch() -> None:
-    program = "import sys, dejavu, dejavu.cli, services.router.service; print('torch' in sys.modules)"
+    program = "import sys, dejavu.cli, dejavu.cli_commands, services.router.service; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

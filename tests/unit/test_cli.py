@@ -79,6 +79,32 @@ async def test_ctrl_c_cancels() -> None:
         assert process.returncode == 130
 
 
+INTERRUPTED = """
+import os, signal, sys
+sys.addaudithook(lambda event, arguments: event == "import" and arguments[0] == {module!r}
+                 and os.kill(os.getpid(), signal.SIGINT))
+from dejavu.cli import main
+sys.exit(main({arguments!r}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "code"),
+    [
+        (["status"], "argparse", 130),
+        (["generate", "Tell"], "msgspec", 130),
+        (["status"], "zmq", 130),
+        (["serve", "--help"], "dejavu.cli_serve", 0),
+        (["serve", "--help"], "deploy.options", 0),
+    ],
+)
+async def test_ctrl_c_while_modules_are_imported(arguments: list[str], module: str, code: int) -> None:
+    program = INTERRUPTED.format(module=module, arguments=arguments)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=PIPE, stderr=PIPE, cwd=ROOT)
+    assert (await process.communicate()) == (b"", b"")
+    assert process.returncode == code
+
+
 async def test_reader_that_leaves_is_no_traceback() -> None:
     def begin(router: FakeRouter, client: bytes, submit: Submit) -> None:
         router.send(client, frames(submit, 0, 2))

@@ -28,7 +28,9 @@ def test_nothing_is_no_place(option: str, capsys: pytest.CaptureFixture[str]) ->
     assert f"argument {option}: is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host", ["no-such-machine.invalid", "192.0.2.1", "::1", "m\u00e4chine." * 9])
+@pytest.mark.parametrize(
+    "host", ["no-such-machine.invalid", "192.0.2.1", "::1", pytest.param("\u00e9" * 80, id="no-name")]
+)
 @pytest.mark.parametrize("port", ["0", "5999"])
 def test_a_host_that_cannot_be_is_refused_at_once(host: str, port: str) -> None:
     with pytest.raises(ConfigurationError) as refused:
