@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -11,13 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.model.spec import LAYER_KEY, ModelSpec
+from common.model.names import LAYER_KEY, in_modules
+from common.model.spec import ModelSpec
 from dejavu.errors import ConfigurationError
 
 _EXPERT_PART = re.compile(r"^(.*\.experts)\.(\d+)\.(w[123])\.weight$")
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_RENAMED = (("embed_out.", "lm_head."), (".block_sparse_moe.", ".mlp."))
-"""Names that differ between checkpoints and transformers' modules."""
 
 
 def stage_name(key: str, layers: tuple[int, int]) -> str | None:
@@ -38,7 +36,7 @@ def stage_keys(spec: ModelSpec, layers: tuple[int, int], expected: Collection[st
         stored = stage_name(key, layers)
         if stored is None:
             continue
-        renamed = functools.reduce(lambda name, pair: name.replace(*pair), _RENAMED, stored)
+        renamed = in_modules(stored)
         for name in (stored, renamed, f"{prefix}.{stored}", f"{prefix}.{renamed}"):
             if name in expected or _fused_name(name) in expected:
                 names[key] = name

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +9,14 @@ from typing import Any
 
 from common.model.demands import check_demands
 from common.model.generation import GenerationDefaults
+from common.model.headers import read_headers, read_json
+from common.model.names import LAYER_KEY, PREFIXES
+from common.model.shapes import ModelSizes, check_tensors
 from dejavu.errors import ConfigurationError
 
-SUPPORTED = ("bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2", "qwen3")
+SUPPORTED = tuple(PREFIXES)
 """`model_type` values of the families that can be served."""
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_HEADER_BYTES = 100 << 20
-LAYER_KEY = re.compile(r"^((?:[a-z_]+\.)*?(?:h|layers)\.)(\d+)\.")
-"""The name of a tensor of a layer: what is before its number, and the number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
     if not folder.is_dir():
         raise ConfigurationError(f"{folder} is not a directory with a Hugging Face checkpoint", field="model")
     config_file = folder / "config.json"
-    config = _read_json(config_file)
+    config = read_json(config_file)
     architecture = config.get("model_type")
     if architecture not in SUPPORTED:
         raise ConfigurationError(
@@ -58,30 +54,27 @@ def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
             field="model",
         )
     check_demands(config, config_file)
-    keys, digest = _read_headers(folder)
+    tensors, digest = read_headers(folder)
     digest.update(config_file.read_bytes())
-    sizes = _Sizes(config, config_file)
-    num_layers, num_heads = sizes.of("num_hidden_layers", "n_layer"), sizes.of("num_attention_heads", "n_head")
-    _check_layers(num_layers, keys, config_file)
-    # BLOOM's first files call it n_embed, which then counts
-    hidden_size = sizes.of("n_embed", "hidden_size", "n_embd")
+    sizes = sizes_of(config, config_file)
+    _check_layers(sizes.num_layers, tensors, config_file)
+    check_tensors(architecture, config, sizes, tensors, folder)
     generation, generation_file = _generation(folder, config)
     return ModelSpec(
         model_dir=folder,
         name=folder.resolve().name,
         architecture=architecture,
-        num_layers=num_layers,
-        num_kv_heads=sizes.of("num_key_value_heads", default=num_heads),
-        head_dim=sizes.of("head_dim", default=hidden_size // num_heads),
-        hidden_size=hidden_size,
-        vocab_size=sizes.of("vocab_size"),
-        # BLOOM has no position table: its context is what it was trained with, if it says so
-        max_context_tokens=sizes.of("max_position_embeddings", "n_positions", "seq_length", default=2048),
+        num_layers=sizes.num_layers,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        hidden_size=sizes.hidden_size,
+        vocab_size=sizes.vocab_size,
+        max_context_tokens=sizes.max_context_tokens,
         eos_token_ids=_eos_token_ids(generation, generation_file),
         dtype=_dtype(config, dtype),
         fingerprint=digest.hexdigest(),
         generation=GenerationDefaults.of(generation, generation_file),
-        keys=keys,
+        keys={key: tensor.file for key, tensor in tensors.items()},
     )
 
 
@@ -106,7 +99,7 @@ def split_layers(num_layers: int, num_stages: int, counts: Sequence[int] | None 
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizes:
+class _Counts:
     """The whole numbers above 0 of a config."""
 
     config: dict[str, Any]
@@ -119,6 +112,24 @@ class _Sizes:
         if type(size) is not int or size < 1:
             raise ConfigurationError(f"{self.file}: {name} is {size!r}, no whole number above 0", field="model")
         return size
+
+
+def sizes_of(config: dict[str, Any], config_file: Path) -> ModelSizes:
+    """Raises `ConfigurationError` naming the size that is wrong."""
+    counts = _Counts(config, config_file)
+    # BLOOM's first files call it n_embed, which then counts
+    hidden_size = counts.of("n_embed", "hidden_size", "n_embd")
+    num_heads = counts.of("num_attention_heads", "n_head")
+    return ModelSizes(
+        num_layers=counts.of("num_hidden_layers", "n_layer"),
+        num_heads=num_heads,
+        num_kv_heads=counts.of("num_key_value_heads", default=num_heads),
+        head_dim=counts.of("head_dim", default=hidden_size // num_heads),
+        hidden_size=hidden_size,
+        vocab_size=counts.of("vocab_size"),
+        # BLOOM has no position table: its context is what it was trained with, if it says so
+        max_context_tokens=counts.of("max_position_embeddings", "n_positions", "seq_length", default=2048),
+    )
 
 
 def _check_layers(num_layers: int, keys: Iterable[str], config_file: Path) -> None:
@@ -134,7 +145,7 @@ def _check_layers(num_layers: int, keys: Iterable[str], config_file: Path) -> No
 def _generation(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
     """As transformers has it: `generation_config.json` decides, also by saying nothing; without it the config does."""
     file = folder / "generation_config.json"
-    return (_read_json(file), file) if file.exists() else (config, folder / "config.json")
+    return (read_json(file), file) if file.exists() else (config, folder / "config.json")
 
 
 def _eos_token_ids(generation: dict[str, Any], file: Path) -> tuple[int, ...]:
@@ -151,63 +162,3 @@ def _dtype(config: dict[str, Any], wanted: str) -> str:
     if wanted not in DTYPES:
         raise ConfigurationError(f"dtype {wanted!r} is not one of {', '.join(DTYPES)}", field="dtype")
     return wanted
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    _check_kind(file)
-    try:
-        document = json.loads(file.read_text())
-    except OSError as error:
-        raise ConfigurationError(f"{file}: {error.strerror}", field="model") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{file} is no JSON: {error}", field="model") from error
-    if not isinstance(document, dict):
-        raise ConfigurationError(f"{file} holds no JSON object", field="model")
-    return document
-
-
-def _check_kind(file: Path) -> None:
-    """To open a pipe would take until somebody writes to it."""
-    if file.exists() and not file.is_file():
-        raise ConfigurationError(f"{file} is no file", field="model")
-
-
-def _read_headers(folder: Path) -> tuple[dict[str, str], hashlib._Hash]:
-    """Tensor names by file and a digest over all headers."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ConfigurationError(f"{index} has no weight_map", field="model")
-        files = sorted({str(name) for name in weight_map.values()})
-    else:
-        files = ["model.safetensors"]
-    keys: dict[str, str] = {}
-    digest = hashlib.sha256()
-    for name in files:
-        if Path(name).name != name:
-            raise ConfigurationError(f"{index}: {name!r} leaves the directory", field="model")
-        header = _read_header(folder / name)
-        digest.update(header)
-        keys.update({key: name for key in json.loads(header) if key != "__metadata__"})
-    return keys, digest
-
-
-def _read_header(file: Path) -> bytes:
-    """A safetensors header, checked against the file's size."""
-    _check_kind(file)
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"header of {length} bytes")
-            header = stream.read(length)
-        tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
-        end = max((int(v["data_offsets"][1]) for v in tensors.values()), default=0)
-        if file.stat().st_size != 8 + length + end:
-            raise ValueError(f"{file.stat().st_size} bytes where its header asks for {8 + length + end}")
-    except OSError as error:
-        raise ConfigurationError(f"{file}: {error.strerror}", field="model") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ConfigurationError(f"{file} is no complete safetensors file: {error}", field="model") from error
-    return header

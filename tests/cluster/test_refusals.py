@@ -38,6 +38,15 @@ def test_truncated_weights(tmp_path: Path) -> None:
     assert "model.safetensors" in refusal("--port", "0", "--model", str(model))
 
 
+def test_weights_of_another_shape_are_refused_before_anything_is_started(tmp_path: Path) -> None:
+    model = copy_of_tiny(tmp_path)
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 4096', '"vocab_size": 5000'))
+    message = refusal("--port", "0", "--model", str(model))
+    said = "model.safetensors: model.embed_tokens.weight is [4096, 256], where config.json asks for [5000, 256]"
+    assert message == f"dejavu: error: model: {model}/{said}\n"
+
+
 def test_unsupported_architecture(tmp_path: Path) -> None:
     model = copy_of_tiny(tmp_path)
     config = model / "config.json"
