@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STATE_DIR = Path(os.environ.get("DEJAVU_STATE_DIR", "~/.local/state/dejavu"))
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 DEFAULT_KV_BYTES = 256 << 20
+MAX_OF_A_KIND = 1024
+"""Services of a kind: beyond that it is a slip, and to find out by starting them would take its time."""
+MAX_DIGITS = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,14 @@ class ServeOptions:
 
     @property
     def num_stage_processes(self) -> int:
-        prompts = 0 if self.is_colocated else self.prompt_pipelines * self.prompt_stages
-        return prompts + self.token_pipelines * self.token_stages
+        prompts = (
+            0 if self.is_colocated else self.prompt_pipelines * len(self.prompt_split or range(self.prompt_stages))
+        )
+        return prompts + self.num_token_stage_processes
+
+    @property
+    def num_token_stage_processes(self) -> int:
+        return self.token_pipelines * len(self.token_split or range(self.token_stages))
 
 
 def parse_options(argv: Sequence[str]) -> ServeOptions:
@@ -99,8 +108,24 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         pin=arguments.pin,
         has_nursery=arguments.nursery,
     )
+    _check_counts(options)
     check_address(options.host, options.port)
     return options
+
+
+def _check_counts(options: ServeOptions) -> None:
+    """Raises `ConfigurationError` for counts that contradict each other, or that no machine would bear."""
+    for kind in ("prompt", "token"):
+        stages, split = getattr(options, f"{kind}_stages"), getattr(options, f"{kind}_split")
+        if split and stages not in (1, len(split)):
+            raise ConfigurationError(f"there are {stages}, but the split names {len(split)}", field=f"{kind}_stages")
+    if options.replicas > max(1, options.cache_stores):
+        raise ConfigurationError(
+            f"{options.replicas} copies need as many cache stores; there are {options.cache_stores}", field="replicas"
+        )
+    for name in ("routers", "cache_stores", "standbys", "prompt_pipelines", "token_pipelines"):
+        if getattr(options, name) > MAX_OF_A_KIND:
+            raise ConfigurationError(f"at most {MAX_OF_A_KIND} of them run on one machine", field=name)
 
 
 def check_address(host: str, port: int) -> None:
@@ -126,8 +151,7 @@ def bind_error(host: str, port: int, error: OSError | TypeError) -> Configuratio
 def check_memory(options: ServeOptions, device: str) -> None:
     """Raises `ConfigurationError` where the KV pools of all stages would not fit this machine's memory. What a GPU has
     left, the stages find out."""
-    tokens = options.token_pipelines * options.token_stages
-    each = tokens * options.host_kv_memory_bytes
+    each = options.num_token_stage_processes * options.host_kv_memory_bytes
     if device == "cpu":
         each += options.num_stage_processes * options.kv_memory_bytes
     wanted = (1 + options.standbys) * each
@@ -291,20 +315,25 @@ def _text(text: str) -> str:
     return text
 
 
+def _is_number(text: str) -> bool:
+    """Digits of other scripts are none of ours, and Python reads no more than some thousands."""
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS
+
+
 def _number(text: str) -> int:
-    if not text.isdecimal():
+    if not _is_number(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not _is_number(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
+    if not _is_number(text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to 65535")
     return int(text)
 
@@ -315,6 +344,6 @@ def _split(text: str) -> tuple[int, ...]:
 
 def _bytes(text: str) -> int:
     number, unit = text.rstrip("KMGkmg"), text[len(text.rstrip("KMGkmg")) :].upper()
-    if not number.isdecimal() or unit not in UNITS:
+    if not _is_number(number) or unit not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; examples: 1048576, 64M, 2G")
     return int(number) * UNITS[unit]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from dejavu.errors import ConfigurationError
-from deploy.options import parse_options
+from deploy.options import check_memory, parse_options
 from deploy.serve import endpoints_file
 
 
@@ -36,3 +37,43 @@ def test_a_host_that_cannot_be_is_refused_at_once(host: str, port: str) -> None:
     with pytest.raises(ConfigurationError) as refused:
         parse_options(["--host", host, "--port", port])
     assert refused.value.field == "host" and host in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--prompt-split", "3,3", "--prompt-stages", "3"], "prompt_stages"),
+        (["--token-stages", "2", "--token-split", "1,2,3"], "token_stages"),
+        (["--replicas", "3", "--cache-stores", "2"], "replicas"),
+        (["--replicas", "2", "--cache-stores", "0"], "replicas"),
+        (["--routers", "5000000"], "routers"),
+        (["--token-pipelines", "1000000"], "token_pipelines"),
+        (["--standbys", "1000000"], "standbys"),
+    ],
+)
+def test_counts_that_contradict_each_other_or_are_slips_are_named(arguments: list[str], field: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        parse_options(["--port", "0", *arguments])
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize("option", ["--port", "--token-stages", "--kv-memory", "--cache-stores", "--prompt-split"])
+@pytest.mark.parametrize("number", ["\u0663", "\u00b2", "9" * 5000, "1_000", "+1", "-1", " 1"])
+def test_only_plain_numbers_are_numbers(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(["--port", "0", f"{option}={number}"])
+    assert f"argument {option}: " in capsys.readouterr().err
+
+
+def test_a_split_may_be_said_twice_and_no_store_is_fine() -> None:
+    options = parse_options(["--port", "0", "--token-split", "3,3", "--token-stages", "2", "--cache-stores", "0"])
+    assert (options.token_split, options.cache_stores) == ((3, 3), 0)
+
+
+def test_the_memory_of_all_stages_counts_those_of_a_split() -> None:
+    quarter = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    few = ["--port", "0", "--kv-memory", str(quarter)]
+    check_memory(parse_options(few), "cpu")
+    for split in (["--token-split", "2,2,1,1"], ["--prompt-split", "2,2,1,1"]):
+        with pytest.raises(ConfigurationError, match="kv_memory: the KV pools of 5 stages"):
+            check_memory(parse_options([*few, *split]), "cpu")
