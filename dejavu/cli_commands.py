@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import os
 import sys
@@ -40,15 +41,38 @@ def run(arguments: Sequence[str]) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a terminal that cannot show a character shows another
+        sys.stdout.reconfigure(errors="replace")
     try:
         return asyncio.run(COMMANDS[options.command](options))
     except DejavuError as error:
         print(f"dejavu: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    except BrokenPipeError:  # the reader of stdout has left
+        _forget_stdout()
+    except _StdoutFull as error:
+        print(f"dejavu: error: stdout: {error}", file=sys.stderr)
+        _forget_stdout()
+    return EXIT_FAILED
+
+
+class _StdoutFull(Exception):
+    """What is to be shown cannot be written; the text says why."""
+
+
+def _show(text: str, end: str = "\n") -> None:
+    """Raises `BrokenPipeError`, `_StdoutFull`."""
+    try:
+        print(text, end=end, flush=True)
     except BrokenPipeError:
-        # the reader of stdout has left; keep the interpreter from complaining about it once more on exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        raise
+    except OSError as error:
+        raise _StdoutFull(error.strerror) from error
+
+
+def _forget_stdout() -> None:
+    """Keeps the interpreter from complaining about it once more on exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,29 +155,29 @@ async def _generate(options: argparse.Namespace) -> int:
         aclosing(client.stream(options.text, params)) as tokens,
     ):
         async for token in tokens:
-            print(token.text, end="", flush=True)
-    print(flush=True)
+            _show(token.text, end="")
+    _show("")
     return 0
 
 
 async def _drain(options: argparse.Namespace) -> int:
     async with AsyncClient(options.endpoint) as client:
         await client.drain(options.name)
-    print(f"{options.name} is drained", flush=True)
+    _show(f"{options.name} is drained")
     return 0
 
 
 async def _convert(options: argparse.Namespace) -> int:
     async with AsyncClient(options.endpoint) as client:
         name = await client.convert(options.pipeline, options.role)
-    print(f"{options.pipeline} is now {name}", flush=True)
+    _show(f"{options.pipeline} is now {name}")
     return 0
 
 
 async def _status(options: argparse.Namespace) -> int:
     async with AsyncClient(options.endpoint) as client:
         status = await client.status()
-    print(json.dumps(status) if options.json else render_status(status), flush=True)
+    _show(json.dumps(status) if options.json else render_status(status))
     return 0
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dejavu.errors import InvalidParameter
+from dejavu.errors import ConfigurationError, InvalidParameter
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 ENDPOINTS_FILE = "endpoints"
@@ -15,15 +15,22 @@ _FORM = re.compile(r"tcp://\S+:(?P<port>\d{1,9})|ipc://\S+")
 
 
 def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
-    """`DEJAVU_STATE_DIR`, or the directory that `dejavu serve` uses by default."""
-    return Path(environment.get("DEJAVU_STATE_DIR") or Path.home() / ".local" / "state" / "dejavu")
+    """`DEJAVU_STATE_DIR`, or the directory that `dejavu serve` uses by default. Raises `ConfigurationError` where there
+    is no home."""
+    try:
+        return Path(environment.get("DEJAVU_STATE_DIR") or Path.home() / ".local" / "state" / "dejavu")
+    except RuntimeError as error:
+        raise ConfigurationError(f"{error} Set DEJAVU_STATE_DIR", field="state_dir") from error
 
 
 def find_endpoints(endpoint: str | Sequence[str] | None, environment: Mapping[str, str] = os.environ) -> list[str]:
     """The routers to try: the given ones, else `DEJAVU_ENDPOINT` (comma list), else those that a running
-    `serve` left in its state directory, else the default port. Raises `InvalidParameter` for what is none."""
+    `serve` left in its state directory, else the default port. Raises `InvalidParameter` for what is none,
+    `ConfigurationError` for a state directory that cannot be read."""
     given = endpoint if endpoint is not None else environment.get("DEJAVU_ENDPOINT") or _recorded(environment)
-    parts = given.split(",") if isinstance(given, str) else list(given)
+    parts = given.split(",") if isinstance(given, str) else given
+    if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
+        raise InvalidParameter("must be a string or a sequence of strings", field="endpoint")
     endpoints = list(dict.fromkeys(part.strip() for part in parts if part.strip())) or [DEFAULT_ENDPOINT]
     for candidate in endpoints:
         form = _FORM.fullmatch(candidate)
@@ -33,10 +40,13 @@ def find_endpoints(endpoint: str | Sequence[str] | None, environment: Mapping[st
 
 
 def _recorded(environment: Mapping[str, str]) -> list[str]:
+    file = state_dir(environment) / ENDPOINTS_FILE
     try:
-        return (state_dir(environment) / ENDPOINTS_FILE).read_text().split()
-    except FileNotFoundError:
+        return file.read_text().split()
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read: {error}", field="state_dir") from error
 
 
 class RouterList:

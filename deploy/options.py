@@ -16,7 +16,7 @@ from dejavu.errors import ConfigurationError
 from dejavu.params import is_durability
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_STATE_DIR = Path(os.environ.get("DEJAVU_STATE_DIR", "~/.local/state/dejavu"))
+DEFAULT_STATE_DIR = Path(os.environ.get("DEJAVU_STATE_DIR") or "~/.local/state/dejavu")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 DEFAULT_KV_BYTES = 256 << 20
 MAX_OF_A_KIND = 1024
@@ -99,7 +99,7 @@ def parse_options(argv: Sequence[str]) -> ServeOptions:
         host=arguments.host,
         port=arguments.port,
         etcd=arguments.etcd,
-        state_dir=Path(arguments.state_dir).expanduser(),
+        state_dir=expand_path(arguments.state_dir, "state_dir"),
         is_colocated=arguments.colocated,
         prompt_split=arguments.prompt_split,
         token_split=arguments.token_split,
@@ -126,6 +126,14 @@ def _check_counts(options: ServeOptions) -> None:
     for name in ("routers", "cache_stores", "standbys", "prompt_pipelines", "token_pipelines"):
         if getattr(options, name) > MAX_OF_A_KIND:
             raise ConfigurationError(f"at most {MAX_OF_A_KIND} of them run on one machine", field=name)
+
+
+def expand_path(text: str, field: str) -> Path:
+    """With the home directory for `~`. Raises `ConfigurationError` where there is none."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigurationError(f"{text}: {error}", field=field) from error
 
 
 def check_address(host: str, port: int) -> None:

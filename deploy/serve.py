@@ -27,7 +27,7 @@ from deploy.etcd_keeper import keep_etcd
 from deploy.etcd_server import EtcdServer
 from deploy.layout import Place, ServiceCommand, plan_services
 from deploy.obituary import Obituaries
-from deploy.options import ROOT, ServeOptions, bind_error, check_memory, parse_options
+from deploy.options import ROOT, ServeOptions, bind_error, check_memory, expand_path, parse_options
 from deploy.ports import lasting_ports
 from deploy.supervisor import STOP_LIMIT_S, ServiceGaveUp, Supervisor
 
@@ -216,8 +216,8 @@ async def _check_etcd(url: str) -> None:
 
 def _resolve_model(name: str) -> Path:
     """A directory as it is; a Hub id is downloaded. Raises `ConfigurationError`."""
-    folder = Path(name).expanduser()
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    folder = expand_path(name, "model")
+    if os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         return folder
     from huggingface_hub import snapshot_download
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ class ModelSpec:
 def load_spec(model_dir: str | Path, dtype: str = "auto") -> ModelSpec:
     """Reads config and safetensors headers. Raises `ConfigurationError` naming the file that is wrong."""
     folder = Path(model_dir)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # whatever may be wrong with the name
         raise ConfigurationError(f"{folder} is not a directory with a Hugging Face checkpoint", field="model")
     config_file = folder / "config.json"
     config = read_json(config_file)

@@ -14,7 +14,7 @@ import pytest
 
 from dejavu.cli_serve import serve
 from dejavu.cli_status import render_status
-from dejavu.wire import Accepted, Cancel, Ended, Submit, WireError
+from dejavu.wire import Accepted, Cancel, Ended, Submit, TokenFrame, Tokens, WireError
 from tests.unit.fake_router import FakeRouter, frames, tell_story
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +120,25 @@ async def test_reader_that_leaves_is_no_traceback() -> None:
         assert await router.got(Cancel) == Cancel(submit.request_id)
         assert (await process.communicate())[1] == b""
         assert process.returncode == 1
+
+
+async def test_a_full_disk_is_named() -> None:
+    async with FakeRouter(tell_story) as router:
+        with open("/dev/full", "wb") as full:
+            arguments = (sys.executable, "-m", "dejavu", "generate", "Tell", "--endpoint", router.endpoint)
+            process = await asyncio.create_subprocess_exec(*arguments, stdout=full, stderr=PIPE, cwd=ROOT)
+            assert (await process.communicate())[1] == b"dejavu: error: stdout: No space left on device\n"
+    assert process.returncode == 1
+
+
+async def test_a_terminal_that_cannot_show_a_character_shows_another() -> None:
+    def speak(router: FakeRouter, client: bytes, submit: Submit) -> None:
+        frame = TokenFrame(submit.request_id, 0, 1, 0, 5, "a\U0001f600b", "stop")
+        router.send(client, Tokens([frame]), Ended(submit.request_id, "finished", 4, 1))
+
+    async with FakeRouter(speak) as router:
+        answer = await run("generate", "Tell", "--endpoint", router.endpoint, PYTHONIOENCODING="latin-1")
+    assert answer == (0, "a?b\n", "")
 
 
 STATUS = {

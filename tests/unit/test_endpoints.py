@@ -1,8 +1,14 @@
-"""In which order a client tries its routers."""
+"""Where a client looks for routers, and in which order it tries them."""
 
 from __future__ import annotations
 
-from dejavu.endpoints import RouterList
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dejavu.endpoints import DEFAULT_ENDPOINT, RouterList, find_endpoints
+from dejavu.errors import ConfigurationError, InvalidParameter
 
 
 def test_router_list_tries_the_preferred_first_then_in_turn() -> None:
@@ -14,3 +20,25 @@ def test_router_list_tries_the_preferred_first_then_in_turn() -> None:
     assert [routers.next(), routers.next(), len(routers)] == ["c", "a", 3]
     routers.learn(["b"])
     assert sorted(routers) == ["a", "b"]
+
+
+@pytest.mark.parametrize("place", ["/nowhere", "/dev/null", ""])
+def test_where_no_system_left_its_endpoints_the_default_is_tried(place: str, tmp_path: Path) -> None:
+    assert find_endpoints(None, {"DEJAVU_STATE_DIR": place or str(tmp_path)}) == [DEFAULT_ENDPOINT]
+
+
+def test_endpoints_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "endpoints"
+    file.mkdir()
+    with pytest.raises(ConfigurationError, match=f"state_dir: {file} cannot be read"):
+        find_endpoints(None, {"DEJAVU_STATE_DIR": str(tmp_path)})
+    file.rmdir()
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match=f"state_dir: {file} cannot be read"):
+        find_endpoints(None, {"DEJAVU_STATE_DIR": str(tmp_path)})
+
+
+@pytest.mark.parametrize("endpoint", [5, [5], {"tcp://a:1"}, b"tcp://a:1", [None], "here", ["tcp://a:1", "there"]])
+def test_what_is_no_endpoint_is_refused(endpoint: Any) -> None:
+    with pytest.raises(InvalidParameter, match="endpoint: "):
+        find_endpoints(endpoint, {})

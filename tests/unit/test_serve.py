@@ -9,7 +9,7 @@ import pytest
 
 from dejavu.errors import ConfigurationError
 from deploy.options import check_memory, parse_options
-from deploy.serve import endpoints_file
+from deploy.serve import endpoints_file, main
 
 
 def test_the_end_of_a_system_hides_no_other_that_began_later(tmp_path: Path) -> None:
@@ -77,3 +77,11 @@ def test_the_memory_of_all_stages_counts_those_of_a_split() -> None:
     for split in (["--token-split", "2,2,1,1"], ["--prompt-split", "2,2,1,1"]):
         with pytest.raises(ConfigurationError, match="kv_memory: the KV pools of 5 stages"):
             check_memory(parse_options([*few, *split]), "cpu")
+
+
+def test_a_home_that_nobody_has_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigurationError, match="state_dir: ~nobody-here/x: "):
+        parse_options(["--port", "0", "--state-dir", "~nobody-here/x"])
+    for model in ("~nobody-here/x", "x" * 5000):
+        assert main(["--port", "0", "--model", model]) == 1
+        assert capsys.readouterr().err.startswith(f"dejavu: error: model: {model}")
