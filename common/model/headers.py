@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from dejavu.errors import ConfigurationError
 
 MAX_HEADER_BYTES = 100 << 20
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def _read_header(file: Path) -> tuple[bytes, dict[str, StoredTensor]]:
                 raise ValueError(f"header of {length} bytes")
             header = stream.read(length)
         entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        end = _end_of(entries)
         if file.stat().st_size != 8 + length + end:
             raise ValueError(f"{file.stat().st_size} bytes where its header asks for {8 + length + end}")
         stored = {
@@ -86,3 +88,15 @@ def _read_header(file: Path) -> tuple[bytes, dict[str, StoredTensor]]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ConfigurationError(f"{file} is no complete safetensors file: {error}", field="model") from error
     return header, stored
+
+
+def _end_of(entries: dict[str, Any]) -> int:
+    """Where the data ends: one tensor behind the other, each as long as its shape says. Raises `ValueError`."""
+    position = 0
+    for key, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        begin, end = map(int, entry["data_offsets"])
+        num_bytes = _BYTES.get(entry["dtype"], 0) * math.prod(entry["shape"])
+        if begin != position or end < begin or (num_bytes and end - begin != num_bytes):
+            raise ValueError(f"{key} cannot lie at {begin} to {end}")
+        position = end
+    return position

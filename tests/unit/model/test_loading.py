@@ -136,6 +136,35 @@ def test_damaged_files_are_named(damage: object, tmp_path: Path) -> None:
         load_spec(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_offsets": [0, 8]},
+        {"data_offsets": [8, 0]},
+        {"data_offsets": [-4, 4]},
+        {"data_offsets": ["x", 4]},
+        {"data_offsets": None},
+        {"dtype": "F16"},
+        {"dtype": []},
+        {"shape": [3]},
+        {"shape": "many"},
+        {"shape": [-2, -2]},
+    ],
+    ids=str,
+)
+def test_a_header_that_contradicts_itself_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    save_checkpoint("llama", tmp_path, ONE_FILE)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    header["model.norm.weight"] |= change
+    written = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(written)) + written + whole[8 + length :])
+    with pytest.raises(ConfigurationError, match=r"model\.safetensors is no complete safetensors file"):
+        load_spec(tmp_path)
+
+
 def test_a_lost_shard_is_named(tmp_path: Path) -> None:
     save_checkpoint("llama", tmp_path)
     spec = load_spec(tmp_path)
