@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import get_args
 
 from common.model.spec import ModelSpec
 from dejavu.errors import (
@@ -16,12 +17,13 @@ from dejavu.errors import (
     UnknownField,
 )
 from dejavu.params import SamplingParams
-from dejavu.wire import MAX_PROMPT_BYTES, MAX_REQUEST_ID_CHARS, Submit
+from dejavu.wire import MAX_PROMPT_BYTES, MAX_REQUEST_ID_CHARS, ClientMessage, Submit
 
 MAX_LIVE_SEQUENCES = 4096
 RETRY_AFTER_S = 1.0
 HEAD_CHARS_PER_TOKEN = 16
 """Text has a quarter of that."""
+_FIELDS = {str(kind.__struct_config__.tag): kind.__struct_fields__ for kind in get_args(ClientMessage)}
 
 
 def check_form(submit: Submit, spec: ModelSpec, *, has_tokenizer: bool) -> None:
@@ -85,10 +87,16 @@ def _too_long(num_prompt: int, max_tokens: int, max_context: int) -> PromptTooLo
     )
 
 
-def malformed(reason: str) -> InvalidRequest:
-    """What a message that msgspec refused has done wrong, with the field that it names."""
+def malformed(reason: str, tag: str = "") -> InvalidRequest:
+    """What a message of this tag that msgspec refused has done wrong, with the field that it names."""
     unknown = re.search(r"unknown field `(\w+)`", reason)
     if unknown is not None:
         return UnknownField("there is no such parameter", field=unknown[1])
-    named = re.search(r"at `\$\[\d+\]\.(\w+)", reason)
-    return InvalidParameter(f"malformed message: {reason}", field=None if named is None else named[1])
+    place = re.search(r"at `\$\[(\d+)\](?:\.(\w+))?", reason)
+    return InvalidParameter(f"malformed message: {reason}", field=place and (place[2] or _field_at(tag, int(place[1]))))
+
+
+def _field_at(tag: str, position: int) -> str | None:
+    """Behind its tag, a message is its fields in order."""
+    fields = _FIELDS.get(tag, ())
+    return fields[position - 1] if 0 < position <= len(fields) else None

@@ -251,8 +251,8 @@ class RouterService:
     def _refuse_bad_frame(self, client: bytes, frames: list[memoryview], reason: str) -> None:
         """A frame that is no valid message. A malformed submit still names its request: say so to that request."""
         self._journal.counters["bad_frames"] += 1
-        request_id = _request_id_of(frames[0]) if frames else ""
-        self._requests.refuse(client, request_id, malformed(reason))
+        tag, request_id = _outline(frames[0]) if frames else ("", "")
+        self._requests.refuse(client, request_id, malformed(reason, tag))
 
     def _welcome(self, client: bytes) -> None:
         routers = {
@@ -391,12 +391,12 @@ class RouterService:
         self.to_client(client, wire.StatusReply(query_id, document))
 
 
-def _request_id_of(frame: memoryview) -> str:
-    """The request id of a malformed submit ('' where it cannot be told)."""
+def _outline(frame: memoryview) -> tuple[str, str]:
+    """Tag and request id of a malformed submit ('' where they cannot be told)."""
     try:
         parts = wire.decode_strictly(_ANYTHING, frame)
     except msgspec.DecodeError:
-        return ""
-    if isinstance(parts, list) and len(parts) > 1 and isinstance(parts[1], str):
-        return parts[1][: wire.MAX_REQUEST_ID_CHARS]
-    return ""
+        return "", ""
+    told = [part if isinstance(part, str) else "" for part in parts[:2]] if isinstance(parts, list) else []
+    tag, request_id = (*told, "", "")[:2]
+    return tag, request_id[: wire.MAX_REQUEST_ID_CHARS]

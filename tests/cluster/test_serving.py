@@ -94,15 +94,15 @@ async def test_refusals(system: System) -> None:
         ("x", {"temperature": math.nan}, "invalid_parameter", "temperature"),
         ("x", {"temperature": "hot"}, "invalid_parameter", "temperature"),
         ("x", {"warmth": 1}, "unknown_field", "warmth"),
+        ("x", [], "invalid_parameter", "params"),
+        (7, {}, "invalid_parameter", "prompt"),
         ("", {}, "prompt_empty", "prompt"),
         ([], {}, "prompt_empty", "prompt"),
         ([4096], {}, "token_out_of_range", "prompt"),
         ([5] * 4000, {"max_tokens": 97}, "context_exceeded", "max_tokens"),
     ],
 )
-def test_the_router_judges_for_itself(
-    system: System, prompt: object, params: dict[str, object], code: str, field: str
-) -> None:
+def test_the_router_judges_for_itself(system: System, prompt: object, params: object, code: str, field: str) -> None:
     """As sent by a client that checks nothing."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
