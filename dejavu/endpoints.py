@@ -31,10 +31,13 @@ def find_endpoints(endpoint: str | Sequence[str] | None, environment: Mapping[st
     parts = given.split(",") if isinstance(given, str) else given
     if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
         raise InvalidParameter("must be a string or a sequence of strings", field="endpoint")
-    endpoints = list(dict.fromkeys(part.strip() for part in parts if part.strip())) or [DEFAULT_ENDPOINT]
+    endpoints = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    if not endpoints and endpoint is not None:
+        raise InvalidParameter("is empty", field="endpoint")
+    endpoints = endpoints or [DEFAULT_ENDPOINT]
     for candidate in endpoints:
         form = _FORM.fullmatch(candidate)
-        if form is None or int(form["port"] or 0) > 65535:
+        if form is None or not 0 < int(form["port"] or 1) <= 65535:
             raise InvalidParameter(f"{candidate!r} is not of the form tcp://HOST:PORT", field="endpoint")
     return endpoints
 

@@ -38,7 +38,9 @@ def test_endpoints_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         find_endpoints(None, {"DEJAVU_STATE_DIR": str(tmp_path)})
 
 
-@pytest.mark.parametrize("endpoint", [5, [5], {"tcp://a:1"}, b"tcp://a:1", [None], "here", ["tcp://a:1", "there"]])
+@pytest.mark.parametrize(
+    "endpoint", [5, [5], {"tcp://a:1"}, b"tcp://a:1", [None], "", ",", [], "tcp://a:0", "here", ["tcp://a:1", "there"]]
+)
 def test_what_is_no_endpoint_is_refused(endpoint: Any) -> None:
     with pytest.raises(InvalidParameter, match="endpoint: "):
         find_endpoints(endpoint, {})
