@@ -22,12 +22,13 @@ def protect_service(socket: Any, endpoint: str) -> None:
 def protect_server(socket: Any, endpoint: str, admits: str = SERVICES) -> None:
     """Before `socket`, of the process's common context, binds to `endpoint`: only `admits` may connect. Raises
     `ConfigurationError`."""
+    # with a domain libzmq cuts off who speaks its oldest protocol, which is what it takes HTTP, TLS and noise for
+    socket.zap_domain = admits.encode()
     if is_private(endpoint):
         return
     _authenticator()
     socket.curve_secretkey = read_key(SERVICE_SECRET)
     socket.curve_server = True
-    socket.zap_domain = admits.encode()
 
 
 @functools.cache
