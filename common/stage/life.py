@@ -6,29 +6,23 @@ Its weights stay. Its pool does not: others had been let in, and a new one is th
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from common.model.spec import ModelSpec
+from common.process import later_incarnation, own_incarnation
 from common.service import log_as, run_service
 from common.stage.options import StageOptions
+from common.stage.process import StageProcess
 from common.stage.setup import load_stage_spec
 
 if TYPE_CHECKING:
     from common.model.loader import StageModel
     from common.stage.service import StageService
 
-StageRoles: TypeAlias = "Mapping[str, Callable[[StageOptions, ModelSpec, StageLife], StageService]]"
+StageRoles: TypeAlias = "Mapping[str, Callable[[StageOptions, ModelSpec, str, StageProcess], StageService]]"
 """What a stage is in each role. Only the entry points of the two services know both."""
-
-
-@dataclass(slots=True)
-class StageLife:
-    """What outlives a role: the loaded layers, and how often the role has changed."""
-
-    model: StageModel | None = None
-    num_changes: int = 0
 
 
 def run_stage(options: StageOptions, roles: StageRoles) -> int:
@@ -37,8 +31,12 @@ def run_stage(options: StageOptions, roles: StageRoles) -> int:
 
 
 async def _live(options: StageOptions, roles: StageRoles, stop: asyncio.Event) -> None:
-    life = StageLife()
-    while await roles[options.role](options, load_stage_spec(options), life).serve(stop):
-        options = options.in_other_role()
-        life.num_changes += 1
+    model: StageModel | None = None
+    for num_changes in itertools.count():
+        process = StageProcess(stop, model)
+        incarnation = later_incarnation(own_incarnation(), num_changes)
+        stage = roles[options.role](options, load_stage_spec(options), incarnation, process)
+        if not await process.serve(stage):
+            return
+        options, model = options.in_other_role(), process.model
         log_as(options.name)

@@ -20,17 +20,17 @@ from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.staging import copy_in, landing_pool
 from common.membership import MemberRecord, PipelineRecord
-from common.replica_messages import Pull, replica_key
+from common.replica_messages import Pull, Pulled, replica_key
 from dejavu.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
 
 
 class Pulls:
-    """Pulls into one pool. Copies and checks run in `executor`; `on_done(pull, intact)` is called on the event loop,
-    once for each."""
+    """Pulls into one pool. Copies and checks run in `executor`; `on_done` is called on the event loop, once
+    for each."""
 
-    def __init__(self, pool: KvPool, executor: Executor, on_done: Callable[[Pull, bool], None]) -> None:
+    def __init__(self, pool: KvPool, executor: Executor, on_done: Callable[[Pulled], None]) -> None:
         self.received_bytes = 0
         self._pool = pool
         self._executor = executor
@@ -83,7 +83,7 @@ class Pulls:
             # the driver waits for an answer, whatever it is
             logger.exception("pulling %s from %s", pull.sequence_id, pull.store)
             intact = False
-        self._on_done(pull, intact)
+        self._on_done(Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact))
 
     async def _copy(self, pull: Pull) -> bool:
         link, offer = await self._link(pull.store)

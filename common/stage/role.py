@@ -1,13 +1,15 @@
-"""What a prompt stage or a token stage adds to the process around it."""
+"""What a prompt stage or a token stage adds to what every stage does."""
 
 from __future__ import annotations
 
 import abc
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from common import messages
-from common.membership import MemberRecord, PipelineRecord
-from common.messages import StageReady, Step, StepDone
+from common.messages import StageInboxMessage, StageReady
+
+if TYPE_CHECKING:
+    from common.membership import MemberRecord, PipelineRecord
+    from common.stage.driver import Driver
 
 
 class Sender(NamedTuple):
@@ -21,28 +23,12 @@ class StageRole(abc.ABC):
     """Called by `StageService`, always on the event loop."""
 
     @abc.abstractmethod
-    def new_driver(self, epoch: int, stages: list[StageReady]) -> None:
-        """All stages run `epoch`: start scheduling over the blocks that all of them have."""
+    def new_driver(self, record: PipelineRecord, ready: list[StageReady]) -> Driver:
+        """All stages of our pipeline run the epoch of `record`, and this one drives it."""
 
     @abc.abstractmethod
-    def end_driver(self) -> None:
-        """This process is no longer part of its pipeline: nothing is scheduled any more."""
-
-    @abc.abstractmethod
-    def next_step(self) -> Step | None:
-        """What to run next (stage 0 only)."""
-
-    @abc.abstractmethod
-    def step_done(self, done: StepDone) -> None:
-        """A step came out of the last stage (stage 0 only)."""
-
-    @abc.abstractmethod
-    def handle(self, sender: Sender, message: messages.StageInboxMessage) -> None:
-        """Any message that is not about steps and stages."""
-
-    @abc.abstractmethod
-    def role_stats(self) -> dict[str, Any]:
-        """Figures for `status`, at least kv_blocks."""
+    def handle(self, sender: Sender, message: StageInboxMessage) -> bool:
+        """Any message that is not about steps and stages. False: it is the driver's, if there is one."""
 
     async def member_joined(self, record: MemberRecord) -> None:  # noqa: B027
         """An incarnation of a member is there, and connected."""

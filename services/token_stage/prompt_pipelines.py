@@ -11,36 +11,24 @@ from services.token_stage.sequence import Grant
 
 
 class PromptPipelines:
-    """What is known of them, and the grants that none was there for yet."""
+    """What is known of them."""
 
     def __init__(self) -> None:
         self._ready: dict[str, PipelineReady] = {}
         """what each last said of itself"""
-        self._waiting: list[Grant] = []
 
     def reported(self, ready: PipelineReady) -> None:
         self._ready[ready.pipeline] = ready
 
-    def pick(self, grant: Grant, wanted: str, records: Mapping[str, PipelineRecord]) -> PipelineRecord | None:
-        """The one the router chose, or any other that is there; None: the grant waits for `take_waiting`."""
+    def pick(self, wanted: str, records: Mapping[str, PipelineRecord]) -> PipelineRecord | None:
+        """The one the router chose, or any other that is there, if there is one."""
         able = [r for r in records.values() if r.role == "prompt_stage" and r.successor is None]
         chosen = next((r for r in able if r.pipeline == wanted), None)
-        record = chosen or max(able, key=lambda r: self.capacity_tokens(r.pipeline) or 0, default=None)
-        if record is None:
-            self._waiting.append(grant)
-        return record
+        return chosen or max(able, key=lambda r: self.capacity_tokens(r.pipeline) or 0, default=None)
 
     def over(self, pipeline: str) -> None:
         """This one is over."""
         self._ready.pop(pipeline, None)
-
-    def take_waiting(self) -> list[Grant]:
-        """The grants that can be tried again now that a pipeline was published."""
-        waiting, self._waiting = self._waiting, []
-        return waiting
-
-    def forget_waiting(self) -> None:
-        self._waiting.clear()
 
     def capacity_tokens(self, pipeline: str) -> int | None:
         """How long a prompt it can compute; None: it has not said that it is ready."""

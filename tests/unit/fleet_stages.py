@@ -8,7 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common.handoff_messages import FencedOff, FenceOff, KvArrived, KvConfirmed
 from common.kv.arrival import Arrival
@@ -17,17 +17,19 @@ from common.kv.fence import Fence
 from common.kv.lane import HandoffSpan
 from common.kv.layout import PoolLayout
 from common.kv.offer import GrantOffer
-from common.membership import MemberRecord, PipelineRecord
-from common.messages import Drawn, Message, Step, StepDone, encode
+from common.membership import MemberRecord, PipelineRecord, SnapshotEnd
+from common.messages import Drawn, Message, StageReady, Step, encode
 from common.model.spec import load_spec
-from common.replica_messages import Pull
-from common.stage.life import StageLife
+from common.replica_messages import Pull, Pulled
 from common.stage.options import StageOptions
-from common.stage.worker import StageSequence
+from common.stage.service import StageService
+from common.stage.worker import StageSequence, StepOutput
+from services.prompt_stage.driver import PromptDriver
 from services.prompt_stage.handoffs import Handoffs
 from services.prompt_stage.service import PromptStage
+from services.token_stage.driver import ORPHAN_S, TokenDriver
 from services.token_stage.sequence import Action, Produce
-from services.token_stage.service import ORPHAN_S, TokenStage
+from services.token_stage.service import TokenStage
 from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slot
 from tests.unit.simulated_peers import KnownPeers
 
@@ -68,16 +70,47 @@ class FleetPeers(KnownPeers):
         return True
 
 
-class _Events:
-    """A membership that tells one thing."""
+class _Loop:
+    """What is to happen much later."""
 
-    def __init__(self, event: object) -> None:
-        self._event = event
+    def __init__(self) -> None:
+        self.later: list[Callable[[], object]] = []
 
-    async def watch(self) -> Any:
-        yield self._event
+    def call_later(self, delay_s: float, happen: Callable[..., object], *arguments: object) -> None:
+        if delay_s >= ORPHAN_S:  # nothing is lost here that would be sent again
+            self.later.append(lambda: happen(*arguments))
 
-    watch_pipelines = watch
+    def call_soon_threadsafe(self, happen: Callable[..., object], *arguments: object) -> None:
+        happen(*arguments)
+
+
+class _Process:
+    """Around a stage: nothing takes time, and it ends when the world says so."""
+
+    def __init__(self) -> None:
+        self.loop = _Loop()
+        self.over: Future[PipelineRecord] = Future()
+
+    in_background = staticmethod(drive)
+    stop = crash = staticmethod(lambda *error: None)
+
+
+class _Engine:
+    """Its steps fly until the world lets one happen."""
+
+    worker = None
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def run(self, step: Step, hidden: memoryview | None, on_output: object) -> None:
+        self._stage.flying.append(step)
+
+    async def idle(self) -> None:
+        self._stage.flying.clear()
+
+    def ready(self, epoch: int) -> StageReady:
+        return StageReady(epoch, 0, NUM_BLOCKS[self._stage.options.role])
 
 
 class _Pulls:
@@ -111,12 +144,11 @@ class _Pulls:
             for position, value in enumerate(values):
                 self._stage.pool_of_kv[slot(pull.blocks, position, BLOCK_SIZE)] = value
         self._stage.world.num_restored += is_intact
-        service: Any = self._stage
-        service._pulled(pull, is_intact)
+        self._stage.tell_driver(Pulled(pull.epoch, pull.sequence_id, pull.attempt, is_intact))
 
 
-class Stage:
-    """What a stage's process is in this world, whatever its role."""
+class Stage(StageService):
+    """A stage in this world, whatever its role."""
 
     world: Fleet
     pool_of_kv: dict[int, int]
@@ -124,50 +156,31 @@ class Stage:
     table: dict[str, StageSequence]
     pulls: _Pulls
 
-    # of the service
-    options: StageOptions
-    incarnation: str
-    epoch: int
-    record: PipelineRecord | None
-
-    def begin(self, world: Fleet, incarnation: str) -> None:
+    def __init__(self, world: Fleet, options: StageOptions, incarnation: str) -> None:
+        super().__init__(options, SPEC, incarnation, cast(Any, _Process()))
         service: Any = self
-        self.world, self.incarnation = world, incarnation
+        service.engine = _Engine(self)
+        self.world = world
         self.pool_of_kv = {}
         self.pulls = service._pulls = _Pulls(self)
-        service.peers = FleetPeers(world, f"{self.options.name}.{incarnation}")
-        service._over = Future()
+        self.peers = FleetPeers(world, f"{options.name}.{incarnation}")
+        self._knows_members = False
         self.new_worker()
 
     def new_worker(self) -> Any:
         self.flying, self.table = deque(), {}
 
-    async def _idle(self) -> None:
-        self.flying.clear()
+    def arrive(self, peer: str, frame: bytes) -> None:
+        self.receive(peer.encode(), [memoryview(frame)])
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        drive(work)
-
-    def _run(self, step: Step, hidden: memoryview | None) -> None:
-        self.flying.append(step)
-
-    def _report_stage_ready(self, record: PipelineRecord) -> None:
-        from common.messages import StageReady
-
-        service: Any = self
-        service._stage_ready(StageReady(record.epoch, 0, NUM_BLOCKS[self.options.role]))
-
-    def receive(self, peer: str, frame: bytes) -> None:
-        service: Any = self
-        service._on_frames(peer.encode(), [memoryview(frame)])
-
-    def hear(self, kind: str, event: object) -> None:
-        service: Any = self
-        drive(getattr(service, f"_watch_{kind}")(_Events(event)))
+    def hear(self, kind: str, event: Any) -> None:
+        if isinstance(event, SnapshotEnd):
+            self._knows_members = True
+        else:
+            drive(self.hear_of_member(event) if kind == "members" else self.hear_of_pipeline(event))
 
     def can_hear(self, kind: str) -> bool:
-        service: Any = self
-        return kind == "members" or bool(service._members_known.is_set())
+        return kind == "members" or self._knows_members
 
     def ways(self) -> list[Callable[[], None]]:
         """What can happen inside it."""
@@ -195,9 +208,7 @@ class Stage:
             if chunk.draws:
                 drawn.append(Drawn(next_token(tokens)))
         self.computed(step)
-        service: Any = self
-        if step.epoch == self.epoch and self.record is not None:
-            service._finish(StepDone(step.epoch, step.step, drawn))
+        self._on_output(step, StepOutput(None, drawn))
 
     def closed(self, sequence: StageSequence) -> None:
         pass
@@ -225,39 +236,35 @@ class _Door:
         self.fence.raise_to({writer.incarnation: 1})
 
 
-class _Loop:
-    """What is to happen much later."""
+class FleetTokenDriver(TokenDriver):
+    """Shows nothing that is not safe."""
 
-    def __init__(self) -> None:
-        self.later: list[Callable[[], object]] = []
+    stage: FleetTokenStage
 
-    def call_later(self, delay_s: float, happen: Callable[..., object], *arguments: object) -> None:
-        if delay_s >= ORPHAN_S:  # nothing is lost here that would be sent again
-            self.later.append(lambda: happen(*arguments))
-
-    def call_soon_threadsafe(self, happen: Callable[[], object]) -> None:
-        happen()
+    def _carry_out(self, actions: Iterable[Action]) -> None:
+        actions = list(actions)
+        if self.stage.incarnation in self.stage.world.processes:
+            for action in actions:
+                if isinstance(action, Produce) and action.finish_reason is None:
+                    self.stage.world.check_safe(self.stage, self.scheduler, action)
+        super()._carry_out(actions)
 
 
 class FleetTokenStage(Stage, TokenStage):
     """`arrivals` are hand-offs that have not been verified yet."""
 
+    driver: FleetTokenDriver | None
+
     def __init__(self, world: Fleet, options: StageOptions, incarnation: str) -> None:
-        TokenStage.__init__(self, options, SPEC, StageLife())
-        self.begin(world, incarnation)
+        super().__init__(world, options, incarnation)
         service: Any = self
         self.door = service._door = _Door(self)
-        self.timers = service.loop = _Loop()
+        self.timers = service.loop
         self.arrivals: deque[KvArrived] = deque()
         service._arrivals = self
 
-    def _carry_out(self, actions: Iterable[Action]) -> None:
-        actions = list(actions)
-        if self.incarnation in self.world.processes:
-            for action in actions:
-                if isinstance(action, Produce) and action.finish_reason is None:
-                    self.world.check_safe(self, action)
-        super()._carry_out(actions)
+    def new_driver(self, record: PipelineRecord, ready: list[StageReady]) -> TokenDriver:
+        return FleetTokenDriver(self, record, ready, self._prompts)
 
     def verify(self, arrived: KvArrived) -> None:
         self.arrivals.append(arrived)
@@ -271,7 +278,7 @@ class FleetTokenStage(Stage, TokenStage):
         is_intact = checksum(self.pool_of_kv.get(place, 0) for place in places) == a.checksum
         confirmed = KvConfirmed(a.epoch, a.sequence_id, a.attempt, a.layers, a.start, a.num_tokens, is_intact)
         if a.epoch == self.epoch:
-            self._tell_driver(confirmed)
+            self.tell_driver(confirmed)
 
 
 class _Writer:
@@ -359,14 +366,13 @@ class _Writer:
 class FleetPromptStage(Stage, PromptStage):
     """A prompt pipeline."""
 
+    driver: PromptDriver | None
+
     def __init__(self, world: Fleet, options: StageOptions, incarnation: str) -> None:
-        PromptStage.__init__(self, options, SPEC, StageLife())
-        self.begin(world, incarnation)
-        service: Any = self
-        self._handoffs = Handoffs(options.pipeline, incarnation, 0, 1, "zmq", service.peers.send)
+        super().__init__(world, options, incarnation)
+        self._handoffs = Handoffs(options.pipeline, incarnation, 0, 1, "zmq", self.peers.send)
         self.writer = _Writer(self)
         self._handoffs._writer = self.writer  # type: ignore[assignment]
-        service.loop = _Loop()
 
     def ways(self) -> list[Callable[[], None]]:
         return super().ways() + [self.writer.write] * (self.writer.ready() is not None)

@@ -44,7 +44,7 @@ class FleetStore:
         self.records: dict[str, PipelineRecord] = {}
         self.sources: dict[str, tuple[int, FleetTokenStage | None]] = {}
 
-    def receive(self, peer: str, frame: bytes) -> None:
+    def arrive(self, peer: str, frame: bytes) -> None:
         self.inbox.append((peer.rpartition(".")[0], decode_store_inbox(frame)))
 
     def can_hear(self, kind: str) -> bool:

@@ -17,6 +17,7 @@ from dejavu.params import SamplingParams
 from dejavu.wire import Ended, RouterMessage, Submit, Tokens
 from services.router.pipelines import missing_pipelines
 from services.router.service import RouterOptions, RouterService
+from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Phase, Produce
 from tests.unit.fleet_stages import SPEC, FleetPeers, FleetPromptStage, FleetTokenStage, Stage, drive, stage_options
 from tests.unit.fleet_store import FleetStore
@@ -53,7 +54,7 @@ class FleetRouter(RouterService):
             self.world.admitted(name, message)
         return super().to_member(name, message)
 
-    def receive(self, peer: str, frame: bytes) -> None:
+    def arrive(self, peer: str, frame: bytes) -> None:
         self._on_service_frames(peer.encode(), [memoryview(frame)])
 
     def can_hear(self, kind: str) -> bool:
@@ -259,14 +260,14 @@ class Fleet:
         sender, frame = sent.popleft()
         process = self.processes.get(to) or self.cut_off.get(to)
         if process is not None:
-            process.receive(sender, frame)
+            process.arrive(sender, frame)
 
     def check_write(self, stage: FleetTokenStage, span: HandoffSpan) -> None:
         """Nobody else has the blocks that are being written to."""
-        scheduler = stage._scheduler
+        sequences = {} if stage.driver is None else stage.driver.scheduler._sequences
         first, last = (position // BLOCK_SIZE for position in (span.token_range[0], span.token_range[1] - 1))
         touched = set(span.destination_blocks[first : last + 1])
-        for other in scheduler._sequences.values() if scheduler is not None else ():
+        for other in sequences.values():
             if (other.sequence_id, other.attempt) != (span.sequence_id, span.attempt):
                 assert not touched & set(other.blocks), "a block was given away that somebody still writes to"
 
@@ -285,19 +286,18 @@ class Fleet:
         return store.shelf.accepts(message.pipeline, message.epoch) and stage.epoch == message.epoch
 
     def _check_lent(self, stage: FleetTokenStage, touched: list[tuple[str, list[int]]]) -> None:
-        scheduler = stage._scheduler
-        if scheduler is None:
+        if stage.driver is None:
             return
+        scheduler = stage.driver.scheduler
         scheduler.allocator.check()
         lent = {b: replica_key(s.sequence_id) for s in scheduler._sequences.values() for b in s.blocks}
         for key, blocks in touched:
             assert all(lent.get(block, key) == key for block in blocks), f"blocks of {key} were given away too early"
 
-    def check_safe(self, stage: FleetTokenStage, produced: Produce) -> None:
+    def check_safe(self, stage: FleetTokenStage, scheduler: TokenScheduler, produced: Produce) -> None:
         """A token is shown: a store has the KV before it, but for what may lag, or none can have it."""
-        scheduler = stage._scheduler
-        sequence = None if scheduler is None else scheduler._sequences.get(produced.sequence_id)
-        if scheduler is None or sequence is None or sequence.max_lag is None or sequence.phase is Phase.ENDED:
+        sequence = scheduler._sequences.get(produced.sequence_id)
+        if sequence is None or sequence.max_lag is None or sequence.phase is Phase.ENDED:
             return
         key, tokens = replica_key(produced.sequence_id), sequence.tokens[: sequence.num_prompt + produced.index]
         kept = [store.shelf.locate(key, pack_ids(tokens), 0.0) for store in self.stores]

@@ -83,7 +83,7 @@ def retire(world: Fleet) -> None:
 def leave_retired(world: Fleet) -> None:
     """A process whose pipeline is over goes on in its other role."""
     for stage in [*world.stages(FleetTokenStage), *world.stages(FleetPromptStage)]:
-        if stage._over.done():
+        if stage.process.over.done():
             world.end(stage)
             world.broken.discard(stage.options.pipeline)
             world.start_stage(stage.options.other_pipeline, other_role(stage.options.role))
@@ -154,13 +154,13 @@ def check_end(world: Fleet) -> None:
     assert len(world.leader.requests.ledger) == 0
     assert all(view.load_tokens == 0 for view in world.leader.requests.pipelines.values()), "load is left"
     for stage in world.stages(FleetTokenStage):
-        scheduler = stage._scheduler
-        assert scheduler is not None, f"{stage.options.name} does not work"
+        assert stage.driver is not None, f"{stage.options.name} does not work"
+        scheduler = stage.driver.scheduler
         assert scheduler.num_running == scheduler.num_waiting == 0, "sequences are left"
         assert scheduler.allocator.num_free == NUM_BLOCKS["token_stage"], "blocks are left"
     for stage in world.stages(FleetPromptStage):
-        assert stage._scheduler is not None, f"{stage.options.name} does not work"
-        assert stage._scheduler.num_free == NUM_BLOCKS["prompt_stage"], "prompt blocks are left"
+        assert stage.driver is not None, f"{stage.options.name} does not work"
+        assert stage.driver.scheduler.num_free == NUM_BLOCKS["prompt_stage"], "prompt blocks are left"
     for store in world.stores:
         store.shelf.sweep(1e9)
         assert store.shelf.kv_blocks()["free"] == store.shelf.kv_blocks()["total"], "replicas are left"
@@ -209,5 +209,17 @@ def test_a_prompt_pipeline_is_asked_once_it_is_known_who_drives_it(seed: int) ->
     lose_stage(world, prompt, lives_on=False)
     _settle(world, deaf=token)
     assert not all(client.outcome for client in world.clients.values()), "nobody was to be asked yet"
+    _settle(world)
+    check_end(world)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_grant_waits_for_the_first_prompt_pipeline(seed: int) -> None:
+    world = Fleet(seed, num_token=1, num_prompt=0)
+    world.submit("r", 40, 8)
+    _settle(world)
+    assert not world.clients["r"].outcome
+    world.start_stage("prompt-0", "prompt_stage")
+    world.agenda.append(world.publish)
     _settle(world)
     check_end(world)

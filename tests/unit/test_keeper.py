@@ -99,7 +99,7 @@ async def pull(ends: Ends, held: HeldReplica, index: int) -> tuple[KvPool, bool]
     pool = KvPool.create(ends.stages[index].layout, name="fresh")
     done: list[bool] = []
     with ThreadPoolExecutor(1) as executor:
-        pulls = Pulls(pool, executor, lambda pull, intact: done.append(intact))
+        pulls = Pulls(pool, executor, lambda pulled: done.append(pulled.intact))
         await pulls.store_joined(ends.store)
         pulls.start(a_pull(pool, held))
         await pulls.aclose()
@@ -168,7 +168,7 @@ async def test_what_cannot_be_pulled_now_can_be_pulled_later() -> None:
         done: list[bool] = []
         pool = KvPool.create(found.stages[0].layout, name="fresh")
         with ThreadPoolExecutor(1) as executor:
-            pulls = Pulls(pool, executor, lambda pull, intact: done.append(intact))
+            pulls = Pulls(pool, executor, lambda pulled: done.append(pulled.intact))
             await pulls.store_joined(found.store)
             for is_broken in (False, True, False):
                 if is_broken:

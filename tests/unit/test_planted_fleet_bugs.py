@@ -9,9 +9,9 @@ import pytest
 from services.cache_store.shelf import Shelf
 from services.router.ledger import Choice, Request
 from services.router.requests import Requests
+from services.token_stage.driver import TokenDriver
 from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
-from services.token_stage.service import TokenStage
 from tests.unit import test_fleet
 from tests.unit.planting import Bug, around, instead
 
@@ -34,17 +34,14 @@ def stays_loaded(old: Any, self: Requests, choice: Choice) -> None:
         self.pipelines[was].load_tokens = before[was]
 
 
-def asks_who_is_over(self: PromptPipelines, grant: Any, wanted: str, records: Any) -> Any:
+def asks_who_is_over(self: PromptPipelines, wanted: str, records: Any) -> Any:
     prompts = [record for record in records.values() if record.role == "prompt_stage"]
-    record = next((record for record in prompts if record.pipeline == wanted), next(iter(prompts), None))
-    if record is None:
-        self._waiting.append(grant)
-    return record
+    return next((record for record in prompts if record.pipeline == wanted), next(iter(prompts), None))
 
 
 BUGS = [
     Bug("who moves keeps its old epoch", FLEET, around(Requests, "_place", keeps_its_epoch), 1),
-    Bug("blocks that nobody asks for are kept", FLEET, instead(TokenStage, "_end_orphans", lambda *args: None), 5),
+    Bug("blocks that nobody asks for are kept", FLEET, instead(TokenDriver, "_end_orphans", lambda *args: None), 5),
     Bug("the load of a pipeline stays when its sequences leave", FLEET, around(Requests, "_unload", stays_loaded), 1),
     Bug("a prompt pipeline that is over is asked", FLEET, instead(PromptPipelines, "pick", asks_who_is_over), 2),
     Bug(

@@ -1,4 +1,4 @@
-"""A grant finds a prompt pipeline, if not now then when one is published."""
+"""A driver asks a prompt pipeline that is there, and only one of which it knows who drives it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ ADMIT = Admit(5, "r/0/t", 0, pack_ids([1, 2, 3]), b"", SamplingParams(), "prompt
 GRANT = Grant("r/0/t", 2, [7], [9])
 
 
-def test_who_finds_nobody_waits_for_the_first_that_comes() -> None:
+def test_any_other_is_asked_where_the_one_that_is_wanted_is_not_there() -> None:
     prompts = PromptPipelines()
-    assert prompts.pick(GRANT, "prompt-0", {"token-0": TOKENS}) is None
-    assert prompts.take_waiting() == [GRANT]
-    assert prompts.take_waiting() == []
-    assert prompts.pick(GRANT, "prompt-0", {"token-0": TOKENS, "prompt-1": RECORD}) is RECORD
-    assert prompts.take_waiting() == []
+    assert prompts.pick("prompt-0", {"token-0": TOKENS}) is None
+    assert prompts.pick("prompt-0", {"token-0": TOKENS, "prompt-1": RECORD}) is RECORD
 
 
 def test_one_that_is_not_ready_is_asked_at_an_epoch_that_it_refuses() -> None:
@@ -50,7 +47,7 @@ def test_one_that_is_over_is_not_asked() -> None:
     prompts = PromptPipelines()
     for name in ("prompt-0", "prompt-2"):
         prompts.reported(PipelineReady(name, 4, 100))
-    assert prompts.pick(GRANT, "prompt-0", {"prompt-0": over} | others) is others["prompt-2"], "the one that is ready"
+    assert prompts.pick("prompt-0", {"prompt-0": over} | others) is others["prompt-2"], "the one that is ready"
     prompts.over("prompt-0")
     assert prompts.epoch(msgspec.structs.replace(RECORD, pipeline="prompt-0")) == 0
     assert prompts.capacity_tokens("prompt-0") is None

@@ -1,0 +1,119 @@
+"""The driver of a prompt pipeline: what it hears goes to the scheduler, what that decides is carried out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, assert_never
+
+from common.handoff_messages import HandoffEnded, LetGo
+from common.kv.checksum import hash_tokens
+from common.membership import MemberRecord, PipelineRecord
+from common.messages import CancelPrefill, FirstToken, Prefill, StageInboxMessage, StageReady, Step, StepDone
+from common.replica_messages import Pull, Pulled
+from common.stage.driver import Driver
+from common.stage.pulls import shares
+from common.stage.role import Sender
+from common.stage.service import StageService
+from services.prompt_stage.scheduler import Action, DeliverFirst, NeverStarted, PromptScheduler, PullHeld
+
+logger = logging.getLogger(__name__)
+
+
+class PromptDriver(Driver):
+    """Tells token drivers what becomes of the prompts that they ask for."""
+
+    def __init__(self, stage: StageService, record: PipelineRecord, ready: list[StageReady]) -> None:
+        super().__init__(stage, record, ready)
+        options = stage.options
+        self.scheduler = PromptScheduler(
+            epoch=self.epoch,
+            num_stages=options.num_stages,
+            num_blocks=min(each.num_blocks for each in ready),
+            block_size=options.block_size,
+            chunk_tokens=options.chunk_tokens,
+        )
+
+    def next_step(self) -> Step | None:
+        return self.scheduler.next_step()
+
+    def step_done(self, done: StepDone) -> None:
+        self._carry_out(self.scheduler.step_done(done.step, done.drawn))
+
+    def pump(self) -> None:
+        """Also has replicas pulled that prompts wait for."""
+        super().pump()
+        self._carry_out(self.scheduler.take_pulls())
+
+    def handle(self, sender: Sender, message: StageInboxMessage) -> None:
+        match message:
+            case Prefill():
+                if self.stage.accepts(message.epoch):
+                    self.scheduler.prefill(message)
+            case CancelPrefill(sequence_id, attempt):
+                self._carry_out(self.scheduler.cancel(sequence_id, attempt))
+            case LetGo(epoch, sequence_id, attempt):
+                if self.stage.accepts(epoch):
+                    self.scheduler.let_go(sequence_id, attempt)
+            case Pulled(epoch, sequence_id, attempt, intact):
+                if self.stage.accepts(epoch):
+                    self._carry_out(self.scheduler.pulled(sequence_id, attempt, intact))
+            case _:
+                logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
+
+    def member_lost(self, record: MemberRecord) -> None:
+        pipeline = self.stage.records.get(str(record.pipeline)) if record.role == "token_stage" else None
+        if pipeline is not None and any(stage.incarnation == record.incarnation for stage in pipeline.stages):
+            # its next epoch asks again for what this one was granted
+            self._cancel_older(pipeline.pipeline, pipeline.epoch + 1)
+
+    def pipeline_published(self, record: PipelineRecord) -> None:
+        if record.role == "token_stage":
+            self._cancel_older(record.pipeline, record.epoch)
+
+    def _cancel_older(self, pipeline: str, epoch: int) -> None:
+        self._carry_out(self.scheduler.cancel_older(pipeline, epoch))
+        self.pump()
+
+    def _carry_out(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            prefill = action.prefill
+            record = self.stage.records.get(prefill.handoff.pipeline)
+            if isinstance(action, PullHeld):
+                self._pull_held(prefill, action.blocks)
+            elif record is not None and record.epoch == prefill.handoff.epoch:
+                self._tell(record, action)
+
+    def _tell(self, record: PipelineRecord, action: DeliverFirst | NeverStarted) -> None:
+        """Tells the token driver that asked, whose pipeline's record this is."""
+        driver, prefill = record.stages[0].name, action.prefill
+        sequence_id, attempt = prefill.sequence_id, prefill.attempt
+        match action:
+            case DeliverFirst(_, drawn, num_computed):
+                self.stage.peers.send(driver, FirstToken(record.epoch, sequence_id, attempt, drawn, num_computed))
+            case NeverStarted():
+                num_stages = self.stage.options.num_stages
+                for stage in range(num_stages):
+                    self.stage.peers.send(driver, HandoffEnded(record.epoch, sequence_id, attempt, stage, num_stages))
+            case _:
+                assert_never(action)
+
+    def _pull_held(self, prefill: Prefill, blocks: list[int]) -> None:
+        held = prefill.held
+        if held is None:
+            return
+        token_hash = hash_tokens(prefill.token_ids[: 4 * held.num_tokens])
+        wanted = Pull(
+            self.epoch, prefill.sequence_id, prefill.attempt, prefill.held_by, held.num_tokens, held.blocks,
+            blocks, token_hash, held.checksums,
+        )  # fmt: skip
+        for name, pull in shares(wanted, self.record):
+            self.stage.tell_stage(name, pull)
+
+    def stats(self) -> dict[str, Any]:
+        scheduler = self.scheduler
+        return {
+            "kv_blocks": scheduler.kv_blocks(),
+            "retained": scheduler.retained(),
+            "sequences": {"running": scheduler.num_running, "waiting": scheduler.num_waiting},
+        }
