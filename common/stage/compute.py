@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -34,8 +33,3 @@ class ComputeThread:
     def close(self) -> None:
         """Drops what is queued and waits for what runs."""
         self._executor.shutdown(wait=True, cancel_futures=True)
-
-
-def num_usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -68,7 +68,7 @@ class Driver(abc.ABC):
 
     def later(self, delay_s: float, work: Callable[..., None], *arguments: object) -> None:
         """Calls `work` after a while, if the epoch is not over by then."""
-        self.stage.loop.call_later(delay_s, self._unless_over, work, *arguments)
+        self.stage.process.loop.call_later(delay_s, self._unless_over, work, *arguments)
 
     def _unless_over(self, work: Callable[..., None], *arguments: object) -> None:
         if not self._is_over:

@@ -48,7 +48,6 @@ class StageService(StageRole):
         self.spec = spec
         self.incarnation = incarnation
         self.process = process
-        self.loop = process.loop
         self.engine = Engine(options, spec, process.loop, process.crash)
         self.peers = Peers(f"{options.name}.{incarnation}")
         self.members: dict[str, MemberRecord] = {}

@@ -122,7 +122,7 @@ class PromptStage(StageService):
         def on_close(sequence: StageSequence) -> None:
             drained = functools.partial(self._drained, epoch, sequence.opened)
             future = handoffs.drain(sequence.opened)
-            future.add_done_callback(lambda done: self.loop.call_soon_threadsafe(drained, done))
+            future.add_done_callback(lambda done: self.process.loop.call_soon_threadsafe(drained, done))
 
         epoch, worker = self.epoch, self.engine.new_worker(on_layer, on_close)
         return worker

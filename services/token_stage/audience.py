@@ -50,7 +50,3 @@ class Audience:
     def of_router(self, router: Sender) -> list[str]:
         """The sequences that this router hears of."""
         return [sequence_id for sequence_id, listener in self._listeners.items() if listener.router == router]
-
-    def clear(self) -> None:
-        self._listeners.clear()
-        self._taken_over.clear()

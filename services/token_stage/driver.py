@@ -133,12 +133,10 @@ class TokenDriver(Driver):
 
     def _admit(self, router: Sender, admit: Admit) -> None:
         prompt, forced = unpack_ids(admit.prompt), unpack_ids(admit.forced)
-        adopted = self.scheduler.adopt(admit.sequence_id, prompt, forced, admit.params)
-        if adopted is None:
-            self._audience.enter(admit.sequence_id, admit, router)
-            self._carry_out(self.scheduler.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params))
-            return
-        sequence_id, actions = adopted
+        sequence_id, actions = self.scheduler.adopt(admit.sequence_id, prompt, forced, admit.params) or (
+            admit.sequence_id,
+            self.scheduler.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params),
+        )
         self._audience.enter(sequence_id, admit, router)
         self._carry_out(actions)
 

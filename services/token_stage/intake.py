@@ -110,7 +110,8 @@ class Intake(SequenceTable):
         self._count_recomputed(sequence, sequence.num_lost - (len(sequence.tokens) - num_computed))
         sequence.first = drawn
         actions = self._append(sequence, drawn)
-        return [*actions, *self._start_decoding_if_complete(sequence), *self._grant_waiting()]
+        self._start_decoding_if_complete(sequence)
+        return [*actions, *self._grant_waiting()]
 
     def kv_confirmed(
         self, sequence_id: str, attempt: int, layers: tuple[int, int], tokens: tuple[int, int], intact: bool
@@ -126,7 +127,8 @@ class Intake(SequenceTable):
         if num_computed > sequence.num_computed:
             sequence.num_computed = num_computed
             self.replication.computed(sequence)
-        return self._start_decoding_if_complete(sequence)
+        self._start_decoding_if_complete(sequence)
+        return []
 
     def handoff_ended(
         self,
@@ -214,11 +216,10 @@ class Intake(SequenceTable):
     def _is_complete(self, sequence: Sequence) -> bool:
         return sequence.first is not None and sequence.num_computed == len(sequence.tokens) - 1
 
-    def _start_decoding_if_complete(self, sequence: Sequence) -> list[Action]:
+    def _start_decoding_if_complete(self, sequence: Sequence) -> None:
         is_prefilling = sequence.phase is Phase.PREFILLING and not sequence.requeue
         if is_prefilling and self._is_complete(sequence):
             self._set_ready(sequence)
-        return []
 
     # ------------------------------------------------------------ stores
 
@@ -299,7 +300,7 @@ class Intake(SequenceTable):
             self.costs.recomputed_tokens += max(0, num_tokens)
 
     def restoring(self, sequence_id: str) -> Sequence | None:
-        """A live sequence, as the service needs it to ask for its replica."""
+        """A live sequence, as the driver needs it to ask for its replica."""
         return self._sequences.get(sequence_id)
 
     def _deliver_all(self) -> list[Action]:

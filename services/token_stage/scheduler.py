@@ -50,10 +50,6 @@ class TokenScheduler(Intake):
         if now_s is not None and before_s is not None and all(chunk.num_tokens == 1 for chunk in step.chunks):
             device.observe(Observed(len(step.chunks), now_s - before_s, swap))
 
-    @property
-    def num_flying(self) -> int:
-        return len(self._flying)
-
     def next_step(self) -> Step | None:
         """The next microbatch, or None where nothing can run. Up to `num_stages` steps fly at once, each with its
         share of the sequences, so that no stage waits. An idle pipeline's last step only closes sequences."""

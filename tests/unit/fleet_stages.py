@@ -259,7 +259,7 @@ class FleetTokenStage(Stage, TokenStage):
         super().__init__(world, options, incarnation)
         service: Any = self
         self.door = service._door = _Door(self)
-        self.timers = service.loop
+        self.timers = service.process.loop
         self.arrivals: deque[KvArrived] = deque()
         service._arrivals = self
 

@@ -103,7 +103,7 @@ class WholeSystem(TwoPipelines):
 
     def begin_epoch(self) -> None:
         super().begin_epoch()
-        self.audience.clear()
+        self.audience = Audience()
         self.publish()
 
     def begin_prompt_epoch(self) -> None:
