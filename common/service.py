@@ -8,8 +8,9 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import uvloop
@@ -17,7 +18,8 @@ import uvloop
 from common.etcd.errors import EtcdUnavailable
 from common.fault_hooks import STUCK_LOOP, install_fault_hook, stall
 from common.loop_monitor import run_measured
-from common.process import die_with_parent, set_affinity
+from common.membership import MemberRecord
+from common.process import die_with_parent, own_machine, set_affinity
 from dejavu.errors import DejavuError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,27 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint directory")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+
+
+def own_record(
+    name: str, role: str, incarnation: str, endpoint: str, detail: Mapping[str, str | int | float]
+) -> MemberRecord:
+    """What this process tells the others about itself, if it belongs to no pipeline."""
+    return MemberRecord(
+        name=name,
+        role=role,
+        incarnation=incarnation,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        endpoint=endpoint,
+        pipeline=None,
+        stage_index=None,
+        num_stages=None,
+        layers=None,
+        state="active",
+        detail=dict(detail),
+        machine=own_machine(),
+    )
 
 
 def log_as(name: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import msgspec
 
 from common.membership import MemberRecord
 from common.model.spec import ModelSpec, load_spec
-from common.process import own_machine
+from common.service import own_record
 from common.stage.options import StageOptions
 from dejavu.errors import ConfigurationError
 
@@ -23,18 +22,16 @@ def load_stage_spec(options: StageOptions) -> ModelSpec:
 
 def stage_record(options: StageOptions, incarnation: str, endpoint: str, details: dict[str, str]) -> MemberRecord:
     """What the others are told about this process."""
-    return MemberRecord(
-        name=options.name,
-        role=options.role,
-        incarnation=incarnation,
-        pid=os.getpid(),
-        host=socket.gethostname(),
-        endpoint=endpoint,
+    detail: dict[str, str | int | float] = {
+        "colocated": int(options.is_colocated),
+        "other_pipeline": options.other_pipeline,
+        **details,
+    }
+    return msgspec.structs.replace(
+        own_record(options.name, options.role, incarnation, endpoint, detail),
         pipeline=options.pipeline,
         stage_index=options.stage_index,
         num_stages=options.num_stages,
         layers=options.layers,
         state="standby" if options.is_standby else "active",
-        detail={"colocated": int(options.is_colocated), "other_pipeline": options.other_pipeline, **details},
-        machine=own_machine(),
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,14 @@ from common.kv.errors import LinkError
 from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.loop_monitor import LoopMonitor
-from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, Membership, PipelineRecord
+from common.membership import MemberChanged, MemberJoined, MemberLost, Membership, PipelineRecord
 from common.messages import StatsQuery, StatsReply, Stop, StoreInboxMessage
 from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
-from common.process import own_incarnation, own_machine
+from common.process import own_incarnation
 from common.replica_messages import Claim, Claimed, Forget, Locate, Located, Replicate, Replicated, replica_key
+from common.service import own_record
 from services.cache_store.disk import DiskTier
 from services.cache_store.keeper import Keeper
 from services.cache_store.shelf import Shelf
@@ -96,7 +95,9 @@ class CacheStore:
                 EtcdClient(options.etcd) as etcd,
                 Membership(etcd, options.cluster) as store._membership,
             ):
-                await store._membership.register(store._member(server.offer.encode()))
+                detail = {"kv_offer": server.offer.encode()}
+                record = own_record(options.name, "cache_store", store._incarnation, store._inbox.endpoint, detail)
+                await store._membership.register(record)
                 await store._live(stop)
         finally:
             store._inbox.close()
@@ -146,23 +147,6 @@ class CacheStore:
         except TimeoutError:
             logger.warning("the newest tokens of replicas are not on disk: it took too long")
         await self._disk.aclose()
-
-    def _member(self, kv_offer: str) -> MemberRecord:
-        return MemberRecord(
-            name=self._options.name,
-            role="cache_store",
-            incarnation=self._incarnation,
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            endpoint=self._inbox.endpoint,
-            pipeline=None,
-            stage_index=None,
-            num_stages=None,
-            layers=None,
-            state="active",
-            detail={"kv_offer": kv_offer},
-            machine=own_machine(),
-        )
 
     async def _watch_members(self) -> None:
         async for event in self._membership.watch():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
-import socket
 import time
 from dataclasses import dataclass
 
@@ -21,8 +19,8 @@ from common.membership import Election, MemberRecord, Membership, PipelineRecord
 from common.messages import Beat, Orphans, PipelineReady, SequenceFailed, StatsReply, Stop, TokensProduced
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
-from common.process import own_incarnation, own_machine
-from common.service import DRAIN_SIGNAL
+from common.process import own_incarnation
+from common.service import DRAIN_SIGNAL, own_record
 from common.text import TextCodec
 from dejavu import wire
 from dejavu.errors import ConfigurationError, DejavuError, Unavailable
@@ -114,21 +112,8 @@ class RouterService:
         options = self._options
         self._public = await self._listen(f"tcp://{options.host}:{options.port or '*'}")
         self._inbox = await Inbox.bind(f"tcp://{options.host}:*", self._on_service_frames)
-        record = MemberRecord(
-            name=options.name,
-            role="router",
-            incarnation=self._incarnation,
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            endpoint=self._inbox.endpoint,
-            pipeline=None,
-            stage_index=None,
-            num_stages=None,
-            layers=None,
-            state="active",
-            detail={"client_endpoint": self._public.endpoint},
-            machine=own_machine(),
-        )
+        detail = {"client_endpoint": self._public.endpoint}
+        record = own_record(options.name, "router", self._incarnation, self._inbox.endpoint, detail)
         try:
             async with (
                 EtcdClient(options.etcd) as etcd,
