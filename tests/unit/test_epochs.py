@@ -3,34 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import msgspec
 import pytest
 
-from common.membership import MemberJoined, MemberLost, PipelineRecord
+from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord
 from common.messages import Admit, StageReady, encode, pack_ids
 from dejavu.params import SamplingParams
 from tests.unit.fleet_stages import FleetTokenStage, stage_options
 from tests.unit.fleet_world import Fleet
 
 
-@pytest.mark.parametrize("is_over", [False, True])
-def test_nothing_of_an_older_epoch_runs_while_stages_get_ready_for_the_next(is_over: bool) -> None:
-    """A sequence waits for a store, which dies: now it could run, if its epoch were not over."""
+def publish(stage: FleetTokenStage, epoch: int, of: MemberRecord) -> None:
+    """A pipeline of two stages, of which `stage` is the first."""
+    stages = tuple(msgspec.structs.replace(of, name=f"token-{i}", incarnation=f"i{i}") for i in (8, 9))
+    stage.hear("pipelines", PipelineRecord("token-0", "token_stage", epoch, stages))
+
+
+def second_stage_is_ready(stage: FleetTokenStage, epoch: int) -> None:
+    stage.arrive("token-9.i9", encode(StageReady(epoch, 1, 40)))
+
+
+def driving() -> tuple[FleetTokenStage, MemberRecord]:
+    """The first stage of a pipeline in epoch 1, and the only store that it knows."""
     world = Fleet(0, num_token=0, num_prompt=0)
     store = world.members["store-a"]
     options = dataclasses.replace(stage_options("token-0", "token-0", "token_stage"), num_stages=2, is_colocated=True)
     stage = FleetTokenStage(world, options, "i8")
-    stages = tuple(msgspec.structs.replace(store, name=f"token-{i}", incarnation=f"i{i}") for i in (8, 9))
-    first, second = (PipelineRecord("token-0", "token_stage", epoch, stages) for epoch in (1, 2))
     stage.hear("members", MemberJoined(store))
-    stage.hear("pipelines", first)
-    stage.arrive("token-9.i9", encode(StageReady(1, 1, 40)))
+    publish(stage, 1, store)
+    assert stage.driver is None
+    second_stage_is_ready(stage, 1)
+    return stage, store
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_nothing_of_an_older_epoch_runs_while_stages_get_ready_for_the_next(is_over: bool) -> None:
+    """A sequence waits for a store, which dies: now it could run, if its epoch were not over."""
+    stage, store = driving()
     stage.arrive("router-0.i1", encode(Admit(1, "r/0/a.0", 0, pack_ids([1, 2, 3]), b"", SamplingParams(), "")))
     assert stage.driver is not None and not stage.flying
     if is_over:
-        stage.hear("pipelines", second)
+        publish(stage, 2, store)
     stage.hear("members", MemberLost(store))
     assert bool(stage.flying) is not is_over
-    stage.arrive("token-9.i9", encode(StageReady(2, 1, 40)))
+    second_stage_is_ready(stage, 2)
     assert stage.driver is not None and stage.driver.epoch == 1 + is_over
+
+
+def test_what_older_drivers_have_cost_still_counts() -> None:
+    stage, store = driving()
+    assert stage.driver is not None
+    stage.driver.scheduler.costs.recoveries = 2
+    publish(stage, 2, store)
+    assert stage._counters["recoveries"] == 2
+    second_stage_is_ready(stage, 2)
+    stage.driver.scheduler.costs.recoveries = 1
+    publish(stage, 3, store)
+    assert stage._counters["recoveries"] == 3
+
+
+def test_a_driver_hears_of_a_death_before_the_links_to_the_dead_are_closed() -> None:
+    stage, store = driving()
+    counted_on: list[bool] = []
+
+    async def store_lost(name: str) -> None:
+        assert stage.driver is not None
+        counted_on.append(name in stage.driver.scheduler.replication._stores)
+
+    pulls: Any = stage.pulls
+    pulls.store_lost = store_lost
+    stage.hear("members", MemberLost(store))
+    assert counted_on == [False]
