@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Driver(abc.ABC):
-    """There is one from when all stages of `record` are `ready` until its stage is to do anything of another epoch.
-    Called by the stage, always on the event loop, with what the stage has let through its fence or `handle` asks it."""
+    """There is one from when all stages of `record` are `ready` until its stage is to do anything of another epoch. The
+    stage tells it what it hears, on the event loop, and each time has it `pump` then."""
 
     def __init__(self, stage: StageService, record: PipelineRecord, ready: list[StageReady]) -> None:
         self.stage = stage
@@ -67,9 +67,10 @@ class Driver(abc.ABC):
             self.stage.run(step)
 
     def later(self, delay_s: float, work: Callable[..., None], *arguments: object) -> None:
-        """Calls `work` after a while, if the epoch is not over by then."""
+        """Calls `work` after a while, and `pump`, if the epoch is not over by then."""
         self.stage.process.loop.call_later(delay_s, self._unless_over, work, *arguments)
 
     def _unless_over(self, work: Callable[..., None], *arguments: object) -> None:
         if not self._is_over:
             work(*arguments)
+            self.pump()

@@ -72,6 +72,7 @@ class StageService(StageRole):
             self.peers.drop(record.name, record.endpoint)
             if self.driver is not None:
                 self.driver.member_lost(record)
+                self.driver.pump()
             await self.member_lost(record)
             return
         # connected first: whoever is among the members can be sent something
@@ -82,6 +83,7 @@ class StageService(StageRole):
             await self.member_joined(record)
             if self.driver is not None:
                 self.driver.member_joined(record)
+                self.driver.pump()
 
     async def hear_of_pipeline(self, record: PipelineRecord) -> None:
         """A pipeline was published anew, perhaps ours."""
@@ -99,6 +101,7 @@ class StageService(StageRole):
         await self.pipeline_published(record)
         if self.driver is not None:
             self.driver.pipeline_published(record)
+            self.driver.pump()
 
     # ------------------------------------------------------------ epochs
 
@@ -160,6 +163,7 @@ class StageService(StageRole):
             return
         self.driver = self.new_driver(self.record, stages)
         self.driver.begin()
+        self.driver.pump()
         for member in self.members.values():
             self._report_ready(member)
 

@@ -65,15 +65,11 @@ class PromptDriver(Driver):
         pipeline = self.stage.records.get(str(record.pipeline)) if record.role == "token_stage" else None
         if pipeline is not None and any(stage.incarnation == record.incarnation for stage in pipeline.stages):
             # its next epoch asks again for what this one was granted
-            self._cancel_older(pipeline.pipeline, pipeline.epoch + 1)
+            self._carry_out(self.scheduler.cancel_older(pipeline.pipeline, pipeline.epoch + 1))
 
     def pipeline_published(self, record: PipelineRecord) -> None:
         if record.role == "token_stage":
-            self._cancel_older(record.pipeline, record.epoch)
-
-    def _cancel_older(self, pipeline: str, epoch: int) -> None:
-        self._carry_out(self.scheduler.cancel_older(pipeline, epoch))
-        self.pump()
+            self._carry_out(self.scheduler.cancel_older(record.pipeline, record.epoch))
 
     def _carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:

@@ -91,7 +91,6 @@ class TokenDriver(Driver):
     def _remind(self) -> None:
         """What nobody answers is sent again, also while nothing else happens."""
         self._carry_out(self.scheduler.ask_again())
-        self.pump()
         self.later(REPEAT_S, self._remind)
 
     # ------------------------------------------------------------ steps
@@ -149,7 +148,6 @@ class TokenDriver(Driver):
             self._report_orphans(record.name, record.name)
         elif record.role == "cache_store":
             self.scheduler.replication.store_joined(record.name, was_there=False)
-            self.pump()
         elif self._is_ours(record):
             self._carry_out(self.scheduler.stage_back(record.incarnation))
 
@@ -160,7 +158,6 @@ class TokenDriver(Driver):
             self._router_lost(Sender(record.name, record.incarnation))
         elif self._is_ours(record):
             self.scheduler.stage_lost(record.incarnation)
-        self.pump()
 
     def _is_ours(self, member: MemberRecord) -> bool:
         """Whether it is a stage of our pipeline in this epoch."""
@@ -181,7 +178,6 @@ class TokenDriver(Driver):
     def _end_orphans(self, router: Sender) -> None:
         for sequence_id in self._audience.of_router(router):
             self._cancel(sequence_id)
-        self.pump()
 
     def pipeline_published(self, record: PipelineRecord) -> None:
         if record.role != "prompt_stage":
@@ -194,7 +190,6 @@ class TokenDriver(Driver):
         self._prompts_ready(record.pipeline)
         waiting, self._waiting = self._waiting, []
         self._carry_out(grant for grant in waiting if self.scheduler.is_granted(grant.sequence_id, grant.attempt))
-        self.pump()
 
     def _fence_off_older(self, record: PipelineRecord) -> None:
         """Whoever still writes for an older epoch of a prompt pipeline is to end before its prompts are asked for
