@@ -1,4 +1,4 @@
-"""One sequence as the driver of a token pipeline sees it, and what the scheduler asks the service to do."""
+"""One sequence as the driver of a token pipeline sees it, and what the scheduler asks for."""
 
 from __future__ import annotations
 
