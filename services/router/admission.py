@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import get_args
 
+import msgspec
+
 from common.model.spec import ModelSpec
+from dejavu import wire
 from dejavu.errors import (
     InvalidParameter,
     InvalidRequest,
@@ -21,6 +24,7 @@ from dejavu.wire import MAX_PROMPT_BYTES, MAX_REQUEST_ID_CHARS, ClientMessage, S
 
 MAX_LIVE_SEQUENCES = 4096
 RETRY_AFTER_S = 1.0
+_ANYTHING = msgspec.msgpack.Decoder()
 HEAD_CHARS_PER_TOKEN = 16
 """Text has a quarter of that."""
 _FIELDS = {str(kind.__struct_config__.tag): kind.__struct_fields__ for kind in get_args(ClientMessage)}
@@ -100,3 +104,14 @@ def _field_at(tag: str, position: int) -> str | None:
     """Behind its tag, a message is its fields in order."""
     fields = _FIELDS.get(tag, ())
     return fields[position - 1] if 0 < position <= len(fields) else None
+
+
+def outline(frame: memoryview) -> tuple[str, str]:
+    """Tag and request id of a malformed submit ('' where they cannot be told)."""
+    try:
+        parts = wire.decode_strictly(_ANYTHING, frame)
+    except msgspec.DecodeError:
+        return "", ""
+    told = [part if isinstance(part, str) else "" for part in parts[:2]] if isinstance(parts, list) else []
+    tag, request_id = (*told, "", "")[:2]
+    return tag, request_id[: wire.MAX_REQUEST_ID_CHARS]

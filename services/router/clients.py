@@ -25,12 +25,17 @@ class Clients:
         self._heard_s[client] = now_s
         return True
 
-    def gone(self, client: bytes, *, had_requests: bool = False) -> None:
-        self._heard_s.pop(client, None)
+    def __contains__(self, client: bytes) -> bool:
+        return client in self._heard_s
+
+    def gone(self, client: bytes, *, had_requests: bool = False) -> bool:
+        """Nothing can be sent to it, or it is silent; False: that is known already."""
+        was_there = self._heard_s.pop(client, None) is not None
         if had_requests:
             self._given_up[client] = None
         if len(self._given_up) > MAX_GIVEN_UP:
             del self._given_up[next(iter(self._given_up))]
+        return was_there
 
     def is_back(self, client: bytes) -> bool:
         """Whether one that is heard now was given up; True once."""

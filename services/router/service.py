@@ -24,7 +24,7 @@ from common.service import DRAIN_SIGNAL, own_record
 from common.text import TextCodec
 from dejavu import wire
 from dejavu.errors import ConfigurationError, DejavuError, Unavailable
-from services.router.admission import malformed
+from services.router.admission import malformed, outline
 from services.router.clients import Clients
 from services.router.cluster import Cluster
 from services.router.conversion import end_of_pipeline
@@ -39,10 +39,11 @@ logger = logging.getLogger(__name__)
 FAREWELL_S = 0.2
 """Time for the last answer to leave."""
 MAX_UNREAD_MESSAGES = 65536
+RETURN_S = 1.0
+"""So long the requests of a client whose connection is gone wait for its next one."""
 PORT_LIMIT_S = 2.0
 """So long a port may be taken that should be ours."""
 PORT_RETRY_S = 0.1
-_ANYTHING = msgspec.msgpack.Decoder()
 MAX_REPORT_S = 1.0
 """So long a new leader waits to hear which sequences of its predecessor token pipelines have."""
 
@@ -194,14 +195,19 @@ class RouterService:
         while True:
             await asyncio.sleep(1.0)
             for client in self._clients.silent(time.monotonic()):
-                self._on_client_gone(client)
+                self._clients.gone(client, had_requests=bool(self._requests.ledger.of_client(client)))
+                self._give_up(client)
 
     # ------------------------------------------------------------ clients
 
     def _on_client_gone(self, client: bytes) -> None:
-        self._clients.gone(client, had_requests=bool(self._requests.ledger.of_client(client)))
-        # not at once: the report comes from inside a send, in the middle of somebody's loop
-        asyncio.get_running_loop().call_soon(self._requests.client_gone, client)
+        """Nothing can be sent to it. Who lives is soon back on another connection, and goes on where it was."""
+        if self._clients.gone(client, had_requests=bool(self._requests.ledger.of_client(client))):
+            asyncio.get_running_loop().call_later(RETURN_S, self._give_up, client)
+
+    def _give_up(self, client: bytes) -> None:
+        if client not in self._clients:
+            self._requests.client_gone(client)
 
     def _on_client_frames(self, client: bytes, frames: list[memoryview]) -> None:
         if not self._is_live or not self._clients.heard(client, time.monotonic()):
@@ -236,7 +242,7 @@ class RouterService:
     def _refuse_bad_frame(self, client: bytes, frames: list[memoryview], reason: str) -> None:
         """A frame that is no valid message. A malformed submit still names its request: say so to that request."""
         self._journal.counters["bad_frames"] += 1
-        tag, request_id = _outline(frames[0]) if frames else ("", "")
+        tag, request_id = outline(frames[0]) if frames else ("", "")
         self._requests.refuse(client, request_id, malformed(reason, tag))
 
     def _welcome(self, client: bytes) -> None:
@@ -374,14 +380,3 @@ class RouterService:
             live,
         )
         self.to_client(client, wire.StatusReply(query_id, document))
-
-
-def _outline(frame: memoryview) -> tuple[str, str]:
-    """Tag and request id of a malformed submit ('' where they cannot be told)."""
-    try:
-        parts = wire.decode_strictly(_ANYTHING, frame)
-    except msgspec.DecodeError:
-        return "", ""
-    told = [part if isinstance(part, str) else "" for part in parts[:2]] if isinstance(parts, list) else []
-    tag, request_id = (*told, "", "")[:2]
-    return tag, request_id[: wire.MAX_REQUEST_ID_CHARS]

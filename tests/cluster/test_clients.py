@@ -12,6 +12,8 @@ import pytest
 
 from dejavu import AsyncClient, SamplingParams
 from dejavu.errors import RequestCancelled, RequestConflict
+from dejavu.session import MAX_UNANSWERED_PINGS
+from dejavu.wire import PING_INTERVAL_S
 from services.router.clients import SILENCE_LIMIT_S
 from services.router.requests import LONG_TEXT_CHARS
 from tests.cluster.reference import assert_greedy
@@ -43,6 +45,28 @@ async def test_a_client_that_was_thought_to_be_gone_gets_its_tokens(system: Syst
             os.kill(stage, signal.SIGCONT)
         assert_greedy(TINY, prompt, (await answer).token_ids)
         assert (await client.status())["counters"]["requests_cancelled"] == 1
+    await settled_status(system.endpoint)
+
+
+async def test_a_client_on_another_connection_goes_on_where_it_was(system: System) -> None:
+    """Its router stands still until it has given that up, and so does the token stage."""
+    work = prompts(33, [10, 300])
+    params = SamplingParams(temperature=0.0, max_tokens=600, ignore_eos=True)
+    async with AsyncClient(system.endpoint) as client:
+        pids = [await pid_of(client, name) for name in ("router-0", "token-0-stage-0")]
+        before = (await client.status())["counters"]["recomputed_tokens"]
+        streams = [client.stream(prompt, params) for prompt in work]
+        begun = [[(await anext(stream)).id for _ in range(3)] for stream in streams]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        await asyncio.sleep((MAX_UNANSWERED_PINGS + 2) * PING_INTERVAL_S)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        answers = [first + [token.id async for token in stream] for first, stream in zip(begun, streams, strict=True)]
+        assert (await client.status())["counters"]["recomputed_tokens"] == before
+    for prompt, tokens in zip(work, answers, strict=True):
+        assert len(tokens) == 600
+        assert_greedy(TINY, prompt, tokens)
     await settled_status(system.endpoint)
 
 
