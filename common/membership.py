@@ -328,12 +328,13 @@ class Membership:
         return [] if record is None else roster.put(record)
 
     async def watch_pipelines(self) -> AsyncGenerator[PipelineRecord, None]:
-        """The latest publication of every pipeline, then every new one. Ends only by `aclose()`."""
+        """The latest publication of every pipeline, then every new one. Ends only by `aclose()`. What is there already
+        comes newest first: what an older publication says of a successor may be over."""
         epochs: dict[str, int] = {}
         async with contextlib.aclosing(follow(self._client, self._pipelines)) as changes:
             async for change in changes:
                 items = change.items if isinstance(change, Snapshot) else (change,)
-                for item in items:
+                for item in sorted(items, key=lambda item: item.mod_revision, reverse=True):
                     is_gone = isinstance(item, WatchEvent) and item.kind == "delete"
                     record = None if is_gone else _decode_pipeline(item)
                     if record is not None and record.epoch > epochs.get(record.pipeline, 0):

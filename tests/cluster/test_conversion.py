@@ -114,6 +114,17 @@ async def test_pipelines_change_their_roles_under_load() -> None:
     assert status["counters"].get("requests_failed", 0) == 0
 
 
+async def test_a_role_that_a_pipeline_had_before_is_taken_at_once() -> None:
+    """The end of its first life in it is still published: newer is that of the other role."""
+    with running(*FLOAT32, "--token-pipelines", "2") as system:
+        async with AsyncClient(system.endpoint) as client:
+            name = "token-1"
+            for role in ("prompt", "token", "prompt"):
+                name = await client.convert(name, role)
+            stage = stages(await client.status())[f"{name}-stage-0"]
+            assert (name, stage["incarnation"].rpartition("-")[2]) == ("prompt-2", "3")
+
+
 async def test_deaths_in_the_middle_of_a_conversion_heal() -> None:
     """A stage of the pipeline, then the router that leads: it comes back in one of its roles, and nothing is lost."""
     layout = ("--prompt-pipelines", "2", "--token-stages", "2", "--routers", "2", "--prompt-stages", "2")
