@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 SILENCE_LIMIT_S = 5.0
+RETURN_S = 1.0
+"""So long the requests of a client whose connection is gone wait for its next one."""
 MAX_CLIENTS = 4096
 MAX_GIVEN_UP = 4096
 

@@ -208,6 +208,14 @@ class Requests:
             self.pipelines[name].is_ready = False
             self._await_less({name})
 
+    def move_from(self, name: str) -> None:
+        """A pipeline that has lost a stage is not back: its sequences go on where there is another."""
+        others = any(view.is_ready and view.role == "token_stage" for view in self.pipelines.values())
+        for request in self.ledger if others and not self.is_ready(name) else ():
+            for choice in request.choices:
+                if choice.pipeline == name and not choice.is_done:
+                    self._place(request, choice)
+
     def orphans_found(self, orphans: Orphans) -> None:
         """A token pipeline has sequences of a dead router. The oldest that nobody has asked for are forgotten."""
         self._homes.update(dict.fromkeys(orphans.keys, orphans.pipeline))

@@ -25,7 +25,7 @@ from common.text import TextCodec
 from dejavu import wire
 from dejavu.errors import ConfigurationError, DejavuError, Unavailable
 from services.router.admission import malformed, outline
-from services.router.clients import Clients
+from services.router.clients import RETURN_S, Clients
 from services.router.cluster import Cluster
 from services.router.conversion import end_of_pipeline
 from services.router.etcd_watch import watch_etcd
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 FAREWELL_S = 0.2
 """Time for the last answer to leave."""
 MAX_UNREAD_MESSAGES = 65536
-RETURN_S = 1.0
-"""So long the requests of a client whose connection is gone wait for its next one."""
 PORT_LIMIT_S = 2.0
 """So long a port may be taken that should be ours."""
 PORT_RETRY_S = 0.1
+MOVE_S = 2.0
+"""So long sequences wait for a pipeline that has lost a stage: weights may take minutes to load."""
 MAX_REPORT_S = 1.0
 """So long a new leader waits to hear which sequences of its predecessor token pipelines have."""
 
@@ -158,7 +158,7 @@ class RouterService:
             self._neighbours,
             may_kill=options.may_kill,
             on_record=self._pipeline_published,
-            on_lost=self._requests.pipeline_lost,
+            on_lost=self._pipeline_lost,
             on_lead=self._succeed,
             is_ready=self._requests.is_ready,
         )
@@ -184,6 +184,10 @@ class RouterService:
     def _succeed(self, router: str) -> None:
         self._requests.succeed(router)
         asyncio.get_running_loop().call_later(MAX_REPORT_S, self._requests.stop_awaiting)
+
+    def _pipeline_lost(self, name: str) -> None:
+        self._requests.pipeline_lost(name)
+        asyncio.get_running_loop().call_later(MOVE_S, self._requests.move_from, name)
 
     def _pipeline_published(self, record: PipelineRecord) -> None:
         self._requests.pipeline_published(record)

@@ -176,3 +176,24 @@ async def test_the_only_router_finds_every_sequence_where_it_was() -> None:
     for prompt, tokens in zip(work, answers, strict=True):
         assert len(tokens) == NUM_TOKENS
         assert_greedy(TINY, prompt, tokens)
+
+
+async def test_streams_leave_a_pipeline_that_does_not_come_back() -> None:
+    """Its stage stands still, nobody may kill it, and there is no spare."""
+    work = prompts(27, [10, 40, 70, 33])
+    with running(*FLOAT32, "--colocated", "--token-pipelines", "2", "--no-kill") as system:
+        async with AsyncClient(system.endpoint) as client:
+            started: asyncio.Queue[int] = asyncio.Queue()
+            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+            for _ in work:
+                await started.get()
+            stopped = await pid_of(client, "token-1-stage-0")
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                answers = await asyncio.gather(*streams)
+            finally:
+                os.kill(stopped, signal.SIGCONT)
+        await settled_status(system.endpoint)
+    for prompt, tokens in zip(work, answers, strict=True):
+        assert len(tokens) == NUM_TOKENS
+        assert_greedy(TINY, prompt, tokens)

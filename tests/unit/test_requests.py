@@ -120,6 +120,23 @@ def test_sequences_of_a_pipeline_that_is_over_go_on_elsewhere() -> None:
     assert requests.pipelines["token-1"].load_tokens == 32
 
 
+def test_sequences_do_not_wait_for_ever_for_a_pipeline_that_is_not_back() -> None:
+    requests, sent = router_with_two_pipelines()
+    come_back(requests, "r", [8])
+    come_back(requests, "s", [])
+    requests.pipeline_lost("token-0")
+    requests.move_from("token-0")
+    assert [name for name, _ in sent.admitted] == ["token-0-stage-0", "token-1-stage-0", "token-1-stage-0"]
+    requests.pipeline_lost("token-1")
+    requests.move_from("token-1")
+    assert len(sent.admitted) == 3, "there is no other"
+    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
+    requests.move_from("token-0")
+    assert len(sent.admitted) == 3, "it is back"
+    requests.move_from("token-1")
+    assert [name for name, _ in sent.admitted[3:]] == ["token-0-stage-0"] * 2
+
+
 def test_a_prompt_pipeline_that_comes_back_begins_without_load() -> None:
     requests, sent = router_with_two_pipelines()
     for name in ("token-0", "token-1"):
