@@ -35,6 +35,10 @@ LONG_TEXT_CHARS = 4096
 
 
 MAX_HOMES = 65_536
+MOVE_S = 2.0
+"""So long sequences wait for a pipeline that has lost a stage: weights may take minutes to load."""
+MAX_REPORT_S = 1.0
+"""So long a new leader waits to hear which sequences of its predecessor token pipelines have."""
 
 
 class Wires(Protocol):
@@ -210,8 +214,8 @@ class Requests:
 
     def move_from(self, name: str) -> None:
         """A pipeline that has lost a stage is not back: its sequences go on where there is another."""
-        others = any(view.is_ready and view.role == "token_stage" for view in self.pipelines.values())
-        for request in self.ledger if others and not self.is_ready(name) else ():
+        can_move = not self.is_ready(name) and self._has_token_pipeline()
+        for request in self.ledger if can_move else ():
             for choice in request.choices:
                 if choice.pipeline == name and not choice.is_done:
                     self._place(request, choice)
@@ -235,8 +239,16 @@ class Requests:
             and self._reports.get(view.name) != router
         }
 
-    def stop_awaiting(self) -> None:
+    def stop_awaiting(self) -> bool:
+        """Whoever has not said by now what it has is waited for no longer. False: nobody could be placed anyway, the
+        time has not begun."""
+        if self._awaited and not self._has_token_pipeline():
+            return False
         self._await_less(set(self._awaited))
+        return True
+
+    def _has_token_pipeline(self) -> bool:
+        return any(view.is_ready and view.role == "token_stage" for view in self.pipelines.values())
 
     def _await_less(self, pipelines: set[str]) -> None:
         if self._awaited and not self._awaited - pipelines:

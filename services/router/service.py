@@ -30,7 +30,7 @@ from services.router.cluster import Cluster
 from services.router.conversion import end_of_pipeline
 from services.router.etcd_watch import watch_etcd
 from services.router.neighbours import Neighbours
-from services.router.requests import LONG_TEXT_CHARS, Requests, wire_error
+from services.router.requests import LONG_TEXT_CHARS, MAX_REPORT_S, MOVE_S, Requests, wire_error
 from services.router.stats_queries import StatsQueries
 from services.router.status import Journal, describe
 
@@ -42,10 +42,6 @@ MAX_UNREAD_MESSAGES = 65536
 PORT_LIMIT_S = 2.0
 """So long a port may be taken that should be ours."""
 PORT_RETRY_S = 0.1
-MOVE_S = 2.0
-"""So long sequences wait for a pipeline that has lost a stage: weights may take minutes to load."""
-MAX_REPORT_S = 1.0
-"""So long a new leader waits to hear which sequences of its predecessor token pipelines have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +179,11 @@ class RouterService:
 
     def _succeed(self, router: str) -> None:
         self._requests.succeed(router)
-        asyncio.get_running_loop().call_later(MAX_REPORT_S, self._requests.stop_awaiting)
+        asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
+
+    def _stop_awaiting(self) -> None:
+        if not self._requests.stop_awaiting():
+            asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
 
     def _pipeline_lost(self, name: str) -> None:
         self._requests.pipeline_lost(name)

@@ -103,8 +103,20 @@ def test_a_silent_pipeline_is_not_waited_for_for_ever() -> None:
     requests, sent = router_with_two_pipelines()
     requests.succeed("router-0")
     come_back(requests, "r", [8])
-    requests.stop_awaiting()
+    assert requests.stop_awaiting()
     assert len(sent.admitted) == 1
+
+
+def test_the_time_to_wait_begins_when_somebody_could_be_placed() -> None:
+    requests, sent = router_with_two_pipelines()
+    for view in requests.pipelines.values():
+        view.is_ready, view.epoch = False, 0
+    requests.succeed("router-0")
+    come_back(requests, "r", [8])
+    assert not requests.stop_awaiting()
+    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 7, 1000))
+    assert sent.admitted == [], "token-1 may have it"
+    assert requests.stop_awaiting() and len(sent.admitted) == 1
 
 
 def test_sequences_of_a_pipeline_that_is_over_go_on_elsewhere() -> None:
