@@ -25,6 +25,10 @@ from deploy.nursery import MAX_MESSAGE_BYTES, PADDING, Birth
 logger = logging.getLogger(__name__)
 
 
+ANSWER_LIMIT_S = 20.0
+"""For a nursery that has answered before: beyond that it stands still. Its first answer may take it long to import."""
+
+
 @dataclass(frozen=True, slots=True)
 class Child:
     """A running process; `output` is its stdout and stderr, `exited` its exit code (minus the signal's number)."""
@@ -80,6 +84,7 @@ class Nursery:
         self._start()
 
     def _start(self) -> None:
+        self._has_answered = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         with theirs:
@@ -116,7 +121,9 @@ class Nursery:
         birth = msgspec.json.encode(Birth(_module(command), arguments, dict(environment)))
         with _output_pipe() as (read_end, write_end):
             socket.send_fds(self._control, [birth], [write_end])
-            pid = int(await asyncio.get_running_loop().sock_recv(self._control, MAX_MESSAGE_BYTES))
+            async with asyncio.timeout(ANSWER_LIMIT_S if self._has_answered else None):
+                pid = int(await asyncio.get_running_loop().sock_recv(self._control, MAX_MESSAGE_BYTES))
+            self._has_answered = True
         return await _child(pid, read_end, lambda: _reap(pid))
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from common.process import INCARNATION_VARIABLE, PARENT_VARIABLE
 from common.service import TRY_AGAIN_EXIT
+from deploy import children
 from deploy.children import Child, DirectSpawner, Nursery, Spawner
 from deploy.layout import ServiceCommand
 from deploy.supervisor import MAX_SHORT_LIVES, ServiceExit, ServiceGaveUp, Supervisor
@@ -91,12 +92,16 @@ async def test_exit_codes_are_the_childs(spawner: Spawner, what: str, code: int)
     assert (b"Traceback" in await child.output.read()) == (what == "raise")
 
 
-async def test_children_outlive_the_nursery_and_the_next_is_started_all_the_same() -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_children_outlive_the_nursery_and_the_next_is_started_all_the_same(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "ANSWER_LIMIT_S", 0.5)
     nursery = Nursery(ROOT, ["json"])
     child = await nursery.spawn(command("wait"), {})
     await first_line(child.output)
     (nursery_pid,) = descendants(os.getpid()) - {child.pid}
-    os.kill(nursery_pid, signal.SIGKILL)
+    os.kill(nursery_pid, number)
     following = [await nursery.spawn(command("wait"), {}) for _ in range(2)]
     for other in following:
         assert (await first_line(other.output))[1] == str(os.getpid())
