@@ -99,7 +99,7 @@ class EtcdServer:
     def wait_healthy(self, deadline_s: float = START_DEADLINE_S) -> None:
         """Returns when etcd answers. Raises `EtcdNotStarted` when it has ended or does not answer in time."""
         deadline = time.monotonic() + deadline_s
-        while not self._is_healthy():
+        while not self.is_healthy():
             if self.process.poll() is not None:
                 raise EtcdNotStarted(f"etcd ended with code {self.process.returncode}: {self._last_words()}")
             if time.monotonic() > deadline:
@@ -145,7 +145,8 @@ class EtcdServer:
             "--logger=zap",
         ]
 
-    def _is_healthy(self) -> bool:
+    def is_healthy(self) -> bool:
+        """Whether it answers within a second."""
         connection = http.client.HTTPConnection(self._host, self._client_port, timeout=1.0)
         try:
             connection.request("GET", "/health")

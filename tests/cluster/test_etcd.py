@@ -27,6 +27,7 @@ from common.membership import (
     PipelineRecord,
     SnapshotEnd,
 )
+from deploy import etcd_keeper
 from deploy.etcd_server import EtcdNotInstalled, EtcdNotStarted, EtcdServer
 from tests.cluster.etcd_fixtures import member, own_etcd, shared_etcd, take
 
@@ -343,3 +344,19 @@ async def test_etcd_dies_with_the_process_that_started_it(tmp_path: Path) -> Non
     finally:
         asyncio.get_running_loop().remove_reader(watched)
         os.close(watched)
+
+
+async def test_an_etcd_that_stands_still_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd_keeper, "PATIENCE", 2)
+    with EtcdServer(tmp_path) as etcd:
+        async with EtcdClient(etcd.url) as client:
+            await client.put("/here", b"still")
+            keeping = asyncio.create_task(etcd_keeper.keep_etcd(etcd))
+            stopped = etcd.process.pid
+            os.kill(stopped, signal.SIGSTOP)
+            async with asyncio.timeout(20):
+                while etcd.process.pid == stopped or not await asyncio.to_thread(etcd.is_healthy):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            found = await client.get("/here")
+            assert found is not None and found.value == b"still"
+            keeping.cancel()
