@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import assert_never
 
@@ -52,6 +53,9 @@ class Session:
         self._live: dict[str, LiveRequest] = {}
         self._queries: dict[int, tuple[_Question, asyncio.Future[_Answer]]] = {}
         self._num_queries = 0
+        self._left: Counter[str] = Counter()
+        """ids of requests that were left and whose end this connection still owes us: until it comes, what is said of
+        such an id is not about a later request with the same"""
         self._connection: Connection | None = None
         self._is_served = asyncio.Event()
         self._context: zmq.asyncio.Context | None = None
@@ -166,12 +170,17 @@ class Session:
         for acknowledgement in live.acknowledgements():
             self._send(acknowledgement)
         if not live.has_ended:
-            self._fail(live, RequestCancelled(f"{live.request_id} was left"))
-            self._send(wire.Cancel(live.request_id))
+            self._give_up(live, RequestCancelled(f"{live.request_id} was left"))
 
     def _fail(self, live: LiveRequest, error: DejavuError) -> None:
         live.fail(error)
         del self._live[live.request_id]
+
+    def _give_up(self, live: LiveRequest, error: DejavuError) -> None:
+        self._fail(live, error)
+        if self._connection is not None:
+            self._left[live.request_id] += 1
+            self._send(wire.Cancel(live.request_id))
 
     def _submit_again(self, live: LiveRequest) -> None:
         """To a router that just said welcome."""
@@ -274,10 +283,12 @@ class Session:
                 for frame in frames:
                     self._deliver(frame)
             case wire.Accepted(request_id, num_prompt_tokens):
-                if request_id in self._live:
+                if request_id in self._live and request_id not in self._left:
                     self._live[request_id].accept(num_prompt_tokens)
             case wire.Ended(request_id):
-                if request_id in self._live:
+                if request_id in self._left:
+                    self._left -= Counter([request_id])  # what has come to 0 is gone
+                elif request_id in self._live:
                     self._live.pop(request_id).end(message)
             case wire.NotLeader(request_id, leader):
                 if request_id in self._live or (not request_id and self._queries):
@@ -295,13 +306,12 @@ class Session:
 
     def _deliver(self, frame: wire.TokenFrame) -> None:
         live = self._live.get(frame.request_id)
-        if live is None:
+        if live is None or frame.request_id in self._left:
             return
         try:
             live.deliver(frame)
         except ProtocolError as error:
-            self._fail(live, error)
-            self._send(wire.Cancel(frame.request_id))
+            self._give_up(live, error)
 
     def _redirect(self, leader: str) -> None:
         if leader:
@@ -314,6 +324,7 @@ class Session:
         self.welcome = welcome
         self._routers.learn(welcome.routers)
         self._losses.clear()
+        self._left.clear()
         self._connection = connection
         connection.is_welcome.set()
         self._is_served.set()
