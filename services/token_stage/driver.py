@@ -33,7 +33,7 @@ from common.stage.role import Sender
 from common.stage.service import StageService
 from services.token_stage.audience import Audience, Listener
 from services.token_stage.events import Event, take
-from services.token_stage.prompt_pipelines import PromptPipelines
+from services.token_stage.prompt_pipelines import LEAVE_S, PromptPipelines
 from services.token_stage.replication import REPEAT_S, Replication
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, AskStore, Fail, Grant, Produce, PullReplica, StopPrefill
@@ -154,6 +154,8 @@ class TokenDriver(Driver):
     def member_lost(self, record: MemberRecord) -> None:
         if record.role in ("cache_store", "prompt_stage"):
             self._carry_out(self.scheduler.store_lost(record.name))
+            if record.role == "prompt_stage":
+                self.later(LEAVE_S, self._leave_prompts, record)
         elif record.role == "router":
             self._router_lost(Sender(record.name, record.incarnation))
         elif self._is_ours(record):
@@ -202,6 +204,11 @@ class TokenDriver(Driver):
         record = self.stage.records.get(pipeline)
         if record is not None and self._prompts.epoch(record):
             self._carry_out(self.scheduler.pipeline_replaced(pipeline, record.epoch))
+
+    def _leave_prompts(self, lost: MemberRecord) -> None:
+        left = self._prompts.leave(lost, self.stage.records)
+        if left is not None:
+            self._carry_out(self.scheduler.pipeline_replaced(left.pipeline, left.epoch + 1))
 
     # ------------------------------------------------------------ what is to be done
 

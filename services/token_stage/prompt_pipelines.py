@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.handoff_messages import Handoff
-from common.membership import PipelineRecord
+from common.membership import MemberRecord, PipelineRecord
 from common.messages import Admit, PipelineReady, Prefill, pack_ids
 from services.token_stage.sequence import Grant
+
+LEAVE_S = 2.0
+"""So long prompts wait for a pipeline that has lost a stage, if there is another: weights may take minutes to load."""
 
 
 class PromptPipelines:
@@ -21,14 +24,28 @@ class PromptPipelines:
         self._ready[ready.pipeline] = ready
 
     def pick(self, wanted: str, records: Mapping[str, PipelineRecord]) -> PipelineRecord | None:
-        """The one the router chose, or any other that is there, if there is one."""
+        """One that works, of these the one that the router chose, if there is any."""
         able = [r for r in records.values() if r.role == "prompt_stage" and r.successor is None]
-        chosen = next((r for r in able if r.pipeline == wanted), None)
-        return chosen or max(able, key=lambda r: self.capacity_tokens(r.pipeline) or 0, default=None)
+        return max(
+            able,
+            key=lambda r: (self.epoch(r) > 0, r.pipeline == wanted, self.capacity_tokens(r.pipeline) or 0),
+            default=None,
+        )
 
     def over(self, pipeline: str) -> None:
         """This one is over."""
         self._ready.pop(pipeline, None)
+
+    def leave(self, lost: MemberRecord, records: Mapping[str, PipelineRecord]) -> PipelineRecord | None:
+        """A prompt stage was lost some time ago. Its pipeline, if that is not back and what it was asked for had better
+        be asked of another."""
+        record = records.get(str(lost.pipeline))
+        if record is None or all(stage.incarnation != lost.incarnation for stage in record.stages):
+            return None
+        if self.epoch(record):
+            del self._ready[record.pipeline]
+        has_other = any(r.role == "prompt_stage" and r.successor is None and self.epoch(r) for r in records.values())
+        return record if has_other and record.successor is None else None
 
     def capacity_tokens(self, pipeline: str) -> int | None:
         """How long a prompt it can compute; None: it has not said that it is ready."""

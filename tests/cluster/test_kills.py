@@ -14,7 +14,7 @@ from dejavu import AsyncClient, SamplingParams
 from dejavu.errors import InvalidParameter
 from tests.cluster.reference import assert_greedy
 from tests.cluster.system import TINY, running
-from tests.cluster.test_serving import FLOAT32, prompts, settled_status
+from tests.cluster.test_serving import FLOAT32, generate_all, prompts, settled_status
 
 pytestmark = pytest.mark.cluster
 
@@ -196,4 +196,20 @@ async def test_streams_leave_a_pipeline_that_does_not_come_back() -> None:
         await settled_status(system.endpoint)
     for prompt, tokens in zip(work, answers, strict=True):
         assert len(tokens) == NUM_TOKENS
+        assert_greedy(TINY, prompt, tokens)
+
+
+async def test_prompts_leave_a_pipeline_that_does_not_come_back() -> None:
+    """It was asked for them before anybody knew that it stands still."""
+    work = prompts(28, [10, 40, 70, 33])
+    with running(*FLOAT32, "--prompt-pipelines", "2", "--no-kill") as system:
+        async with AsyncClient(system.endpoint) as client:
+            stopped = await pid_of(client, "prompt-1-stage-0")
+            os.kill(stopped, signal.SIGSTOP)
+            try:
+                answers = await generate_all(system.endpoint, work, LONG)
+            finally:
+                os.kill(stopped, signal.SIGCONT)
+        await settled_status(system.endpoint)
+    for prompt, tokens in zip(work, answers, strict=True):
         assert_greedy(TINY, prompt, tokens)

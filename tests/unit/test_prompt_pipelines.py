@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from common.membership import PipelineRecord
+from common.membership import MemberRecord, PipelineRecord
 from common.messages import Admit, PipelineReady, pack_ids, unpack_ids
 from dejavu.params import SamplingParams
 from services.token_stage.prompt_pipelines import PromptPipelines
@@ -51,3 +51,20 @@ def test_one_that_is_over_is_not_asked() -> None:
     prompts.over("prompt-0")
     assert prompts.epoch(msgspec.structs.replace(RECORD, pipeline="prompt-0")) == 0
     assert prompts.capacity_tokens("prompt-0") is None
+
+
+def test_who_is_not_back_is_left_for_another_that_works() -> None:
+    stage = MemberRecord("prompt-0-stage-0", "prompt_stage", "1", 1, "h", "", "prompt-0", 0, 1, (0, 6), "active")
+    dead = PipelineRecord("prompt-0", "prompt_stage", 3, (stage,))
+    prompts = PromptPipelines()
+    prompts.reported(PipelineReady("prompt-0", 3, 100))
+    assert prompts.pick("prompt-0", {"prompt-0": dead, "prompt-1": RECORD}) is dead
+    assert prompts.leave(stage, {"prompt-0": dead, "prompt-1": RECORD}) is None, "the other does not work"
+    prompts.reported(PipelineReady("prompt-1", 4, 100))
+    assert prompts.leave(stage, {"prompt-0": dead, "prompt-1": RECORD}) is dead
+    assert prompts.pick("prompt-0", {"prompt-0": dead, "prompt-1": RECORD}) is RECORD
+    back = msgspec.structs.replace(dead, epoch=9, stages=(msgspec.structs.replace(stage, incarnation="2"),))
+    prompts.reported(PipelineReady("prompt-0", 9, 100))
+    assert prompts.leave(stage, {"prompt-0": back, "prompt-1": RECORD}) is None, "it is back"
+    prompts.leave(stage, {"prompt-0": dead, "prompt-1": RECORD})
+    assert prompts.epoch(back) == 9, "that it is ready was heard before it was published"
