@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Self
 
@@ -333,7 +333,7 @@ class Membership:
         epochs: dict[str, int] = {}
         async with contextlib.aclosing(follow(self._client, self._pipelines)) as changes:
             async for change in changes:
-                items = change.items if isinstance(change, Snapshot) else (change,)
+                items: Sequence[KeyValue | WatchEvent] = change.items if isinstance(change, Snapshot) else (change,)
                 for item in sorted(items, key=lambda item: item.mod_revision, reverse=True):
                     is_gone = isinstance(item, WatchEvent) and item.kind == "delete"
                     record = None if is_gone else _decode_pipeline(item)

@@ -214,9 +214,8 @@ class Requests:
 
     def move_from(self, name: str) -> None:
         """A pipeline that has lost a stage is not back: its sequences go on where there is another."""
-        can_move = not self.is_ready(name) and self._has_token_pipeline()
-        for request in self.ledger if can_move else ():
-            for choice in request.choices:
+        for request in () if self.is_ready(name) else self.ledger:
+            for choice in request.choices if self._has_room(request) else ():
                 if choice.pipeline == name and not choice.is_done:
                     self._place(request, choice)
 
@@ -242,13 +241,19 @@ class Requests:
     def stop_awaiting(self) -> bool:
         """Whoever has not said by now what it has is waited for no longer. False: nobody could be placed anyway, the
         time has not begun."""
-        if self._awaited and not self._has_token_pipeline():
+        if self._awaited and not self._token_pipelines(are_ready=True):
             return False
         self._await_less(set(self._awaited))
         return True
 
-    def _has_token_pipeline(self) -> bool:
-        return any(view.is_ready and view.role == "token_stage" for view in self.pipelines.values())
+    def _token_pipelines(self, *, are_ready: bool) -> list[PipelineView]:
+        views = self.pipelines.values()
+        return [view for view in views if view.role == "token_stage" and view.is_ready == are_ready]
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether a token pipeline that works can hold each of its sequences."""
+        num_tokens = len(request.prompt_ids) + request.params.max_tokens
+        return any(view.capacity_tokens >= num_tokens for view in self._token_pipelines(are_ready=True))
 
     def _await_less(self, pipelines: set[str]) -> None:
         if self._awaited and not self._awaited - pipelines:
@@ -298,17 +303,19 @@ class Requests:
             self._unload(choice)
 
     def _place(self, request: Request, choice: Choice) -> None:
-        self._unload(choice)
-        home = self._homes.pop(replica_key(choice.sequence_id), "")
-        may_live = bool(choice.delivered and self._awaited) and not home
         known = choice.prompt_pipeline or request.choices[0].prompt_pipeline
+        self._unload(choice)
+        home = self._homes.get(replica_key(choice.sequence_id), "")
+        may_live = bool(choice.delivered and self._awaited) and not home
         num_tokens = len(request.prompt_ids) + request.params.max_tokens
         num_known = len(request.prompt_ids) + len(choice.delivered)
         placement = place(self.pipelines.values(), num_known, home, known, num_tokens)
-        if placement is None or may_live:
+        is_too_long = bool(choice.delivered) and not self._has_room(request) and self._token_pipelines(are_ready=False)
+        if placement is None or may_live or is_too_long:
             self._unplaced[choice.sequence_id] = (request, choice)
             return
         self._unplaced.pop(choice.sequence_id, None)
+        self._homes.pop(replica_key(choice.sequence_id), None)
         view = self.pipelines[placement.token_pipeline]
         choice.pipeline, choice.epoch = view.name, view.epoch
         choice.prompt_pipeline = placement.prompt_pipeline

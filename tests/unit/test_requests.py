@@ -86,6 +86,31 @@ def test_a_router_that_has_just_started_waits_for_pipelines_that_it_has_not_hear
     assert [name for name, _ in sent.admitted] == ["token-1-stage-0"]
 
 
+def test_where_a_request_lives_is_not_forgotten_while_no_prompt_pipeline_is_there() -> None:
+    requests, sent = router_with_two_pipelines()
+    for name in ("token-0", "token-1"):
+        requests.pipelines[name].is_colocated = False
+    requests.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
+    come_back(requests, "r", [8])
+    requests.pipeline_published(pipeline("prompt-0", 3))
+    requests.pipeline_ready(requests.pipelines["prompt-0"], PipelineReady("prompt-0", 3, 1000))
+    assert [name for name, _ in sent.admitted] == ["token-1-stage-0"]
+
+
+def test_a_prompt_goes_back_to_the_pipeline_that_has_computed_it() -> None:
+    requests, sent = router_with_two_pipelines()
+    for name in ("token-0", "token-1"):
+        requests.pipelines[name].is_colocated = False
+    for name in ("prompt-0", "prompt-1"):
+        requests.pipeline_published(pipeline(name, 3))
+        requests.pipeline_ready(requests.pipelines[name], PipelineReady(name, 3, 1000))
+    requests.pipelines["prompt-0"].load_tokens = 100
+    come_back(requests, "r", [])
+    requests.pipelines["prompt-0"].load_tokens = 0
+    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
+    assert [admit.prompt_pipeline for _, admit in sent.admitted] == ["prompt-1", "prompt-1"]
+
+
 def test_new_requests_and_lost_pipelines_do_not_wait() -> None:
     requests, sent = router_with_two_pipelines()
     requests.orphans_found(Orphans("token-0", 7, "router-0", []))
@@ -147,6 +172,19 @@ def test_sequences_do_not_wait_for_ever_for_a_pipeline_that_is_not_back() -> Non
     assert len(sent.admitted) == 3, "it is back"
     requests.move_from("token-1")
     assert [name for name, _ in sent.admitted[3:]] == ["token-0-stage-0"] * 2
+
+
+def test_what_has_begun_waits_for_a_pipeline_that_can_hold_it() -> None:
+    """The other one would fail it."""
+    requests, sent = router_with_two_pipelines()
+    requests.pipelines["token-1"].capacity_tokens = 10
+    come_back(requests, "r", [8])
+    requests.pipeline_lost("token-0")
+    requests.move_from("token-0")
+    come_back(requests, "s", [8])
+    assert [name for name, _ in sent.admitted] == ["token-0-stage-0"]
+    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
+    assert [name for name, _ in sent.admitted] == ["token-0-stage-0"] * 3
 
 
 def test_a_prompt_pipeline_that_comes_back_begins_without_load() -> None:
