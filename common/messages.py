@@ -95,7 +95,8 @@ class SequenceFailed(msgspec.Struct, frozen=True, array_like=True, tag="sequence
 
 class Orphans(msgspec.Struct, frozen=True, array_like=True, tag="orphans"):
     """Token driver to all routers, when `router` has died: its sequences (by replica key) pause here, and go on where
-    they are for the router that admits them again."""
+    they are for the router that admits them again. To one that has just started (it is `router` then): all there are,
+    as nobody may know yet that theirs has died."""
 
     pipeline: str
     epoch: int

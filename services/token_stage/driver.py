@@ -174,7 +174,8 @@ class TokenDriver(Driver):
         self.later(ORPHAN_S, self._end_orphans, router)
 
     def _report_orphans(self, to: str, dead: str) -> None:
-        keys = [replica_key(sequence_id) for sequence_id in self.scheduler.orphans()]
+        sequences = self.scheduler.known() if to == dead else self.scheduler.orphans()
+        keys = [replica_key(sequence_id) for sequence_id in sequences]
         self.stage.peers.send(to, Orphans(self.record.pipeline, self.epoch, dead, keys))
 
     def _end_orphans(self, router: Sender) -> None:

@@ -62,6 +62,10 @@ class Intake(SequenceTable):
         waiting = [sequence.sequence_id for sequence in self._sequences.values() if sequence.is_orphan]
         return [*waiting, *(sequence.sequence_id for sequence in self._finished.values())]
 
+    def known(self) -> list[str]:
+        """All that live, and the last that finished: whose router may be dead, though we have not heard of it."""
+        return [*self._sequences, *(sequence.sequence_id for sequence in self._finished.values())]
+
     def adopt(
         self, sequence_id: str, prompt: list[int], forced: list[int], params: SamplingParams
     ) -> tuple[str, list[Action]] | None:

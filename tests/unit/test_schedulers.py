@@ -245,7 +245,9 @@ def test_the_next_router_hears_of_what_has_just_finished() -> None:
     while "r/0/a" not in pipelines.ended:
         pipelines.start_steps()
         pipelines.run_step("token")
+    pipelines.submit("s/0/a", 10, 6)
     assert pipelines.token.orphans() == ["r/0/a"]
+    assert pipelines.token.known() == ["s/0/a", "r/0/a"], "its router may be dead, too"
     prompt, params = pipelines.requests["r/0/a"]
     adopted = pipelines.token.adopt("r/0/b", prompt, pipelines.outputs["r/0/a"][:4], params)
     assert adopted is not None
