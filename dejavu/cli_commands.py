@@ -108,7 +108,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest tokens with mass P (1.0)")
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens (0: all)")
     parser.add_argument(
-        "--repetition-penalty", type=float, metavar="P", help="above 1: no repetitions (the model's own)"
+        "--repetition-penalty", type=float, metavar="P", help="above 1: fewer repetitions (the model's own)"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable (default: random)")
     parser.add_argument("--stop", action="append", metavar="S", help="end before this string; may be repeated")
