@@ -65,13 +65,17 @@ def own_record(
 
 
 def log_as(name: str) -> None:
-    """From now on this process logs under `name`, to stderr."""
+    """From now on this process logs under `name`, to stderr, what DEJAVU_LOG_LEVEL asks for."""
+    asked = os.environ.get("DEJAVU_LOG_LEVEL") or "INFO"
+    level = logging.getLevelNamesMapping().get(asked.upper())
     logging.basicConfig(
         stream=sys.stderr,
-        level=os.environ.get("DEJAVU_LOG_LEVEL", "INFO").upper(),
+        level=logging.INFO if level is None else level,
         format=f"%(asctime)s {name} %(levelname)s %(message)s",
         force=True,
     )
+    if level is None:
+        logger.warning("DEJAVU_LOG_LEVEL: there is no level %r; INFO is used", asked)
 
 
 def run_service(name: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]], cores: str = "") -> int:
