@@ -25,7 +25,15 @@ from dejavu import AsyncClient
 from loadtest.chaos_table import summarise, table
 from loadtest.doomed_client import doomed_client
 from loadtest.faults import DEFAULT_OUTAGE_S, FAULTS, Fault, known_faults
-from loadtest.history import Anomaly, History, Stream, check, detected_s, recomputed_tokens
+from loadtest.history import (
+    Anomaly,
+    History,
+    Stream,
+    check,
+    detected_s,
+    most_recomputed_tokens,
+    recomputed_tokens,
+)
 from loadtest.machine import describe_machine
 from loadtest.moments import Timing, await_moment, moment_of, timing_of
 from loadtest.partition import is_inside, run_inside
@@ -162,6 +170,7 @@ async def _run_once(
         "next_token_s": max(stream.longest_gap_s(fault_at_s) for stream in streams),
         "protected_s": None if fault.limits.protected_s is None else max(copies, default=0.0),
         "recomputed_tokens": recomputed_tokens(before, after),
+        "most_recomputed_tokens": most_recomputed_tokens(before, after),
         "anomalies": [[anomaly.name, anomaly.where, anomaly.detail] for anomaly in anomalies],
     }
 
@@ -202,7 +211,8 @@ def _line(run: dict[str, Any]) -> str:
     names = ", ".join(sorted({name for name, _, _ in run["anomalies"]})) or "no anomaly"
     return (
         f"{'+'.join(run['struck']) or 'nobody'} in {run['moment']}, detected {detected}, "
-        f"next token {run['next_token_s']:.3f} s, {run['recomputed_tokens']} tokens recomputed, {names}"
+        f"next token {run['next_token_s']:.3f} s, {run['recomputed_tokens']} tokens recomputed "
+        f"({run['most_recomputed_tokens']} of one stream), {names}"
     )
 
 

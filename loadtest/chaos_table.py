@@ -17,6 +17,7 @@ HEAD = (
     "next token, median",
     "99 %",
     "recomputed tokens per stream, worst run",
+    "of one stream",
     "copies back, 99 %",
     "anomalies",
     "limits",
@@ -34,6 +35,7 @@ def summarise(runs: Sequence[Run], num_streams: int) -> dict[str, Any]:
     figures["undetected"] = sum(run["detected_s"] is None for run in runs)
     # as token drivers count them, all streams together: the worst run's mean over its streams
     figures["recomputed_per_stream_max"] = max(run["recomputed_tokens"] for run in runs) / num_streams
+    figures["most_recomputed_tokens"] = max(run.get("most_recomputed_tokens", 0) for run in runs)
     return figures
 
 
@@ -73,6 +75,7 @@ def _row(fault: Mapping[str, Any]) -> tuple[str, ...]:
         _seconds(summary["next_token_p50_s"]),
         _seconds(summary["next_token_p99_s"]),
         f"{summary['recomputed_per_stream_max']:.1f}",
+        str(summary.get("most_recomputed_tokens", "–")),
         _seconds(summary["protected_p99_s"]),
         str(summary["anomalies"]),
         "; ".join(verdict(fault)) or "–",

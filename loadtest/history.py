@@ -120,6 +120,13 @@ def recomputed_tokens(before: Mapping[str, Any], after: Mapping[str, Any]) -> in
     return max(0, total - _surviving(before, after))
 
 
+def most_recomputed_tokens(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """Of one stream. Drivers keep it for their epoch: one that has not grown in the same epoch is of an older fault."""
+    known = [service["recovery"] for service in before["services"] if "recovery" in service]
+    found = [service["recovery"] for service in after["services"] if "recovery" in service]
+    return max((each["most_recomputed_tokens"] for each in found if each not in known), default=0)
+
+
 def _surviving(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
     """What was counted before the fault by services that still live."""
     living = {(service["name"], service["incarnation"]) for service in after["services"]}

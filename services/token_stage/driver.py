@@ -292,6 +292,7 @@ class TokenDriver(Driver):
         stats: dict[str, Any] = {
             "kv_blocks": scheduler.kv_blocks(),
             "replication": {"lag_tokens": lag_tokens, "stores": scheduler.replication.num_stores},
+            "recovery": {"epoch": self.epoch, "most_recomputed_tokens": scheduler.most_recomputed_tokens},
             "counters": {"replica_lag_tokens": lag_tokens},
             "sequences": {"running": scheduler.num_running, "waiting": scheduler.num_waiting},
         }

@@ -302,6 +302,8 @@ class Intake(SequenceTable):
             self.costs.recomputed_after_preemption_tokens += max(0, num_tokens)
         else:
             self.costs.recomputed_tokens += max(0, num_tokens)
+            sequence.num_recomputed += max(0, num_tokens)
+            self.most_recomputed_tokens = max(self.most_recomputed_tokens, sequence.num_recomputed)
 
     def restoring(self, sequence_id: str) -> Sequence | None:
         """A live sequence, as the driver needs it to ask for its replica."""

@@ -63,6 +63,8 @@ class Sequence:
     is_open: bool = False
     num_lost: int = 0
     """so many had KV in the attempt before, or in an earlier epoch"""
+    num_recomputed: int = 0
+    """so many of these were computed again in this epoch, after failures"""
     confirmed: list[int] = field(default_factory=list)
     """up to which token each layer is here, of what is handed off"""
     first: Drawn | None = None

@@ -58,6 +58,8 @@ class SequenceTable:
         self.device = device
         self.fences = Fences(shape.num_stages)
         self.costs = Costs()
+        self.most_recomputed_tokens = 0
+        """of one sequence, after failures"""
         self.allocator = BlockAllocator(shape.num_blocks)
         self._max_sequence_blocks = shape.num_blocks if device is None else min(shape.num_blocks, device.num_blocks)
         self._sequences: dict[str, Sequence] = {}

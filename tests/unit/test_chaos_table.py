@@ -17,6 +17,7 @@ def run(detected: float | None, next_token: float, recomputed: int = 0, moment: 
         "detected_s": detected,
         "next_token_s": next_token,
         "recomputed_tokens": recomputed,
+        "most_recomputed_tokens": 2 * recomputed // 16,
         "moment": moment,
         "anomalies": [],
     }
@@ -33,7 +34,7 @@ def stream(*times: float) -> Stream:
 def test_percentiles_are_by_nearest_rank() -> None:
     summary = summarise([run(0.01 * index, 1.0, index) for index in range(1, 201)], 16)
     assert (summary["detected_p50_s"], summary["detected_p99_s"]) == (1.0, 1.98)
-    assert summary["recomputed_per_stream_max"] == 12.5
+    assert (summary["recomputed_per_stream_max"], summary["most_recomputed_tokens"]) == (12.5, 25)
     assert summary["protected_p99_s"] is None
 
 
@@ -58,7 +59,7 @@ def test_a_row_for_every_fault_that_was_run() -> None:
     rows = table({"faults": {"a": fault(runs, next_token_s=1.0), "b": {"runs": []}}}).splitlines()
     assert len(rows) == 3
     assert rows[2] == (
-        "| kill -9 | 3 (1, 1, 1) | 0.06 s | 0.07 s | 0.40 s | 0.50 s | 1.0 | – | 0 | next token ≤ 1 s met |"
+        "| kill -9 | 3 (1, 1, 1) | 0.06 s | 0.07 s | 0.40 s | 0.50 s | 1.0 | 2 | – | 0 | next token ≤ 1 s met |"
     )
 
 

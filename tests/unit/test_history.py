@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.history import History, Stream, check
+from loadtest.history import History, Stream, check, most_recomputed_tokens
 
 EXPECTED = [11, 12, 13, 14, 15]
 
@@ -107,3 +107,15 @@ def test_each_anomaly_is_found_alone(name: str, spoil: Callable[[History], None]
     spoiled = history()
     spoil(spoiled)
     assert {anomaly.name for anomaly in check(spoiled)} == {name}
+
+
+def test_what_one_stream_computed_again_is_of_this_fault() -> None:
+    def driver(epoch: int, most: int) -> dict[str, Any]:
+        return {"recovery": {"epoch": epoch, "most_recomputed_tokens": most}}
+
+    def most(*after: dict[str, Any]) -> int:
+        return most_recomputed_tokens({"services": [{}, driver(3, 5), driver(4, 2)]}, {"services": [{}, *after]})
+
+    assert most(driver(3, 5), driver(4, 2)) == most() == 0
+    assert most(driver(3, 5), driver(4, 3)) == 3
+    assert most(driver(5, 1), driver(4, 2)) == 1
