@@ -128,17 +128,16 @@ class BlockAllocator:
         """Balances the books: every block is in exactly one place. Raises `AssertionError` with the
         numbers."""
         held = [run for holding in self._holdings.values() for run in holding.runs]
-        headroom = [(holding.end, holding.headroom_end) for holding in self._holdings.values()]
+        headroom = [(each.end, each.headroom_end) for each in self._holdings.values() if each.end < each.headroom_end]
         quarantined = [run for runs in self._quarantined.values() for run in runs]
         kinds = {"free": list(self._free), "headroom": headroom, "held": held, "quarantined": quarantined}
-        sizes = {kind: sum(end - start for start, end in runs) for kind, runs in kinds.items()}
-        everything = sorted(run for runs in kinds.values() for run in runs if run[0] != run[1])
-        apart = all(one[1] <= other[0] for one, other in zip(everything, everything[1:], strict=False))
-        within = not everything or (everything[0][0] >= 0 and everything[-1][1] <= self.num_blocks)
+        sizes = {kind: sum([end - start for start, end in runs]) for kind, runs in kinds.items()}
+        everything = sorted([*kinds["free"], *headroom, *held, *quarantined])
+        # each begins where the one before it ends
+        is_whole = [0, *[end for _, end in everything]] == [*[start for start, _ in everything], self.num_blocks]
         counted = (self._free.size, self._num_headroom, self._num_quarantined)
-        agree = counted == (sizes["free"], sizes["headroom"], sizes["quarantined"])
-        if not (apart and within and agree and sum(sizes.values()) == self.num_blocks):
-            raise AssertionError(f"blocks do not add up to {self.num_blocks}: {sizes}, counted {counted}, {apart=}")
+        if not is_whole or counted != (sizes["free"], sizes["headroom"], sizes["quarantined"]):
+            raise AssertionError(f"blocks do not add up to {self.num_blocks}: {sizes}, counted {counted}, {everything}")
 
     # ------------------------------------------------------------ placing
 

@@ -7,6 +7,7 @@ import asyncio
 import math
 import random
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ class ClusterWorld:
 
     def __init__(self, seed: int, *, may_kill: bool = True) -> None:
         self.draws = random.Random(seed)
+        self._loop = asyncio.get_running_loop()
         self.etcd = SimulatedEtcd(self.draws, self._check_write)
         self.lives: dict[str, Life] = {}
         self.violations: list[str] = []
@@ -154,7 +156,7 @@ class ClusterWorld:
 
     @property
     def now_s(self) -> float:
-        return asyncio.get_running_loop().time()
+        return time.monotonic()
 
     # ------------------------------------------------------------ processes
 
@@ -236,23 +238,31 @@ class ClusterWorld:
         self._later(duration_s, lambda: self.etcd.come_up(was_stopped=was_stopped))
 
     def _later(self, delay_s: float, happen: Callable[[], None]) -> None:
-        asyncio.get_running_loop().call_later(delay_s, happen)
+        self._loop.call_later(delay_s, happen)
 
     # ------------------------------------------------------------ messages
 
     def deliver(self, sender: Process, name: str, message: Message) -> None:
-        task = asyncio.create_task(self._travel(sender, name, message))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._later(self.draws.uniform(0.0002, 0.002), lambda: self._arrive(sender, name, message))
 
-    async def _travel(self, sender: Process, name: str, message: Message) -> None:
-        await asyncio.sleep(self.draws.uniform(0.0002, 0.002))
+    def _arrive(self, sender: Process, name: str, message: Message) -> None:
+        life = self.lives.get(name)
+        if sender.is_stopped or (life is not None and life.process.is_stopped):
+            task = asyncio.create_task(self._wait_for_both(sender, name, message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        elif life is not None:
+            self._take(sender, life, message)
+
+    async def _wait_for_both(self, sender: Process, name: str, message: Message) -> None:
         await sender.turn()
         life = self.lives.get(name)
-        if life is None or life.process.is_dead or sender.is_dead:
-            return
-        await life.process.turn()
-        if life.process.is_dead:
+        if life is not None and not life.process.is_dead and not sender.is_dead:
+            await life.process.turn()
+            self._take(sender, life, message)
+
+    def _take(self, sender: Process, life: Life, message: Message) -> None:
+        if life.process.is_dead or sender.is_dead:
             return
         if isinstance(message, Beat) and life.cluster is not None:
             life.cluster.watchdog.heard(message.name, message.incarnation, message.overdue_s, self.now_s)

@@ -30,7 +30,7 @@ from services.prompt_stage.service import PromptStage
 from services.token_stage.driver import ORPHAN_S, TokenDriver
 from services.token_stage.sequence import Action, Produce
 from services.token_stage.service import TokenStage
-from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slot
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slots
 from tests.unit.simulated_peers import KnownPeers
 
 if TYPE_CHECKING:
@@ -138,11 +138,10 @@ class _Pulls:
         store = self._stage.world.store_named(pull.store)
         is_intact = store is not None
         if store is not None:
-            places = [slot(pull.store_blocks, position, STORE_BLOCK_SIZE) for position in range(pull.num_tokens)]
-            values = [store.pool.get(place, 0) for place in places]
+            sources = slots(pull.store_blocks, 0, pull.num_tokens, STORE_BLOCK_SIZE)
+            values = [store.pool.get(place, 0) for place in sources]
             is_intact = [checksum(values)] == pull.checksums
-            for position, value in enumerate(values):
-                self._stage.pool_of_kv[slot(pull.blocks, position, BLOCK_SIZE)] = value
+            self._stage.pool_of_kv.update(zip(slots(pull.blocks, 0, pull.num_tokens, BLOCK_SIZE), values, strict=True))
         self._stage.world.num_restored += is_intact
         self._stage.tell_driver(Pulled(pull.epoch, pull.sequence_id, pull.attempt, is_intact))
 
@@ -161,6 +160,7 @@ class Stage(StageService):
         service: Any = self
         service.engine = _Engine(self)
         self.world = world
+        self.process.over.add_done_callback(lambda over: world.leaving.append(self))
         self.pool_of_kv = {}
         self.pulls = service._pulls = _Pulls(self)
         self.peers = FleetPeers(world, f"{options.name}.{incarnation}")
@@ -184,7 +184,12 @@ class Stage(StageService):
 
     def ways(self) -> list[Callable[[], None]]:
         """What can happen inside it."""
-        return [self.run_step] * bool(self.flying) + [self.pulls.happen] * bool(self.pulls.waiting)
+        found: list[Callable[[], None]] = []
+        if self.flying:
+            found.append(self.run_step)
+        if self.pulls.waiting:
+            found.append(self.pulls.happen)
+        return found
 
     def run_step(self) -> None:
         """Everything that it reads is there, and is what it should be."""
@@ -201,10 +206,10 @@ class Stage(StageService):
             sequence.blocks += chunk.new_blocks
             if chunk.appended is not None and chunk.start == len(tokens):
                 tokens.append(chunk.appended)
-            for position in range(chunk.start + chunk.num_tokens):
-                place, value = slot(sequence.blocks, position, BLOCK_SIZE), kv_of(tokens, position)
-                assert position >= chunk.start or self.pool_of_kv[place] == value, "KV diverges"
-                self.pool_of_kv[place] = value
+            start, end = chunk.start, chunk.start + chunk.num_tokens
+            places, values = slots(sequence.blocks, 0, end, BLOCK_SIZE), kv_of(tokens, end)
+            assert [self.pool_of_kv[place] for place in places[:start]] == values[:start], "KV diverges"
+            self.pool_of_kv.update(zip(places[start:], values[start:], strict=True))
             if chunk.draws:
                 drawn.append(Drawn(next_token(tokens)))
         self.computed(step)
@@ -274,7 +279,7 @@ class FleetTokenStage(Stage, TokenStage):
 
     def verified(self) -> None:
         a = self.arrivals.popleft()
-        places = [slot(list(a.blocks), p, BLOCK_SIZE) for p in range(a.start, a.start + a.num_tokens)]
+        places = slots(list(a.blocks), a.start, a.start + a.num_tokens, BLOCK_SIZE)
         is_intact = checksum(self.pool_of_kv.get(place, 0) for place in places) == a.checksum
         confirmed = KvConfirmed(a.epoch, a.sequence_id, a.attempt, a.layers, a.start, a.num_tokens, is_intact)
         if a.epoch == self.epoch:
@@ -321,8 +326,8 @@ class _Writer:
 
     def ready(self) -> HandoffSpan | None:
         """The oldest that can go: what is for a pipeline that we have not heard of yet waits."""
-        known = [span for span in self.pending if span.destination in self._links or span.destination in self._over]
-        return next(iter(known), None)
+        known = (span for span in self.pending if span.destination in self._links or span.destination in self._over)
+        return next(known, None)
 
     def write(self) -> None:
         """The oldest of them lands, where it still may."""
@@ -340,9 +345,8 @@ class _Writer:
         start, end = span.token_range
         ours, theirs = list(span.source_blocks), list(span.destination_blocks)
         self.stage.world.check_write(stage, span)
-        values = [self.stage.pool_of_kv[slot(ours, position, BLOCK_SIZE)] for position in range(start, end)]
-        for position, value in zip(range(start, end), values, strict=True):
-            stage.pool_of_kv[slot(theirs, position, BLOCK_SIZE)] = value
+        values = [self.stage.pool_of_kv[place] for place in slots(ours, start, end, BLOCK_SIZE)]
+        stage.pool_of_kv.update(zip(slots(theirs, start, end, BLOCK_SIZE), values, strict=True))
         self.stage._handoffs._on_arrival(
             Arrival(
                 span.destination, 0, span.sequence_id, span.attempt, (0, 1), start, end - start, theirs,

@@ -24,7 +24,7 @@ from common.replica_messages import (
 )
 from services.cache_store.shelf import Shelf
 from tests.unit.fleet_stages import U64, FleetPeers, FleetTokenStage, checksum, drive
-from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, slot
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, slots
 
 if TYPE_CHECKING:
     from tests.unit.fleet_world import Fleet
@@ -112,10 +112,8 @@ class FleetStore:
         if source is None or not self.world.is_alive(source):
             self.shelf.abandon(item.key, 0.0)
             return False
-        first = item.start // BLOCK_SIZE * BLOCK_SIZE
-        places = range(item.start, item.start + item.num_tokens)
-        values = [source.pool_of_kv[slot(item.blocks, position - first, BLOCK_SIZE)] for position in places]
-        for position, value in zip(places, values, strict=True):
-            self.pool[slot(blocks, position, STORE_BLOCK_SIZE)] = value
+        start, offset, count = item.start, item.start % BLOCK_SIZE, item.num_tokens
+        values = [source.pool_of_kv[place] for place in slots(item.blocks, offset, offset + count, BLOCK_SIZE)]
+        self.pool.update(zip(slots(blocks, start, start + count, STORE_BLOCK_SIZE), values, strict=True))
         self.shelf.commit(item, np.array([[value & U64 for value in values]], dtype=np.uint64))
         return True

@@ -98,6 +98,8 @@ class Fleet:
         self.cut_off: dict[str, Process] = {}
         self.agenda: list[Callable[[], None]] = []
         """what follows some time after a fault"""
+        self.leaving: list[Stage] = []
+        """stages whose pipeline is over"""
         self.wire: dict[tuple[str, str], deque[tuple[str, bytes]]] = {}
         self.news: dict[tuple[str, str], deque[object]] = defaultdict(deque)
         self.clients: dict[str, Client] = {}
@@ -120,14 +122,14 @@ class Fleet:
 
     @property
     def routers(self) -> list[FleetRouter]:
-        return [process for process in self.processes.values() if isinstance(process, FleetRouter)]
+        return [process for process in self.processes.values() if type(process) is FleetRouter]
 
     def stages(self, kind: type[Stage]) -> list[Any]:
-        return [process for process in self.processes.values() if isinstance(process, kind)]
+        return [process for process in self.processes.values() if type(process) is kind]
 
     @property
     def stores(self) -> list[FleetStore]:
-        return [process for process in self.processes.values() if isinstance(process, FleetStore)]
+        return [process for process in self.processes.values() if type(process) is FleetStore]
 
     def store_named(self, name: str) -> FleetStore | None:
         return next((store for store in self.stores if store.name == name), None)
@@ -192,6 +194,10 @@ class Fleet:
             sent = self.wire[key]
             for _ in range(len(sent) if key[1] == incarnation else self.draws.randint(0, len(sent))):
                 sent.pop()
+            if not sent:
+                del self.wire[key]
+        for kind in ("members", "pipelines"):
+            self.news.pop((incarnation, kind), None)
 
     def _name(self, process: Process) -> str:
         return process.options.name if isinstance(process, Stage) else process.name
@@ -241,20 +247,22 @@ class Fleet:
         if to in self.processes or to in self.cut_off:
             self.wire.setdefault((sender, to), deque()).append((sender, frame))
 
-    def ways(self) -> list[Callable[[], None]]:
-        """All that can happen now."""
-        found: list[Callable[[], None]] = []
-        for (_, to), sent in self.wire.items():
-            if sent:
-                found.append(lambda sent=sent, to=to: self._arrive(to, sent))  # type: ignore[misc]
+    def happen(self, draws: random.Random) -> bool:
+        """One of the things that can happen does; False: nothing can."""
+        found: list[tuple[Any, ...]] = [(self._arrive, to, sent) for (_, to), sent in self.wire.items() if sent]
         for (incarnation, kind), events in self.news.items():
-            process = self.processes.get(incarnation)
-            if events and process is not None and process.can_hear(kind):
-                found.append(lambda p=process, k=kind, e=events: p.hear(k, e.popleft()))  # type: ignore[misc]
+            if events and (process := self.processes.get(incarnation)) is not None and process.can_hear(kind):
+                found.append((self._news_arrive, process, kind, events))
         for process in (*self.processes.values(), *self.cut_off.values()):
-            found += process.ways()
-        found += [self._reach_client] * bool(self.to_clients) + [self._hear_client] * bool(self.from_clients)
-        return found
+            found += [(way,) for way in process.ways()]
+        found += [(self._reach_client,)] * bool(self.to_clients) + [(self._hear_client,)] * bool(self.from_clients)
+        if found:
+            way, *arguments = draws.choice(found)
+            way(*arguments)
+        return bool(found)
+
+    def _news_arrive(self, process: Process, kind: str, events: deque[object]) -> None:
+        process.hear(kind, events.popleft())
 
     def _arrive(self, to: str, sent: deque[tuple[str, bytes]]) -> None:
         sender, frame = sent.popleft()
@@ -290,7 +298,9 @@ class Fleet:
             return
         scheduler = stage.driver.scheduler
         scheduler.allocator.check()
-        lent = {b: replica_key(s.sequence_id) for s in scheduler._sequences.values() for b in s.blocks}
+        lent: dict[int, str] = {}
+        for sequence in scheduler._sequences.values() if touched else ():
+            lent |= dict.fromkeys(sequence.blocks, replica_key(sequence.sequence_id))
         for key, blocks in touched:
             assert all(lent.get(block, key) == key for block in blocks), f"blocks of {key} were given away too early"
 

@@ -11,10 +11,12 @@ def next_token(tokens: list[int]) -> int:
     return hash(tuple(tokens)) % 89 + 1
 
 
-def kv_of(tokens: list[int], position: int) -> int:
-    """What the cache of a position holds: it depends on all ids up to there."""
-    return hash(tuple(tokens[: position + 1]))
+def kv_of(tokens: list[int], end: int) -> list[int]:
+    """What the caches of positions [0, end) hold: each depends on all ids up to there."""
+    value = 0
+    return [value := hash((value, token)) for token in tokens[:end]]
 
 
-def slot(blocks: list[int], position: int, block_size: int) -> int:
-    return blocks[position // block_size] * block_size + position % block_size
+def slots(blocks: list[int], start: int, end: int, block_size: int) -> list[int]:
+    """Where positions [start, end) lie in a pool."""
+    return [blocks[position // block_size] * block_size + position % block_size for position in range(start, end)]

@@ -16,7 +16,7 @@ from services.token_stage.replication import Replication, ToStore
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, AskStore, Fail, Produce, PullReplica
 from services.token_stage.table import PipelineShape
-from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slot
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slots
 
 NUM_STAGES = 2
 
@@ -242,10 +242,10 @@ class World:
             blocks += chunk.new_blocks
             if chunk.appended is not None and chunk.start == len(tokens):
                 tokens.append(chunk.appended)
-            for position in range(chunk.start):
-                assert self.pool[slot(blocks, position, BLOCK_SIZE)] == kv_of(tokens, position)
-            for position in range(chunk.start, chunk.start + chunk.num_tokens):
-                self.pool[slot(blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+            start, end = chunk.start, chunk.start + chunk.num_tokens
+            places, values = slots(blocks, 0, end, BLOCK_SIZE), kv_of(tokens, end)
+            assert [self.pool[place] for place in places[:start]] == values[:start]
+            self.pool.update(zip(places[start:], values[start:], strict=True))
             if chunk.draws:
                 drawn.append(Drawn(next_token(tokens)))
                 tokens.append(drawn[-1].token_id)
@@ -258,12 +258,12 @@ class World:
         held = sequence.replica
         is_intact = store is not None and held is not None
         if store is not None and held is not None:
-            for position in range(held.num_tokens):
-                value = store.pool[slot(held.blocks, position, STORE_BLOCK_SIZE)]
-                is_intact = is_intact and value == kv_of(sequence.tokens, position)
-                # of one that was cancelled meanwhile the store keeps nothing
-                assert is_intact or sequence.is_leaving or sequence.source in self.damaged
-                self.pool[slot(sequence.blocks, position, BLOCK_SIZE)] = value
+            count = held.num_tokens
+            values = [store.pool[place] for place in slots(held.blocks, 0, count, STORE_BLOCK_SIZE)]
+            is_intact = values == kv_of(sequence.tokens, count)
+            # of one that was cancelled meanwhile the store keeps nothing
+            assert is_intact or sequence.is_leaving or sequence.source in self.damaged
+            self.pool.update(zip(slots(sequence.blocks, 0, count, BLOCK_SIZE), values, strict=True))
             self.num_restored += is_intact
         self.carry_out(self.token.pulled(sequence_id, sequence.attempt, is_intact))
 
@@ -310,11 +310,11 @@ class World:
         blocks = store.shelf.make_room("token-0", item, 0.0)
         if blocks is None:
             return False
-        first = item.start // BLOCK_SIZE * BLOCK_SIZE
-        for position in range(item.start, item.start + item.num_tokens):
-            # of blocks that were given away it reads what happens to be there
-            value = self.pool.get(slot(item.blocks, position - first, BLOCK_SIZE), 0)
-            store.pool[slot(blocks, position, STORE_BLOCK_SIZE)] = value
+        start, offset = item.start, item.start % BLOCK_SIZE
+        sources = slots(item.blocks, offset, offset + item.num_tokens, BLOCK_SIZE)
+        places = slots(blocks, start, start + item.num_tokens, STORE_BLOCK_SIZE)
+        # of blocks that were given away it reads what happens to be there
+        store.pool.update((place, self.pool.get(source, 0)) for place, source in zip(places, sources, strict=True))
         store.shelf.commit(item, np.zeros((1, item.num_tokens), dtype=np.uint64))
         return True
 
@@ -345,8 +345,11 @@ class World:
     def check_blocks(self) -> None:
         """Nobody else has them meanwhile."""
         self.token.allocator.check()
-        lent = {b: replica_key(s.sequence_id) for s in self.token._sequences.values() for b in s.blocks}
-        for key, blocks in self.touches():
+        lent: dict[int, str] = {}
+        touches = self.touches()
+        for sequence in self.token._sequences.values() if touches else ():
+            lent |= dict.fromkeys(sequence.blocks, replica_key(sequence.sequence_id))
+        for key, blocks in touches:
             assert all(lent.get(block, key) == key for block in blocks), f"blocks of {key} were given away too early"
 
     # ------------------------------------------------------------ delivery

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -54,7 +55,7 @@ class SimulatedEtcd:
 
     @property
     def now_s(self) -> float:
-        return asyncio.get_running_loop().time()
+        return time.monotonic()
 
     async def expire(self) -> None:
         """Runs for ever."""

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import math
 import random
+import time
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -185,7 +186,7 @@ class StoreWorld:
 
     @property
     def now_s(self) -> float:
-        return asyncio.get_running_loop().time()
+        return time.monotonic()
 
     @property
     def is_served(self) -> bool:

@@ -82,6 +82,9 @@ def retire(world: Fleet) -> None:
 
 def leave_retired(world: Fleet) -> None:
     """A process whose pipeline is over goes on in its other role."""
+    if not world.leaving:
+        return
+    world.leaving.clear()
     for stage in [*world.stages(FleetTokenStage), *world.stages(FleetPromptStage)]:
         if stage.process.over.done():
             world.end(stage)
@@ -135,10 +138,8 @@ def simulate(seed: int) -> Fleet:
             world.agenda.pop(0)()
         if draws.random() < 0.003:
             run_a_timer(world)
-        ways = world.ways()
-        if ways:
-            draws.choice(ways)()
-        elif not (to_submit or faults or world.agenda) and not let_time_pass(world):
+        happened = world.happen(draws)
+        if not happened and not (to_submit or faults or world.agenda) and not let_time_pass(world):
             break
         leave_retired(world)
         if turn % 8 == 0:
@@ -183,11 +184,12 @@ def _settle(world: Fleet, *, deaf: Stage | None = None) -> None:
     held = [] if deaf is None else [world.news[deaf.incarnation, "pipelines"]]
     if deaf is not None:
         world.news[deaf.incarnation, "pipelines"] = deque()
-    while world.agenda or (ways := world.ways()) or (deaf is None and let_time_pass(world)):
+    is_over = False
+    while not is_over:
         if world.agenda:
             world.agenda.pop(0)()
-        elif ways:
-            world.draws.choice(ways)()
+        elif not world.happen(world.draws):
+            is_over = deaf is not None or not let_time_pass(world)
         if deaf is not None:
             held[0].extend(world.news[deaf.incarnation, "pipelines"])
             world.news[deaf.incarnation, "pipelines"].clear()
@@ -205,7 +207,7 @@ def test_a_prompt_pipeline_is_asked_once_it_is_known_who_drives_it(seed: int) ->
         world.submit(f"r{index}", 40, 8)
     [token], [prompt] = world.stages(FleetTokenStage), world.stages(FleetPromptStage)
     while not prompt.flying:
-        world.draws.choice(world.ways())()
+        world.happen(world.draws)
     lose_stage(world, prompt, lives_on=False)
     _settle(world, deaf=token)
     assert not all(client.outcome for client in world.clients.values()), "nobody was to be asked yet"

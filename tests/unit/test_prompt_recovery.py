@@ -16,7 +16,7 @@ from common.messages import Drawn, Prefill, Step, pack_ids
 from services.prompt_stage.scheduler import Action as PromptAction
 from services.prompt_stage.scheduler import DeliverFirst, NeverStarted, PromptScheduler, PullHeld
 from services.token_stage.sequence import Action, Grant, StopPrefill
-from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slot
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slots
 from tests.unit.replication_world import NUM_STAGES, World
 
 NUM_PROMPT_BLOCKS = 40
@@ -113,12 +113,16 @@ class TwoPipelines(World):
             if (other.sequence_id, other.attempt) != (prefill.sequence_id, prefill.attempt):
                 touched = set(prefill.handoff.blocks[first : last + 1])
                 assert not touched & set(other.blocks), "a block was given away that somebody may still write to"
-        for position in range(*late.span):
-            self.pool[slot(prefill.handoff.blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+        self.write(prefill.handoff.blocks, tokens, late.span)
         self.num_late += 1
         if self.draws.random() < 0.3:
             self.late.remove(late)
             self.answer_fences()
+
+    def write(self, blocks: list[int], tokens: list[int], span: tuple[int, int]) -> None:
+        """The KV of these tokens into the token pipeline's pool."""
+        start, end = span
+        self.pool.update(zip(slots(blocks, start, end, BLOCK_SIZE), kv_of(tokens, end)[start:], strict=True))
 
     def fence_off(self, stage: int, oldest: dict[str, int]) -> None:
         fence = Fence(oldest)
@@ -190,10 +194,9 @@ class TwoPipelines(World):
             prefill, blocks = self.prompt_table[chunk.sequence_id]
             tokens = list(memoryview(prefill.token_ids).cast("i"))
             end = chunk.start + chunk.num_tokens
-            for position in range(chunk.start):
-                assert self.prompt_pool[slot(blocks, position, BLOCK_SIZE)] == kv_of(tokens, position)
-            for position in range(chunk.start, end):
-                self.prompt_pool[slot(blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+            places, values = slots(blocks, 0, end, BLOCK_SIZE), kv_of(tokens, end)
+            assert [self.prompt_pool[place] for place in places[: chunk.start]] == values[: chunk.start]
+            self.prompt_pool.update(zip(places[chunk.start :], values[chunk.start :], strict=True))
             self.num_prompt_tokens += chunk.num_tokens
             self.prompt_ends[chunk.sequence_id] = end
             start = 0 if chunk.sequence_id in opened_now else chunk.start
@@ -210,8 +213,7 @@ class TwoPipelines(World):
             key = (prefill.sequence_id, prefill.attempt)
             self.unconfirmed.setdefault(key, {}).update(self.leave_behind(prefill, is_direct=False))
             return
-        for position in range(*span):
-            self.pool[slot(handoff.blocks, position, BLOCK_SIZE)] = kv_of(tokens, position)
+        self.write(handoff.blocks, tokens, span)
         self.wire.append(("kv_confirmed", (self.epoch, prefill.sequence_id, prefill.attempt, (0, 1), span, True)))
 
     def end_writing(self, prefill: Prefill) -> None:
@@ -223,8 +225,8 @@ class TwoPipelines(World):
 
     def let_go(self, prefill: Prefill, blocks: list[int], computed: list[int]) -> None:
         """The last of what a stage hands off is read only now."""
-        for position in range(len(computed)):
-            assert self.prompt_pool[slot(blocks, position, BLOCK_SIZE)] == kv_of(computed, position)
+        places = slots(blocks, 0, len(computed), BLOCK_SIZE)
+        assert [self.prompt_pool[place] for place in places] == kv_of(computed, len(computed))
         self.prompt.let_go(prefill.sequence_id, prefill.attempt)
 
     def prompt_actions(self, actions: Iterable[PromptAction]) -> None:
@@ -241,13 +243,11 @@ class TwoPipelines(World):
         assert held is not None
         tokens = list(memoryview(prefill.token_ids).cast("i"))
         store = self.stores.get(prefill.held_by)
-        is_intact = store is not None
-        for position in range(held.num_tokens if store is not None else 0):
-            assert store is not None
-            value = store.pool.get(slot(held.blocks, position, STORE_BLOCK_SIZE))
-            is_intact = is_intact and value == kv_of(tokens, position)
-            if value is not None:
-                self.prompt_pool[slot(pull.blocks, position, BLOCK_SIZE)] = value
+        is_intact = False
+        if store is not None:
+            values = [store.pool.get(place, 0) for place in slots(held.blocks, 0, held.num_tokens, STORE_BLOCK_SIZE)]
+            is_intact = values == kv_of(tokens, held.num_tokens)
+            self.prompt_pool.update(zip(slots(pull.blocks, 0, held.num_tokens, BLOCK_SIZE), values, strict=True))
         self.prompt_actions(self.prompt.pulled(prefill.sequence_id, prefill.attempt, is_intact))
 
     # ------------------------------------------------------------ delivery
