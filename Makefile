@@ -16,8 +16,8 @@ test: setup ## all tests
 test-layouts: setup ## every cut of the stages and every model family, through real processes (20 minutes)
 	@OMP_NUM_THREADS=1 $(python) -m pytest -m matrix $(ARGS)
 
-simulate: setup ## the deciding code of all services on a simulated network: deaths and losses by 2,000 seeds, in an hour or two (make simulate SEEDS=100)
-	@OMP_NUM_THREADS=1 $(python) -m pytest -q -m seeds --seeds $(or $(SEEDS),2000) $(ARGS)
+simulate: setup ## the deciding code of all services on a simulated network: deaths and losses by 2,000 seeds (make simulate SEEDS=100, SEEDS=500:1000, JOBS=2)
+	@OMP_NUM_THREADS=1 $(python) -m loadtest.simulate --seeds $(or $(SEEDS),2000) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 leaks: setup ## 1,000 requests, cancelled and disconnected at random: every KV block must come back
 	@$(python) -m loadtest.leaks --requests 1000 --serve-options "--prompt-stages 2 --token-stages 2" $(ARGS)

@@ -8,8 +8,19 @@ from collections.abc import Generator
 import pytest
 
 
+def _seeds(text: str) -> range:
+    """Of "N" or "A:B"."""
+    first, colon, end = text.partition(":")
+    return range(int(first), int(end)) if colon else range(int(first))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seeds", type=int, metavar="N", help="seeds of every simulation, instead of each one's own few")
+    parser.addoption(
+        "--seeds",
+        type=_seeds,
+        metavar="N|A:B",
+        help="the first N seeds of every simulation, or those from A to B - 1, instead of each one's own few",
+    )
     parser.addoption("--seed", type=int, metavar="S", help="this seed alone")
 
 
@@ -22,7 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("seeds")
     if marker is not None:
         alone = metafunc.config.getoption("--seed")
-        seeds = range(metafunc.config.getoption("--seeds") or marker.args[0]) if alone is None else [alone]
+        several = metafunc.config.getoption("--seeds") or range(marker.args[0])
+        seeds = several if alone is None else [alone]
         metafunc.parametrize("seed", seeds)
 
 
