@@ -119,6 +119,10 @@ class FileStore:
         # any key makes a name: no separators, not too long
         return self._directory / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.kv"
 
+    def _stored(self) -> list[Path]:
+        with typed_errors(str(self._directory)):
+            return list(self._directory.glob("*.kv"))
+
     def _used_bytes(self) -> int:
         with typed_errors(str(self._directory)):
             used_bytes = sum(entry.stat().st_size for entry in os.scandir(self._directory))
@@ -132,11 +136,11 @@ class FileStore:
         self._room_bytes -= num_bytes
 
     def _headers(self) -> dict[str, PoolLayout]:
-        found = [_read_header(path) for path in self._directory.glob("*.kv")]
+        found = [_read_header(path) for path in self._stored()]
         return {header.key: header.layout for header in found if header is not None}
 
     def _remove_damaged(self) -> list[str]:
-        damaged = [path for path in self._directory.glob("*.kv") if _read_header(path) is None]
+        damaged = [path for path in self._stored() if _read_header(path) is None]
         with typed_errors(str(self._directory)):
             for path in damaged:
                 path.unlink()

@@ -307,6 +307,12 @@ def test_what_comes_back_is_what_was_kept(seed: int) -> None:
     simulate(seed)
 
 
+@pytest.mark.parametrize("seed", [198, 396])
+def test_a_directory_that_cannot_be_listed_ends_no_store(seed: int) -> None:
+    """It is served without its disk."""
+    simulate(seed)
+
+
 def test_much_is_found_and_much_comes_back() -> None:
     """The runs would say little if nothing came back from the disk, or nothing was ever torn."""
     worlds = [simulate(seed) for seed in range(100, 110)]
