@@ -57,7 +57,7 @@ class World:
         self.refused: set[tuple[str, str]] = set()
         """what a store had no room for, as far as its answers have arrived: (store, key)"""
         self.answers: dict[tuple[int, str, int], list[str]] = {}
-        """the keys that a batch (of an epoch, to a store) was about"""
+        """the keys that a batch (of an epoch, to a store) is about, until it has been answered"""
         self.durability: dict[str, str] = {}
         self.term = 0
         self.ours: dict[str, str] = {}
@@ -369,8 +369,8 @@ class World:
             return
         if kind == "replicated":
             name, batch, failed = rest
-            if (epoch, name, batch) not in self.void_batches:
-                keys = self.answers[epoch, name, batch]  # type: ignore[index]
+            keys = self.answers.pop((epoch, name, batch), None)  # type: ignore[arg-type]
+            if keys is not None and (epoch, name, batch) not in self.void_batches:
                 self.refused -= {(str(name), key) for key in keys}
                 self.refused |= {(str(name), key) for key in failed}  # type: ignore[attr-defined]
             self.carry_out(self.token.replicated(*rest))  # type: ignore[arg-type]

@@ -34,6 +34,11 @@ def forsake(seed: int) -> World:
     return simulate(seed, ["forsake", "forsake", "epoch"] * 20, rate=0.03)
 
 
+def test_an_answer_that_comes_twice_counts_once() -> None:
+    """The second may come after the next batch's."""
+    forsake(416)
+
+
 @pytest.mark.seeds(20)
 def test_what_is_lost_on_the_way_is_sent_again(seed: int) -> None:
     simulate(seed, ["epoch", "router", "join", "forsake"], loss=0.3)
