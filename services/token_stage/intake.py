@@ -182,14 +182,17 @@ class Intake(SequenceTable):
         return None if sequence is None else sequence.writer
 
     def pipeline_replaced(self, pipeline: str, epoch: int) -> list[Action]:
-        """A prompt pipeline runs a new epoch: what its older epochs had not finished is prefilled again."""
+        """A prompt pipeline runs a new epoch: what its older epochs had not finished is prefilled again. A stage of it
+        may have told us that its hand-off was over, and died before it told ours what to confirm."""
         self.fences.ask({pipeline: epoch})
         for sequence in list(self._sequences.values()):
             writer = sequence.writer
-            if not sequence.awaits_writers or writer is None or writer[0] != pipeline or writer[1] >= epoch:
+            has_begun = sequence.awaits_writers or sequence.ended_writers
+            if not has_begun or writer is None or writer[0] != pipeline or writer[1] >= epoch:
                 continue
-            sequence.awaits_writers = False
-            self._fence(sequence, {pipeline: epoch})
+            if sequence.awaits_writers:
+                sequence.awaits_writers = False
+                self._fence(sequence, {pipeline: epoch})
             if sequence.phase is Phase.PREFILLING and not self._is_complete(sequence):
                 sequence.requeue = True
             self._release_if_untouched(sequence)
