@@ -153,6 +153,27 @@ def wake_up_replaced(seed: int) -> None:
     _run(seed, act, may_kill=False)
 
 
+@pytest.mark.seeds(5)
+def test_a_leader_that_slept_publishes_nothing(seed: int) -> None:
+    wake_up_deposed(seed)
+
+
+def wake_up_deposed(seed: int) -> None:
+    """A stage dies as a leader wakes up: it may hear of that before it hears that another one leads."""
+
+    async def act(world: ClusterWorld) -> None:
+        await _begin(world)
+        (leader,) = [life for life in world.lives.values() if life.cluster is not None and life.cluster.is_leader]
+        duration_s = world.draws.uniform(0.5, 1.5)
+        world.stop(leader, duration_s)
+        await asyncio.sleep(duration_s + world.draws.uniform(-0.02, 0.2))
+        world.kill(world.lives["token-0-0"])
+        await asyncio.sleep(15.0)
+        await _settle(world, SETTLE_LIMIT_S)
+
+    _run(seed, act, may_kill=False)
+
+
 def test_a_run_can_be_repeated() -> None:
     """The same seed has the same course."""
     courses = [[(at_s, record.pipeline) for at_s, record in simulate(3).published] for _ in range(2)]

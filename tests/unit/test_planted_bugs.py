@@ -12,7 +12,7 @@ import pytest
 from common.etcd.client import is_absent
 from common.etcd.election import Election
 from common.etcd.lease import Lease
-from common.membership import GONE, Roster
+from common.membership import GONE, Membership, Roster
 from common.messages import TokensProduced
 from services.cache_store.shelf import Shelf
 from services.router import cluster, requests
@@ -34,6 +34,8 @@ PROMPTS = test_prompt_recovery.simulate
 WHOLE = test_whole_system.simulate
 CLUSTER = test_cluster_simulation.simulate
 REPLACEMENT = test_cluster_simulation.replace_in_time
+REPLACED = test_cluster_simulation.wake_up_replaced
+DEPOSED = test_cluster_simulation.wake_up_deposed
 
 
 def touched_only_by(*names: str) -> Callable[[Patch], None]:
@@ -101,6 +103,10 @@ def as_if_never_paused(old: Any, self: Watchdog, members: Any, now_s: float) -> 
     if self._ticked_at_s is None:
         self._ticked_at_s = now_s - TICK_S
     return old(self, members, now_s)
+
+
+async def always_confirmed(self: Membership, limit_s: float) -> bool:
+    return True
 
 
 def without_delivered(*args: Any) -> Any:
@@ -192,9 +198,17 @@ BUGS = [
     ),
     Bug("a new prompt epoch is not noticed", PROMPTS, instead(Intake, "pipeline_replaced", lambda *args: [])),
     Bug("a store's death is not noticed", STORES, instead(Intake, "store_lost", lambda *args: [])),
-    Bug("a deposed router publishes", CLUSTER, instead(Election, "guard", lambda self: is_absent("/nobody")), 30),
+    Bug("a deposed router publishes", DEPOSED, instead(Election, "guard", lambda self: is_absent("/nobody"))),
     Bug("an outage of etcd ends everybody", CLUSTER, instead(Lease, "settled_at_s", lambda self: 0.0)),
-    Bug("who has lost its lease judges others", CLUSTER, instead(Lease, "is_held", lambda self: True), 20),
+    Bug(
+        "who may have been replaced judges others",
+        REPLACED,
+        lambda patch: (
+            instead(Lease, "is_held", lambda self: True)(patch),
+            instead(Membership, "is_confirmed", always_confirmed)(patch),
+        )[0],
+    ),
+    Bug("who has just come back judges others", REPLACED, instead(Membership, "standing", lambda self: 1)),
     Bug(
         "who was lost and is back is not published",
         CLUSTER,
