@@ -48,7 +48,7 @@ BUGS = [
         "a pipeline that a sequence has left deletes its copy",
         FLEET,
         instead(Shelf, "ended", lambda self, pipeline, key: self.forget(key)),
-        165,
+        345,
     ),
     Bug(
         "a claim that went nowhere is not repeated",
