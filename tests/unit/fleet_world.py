@@ -107,6 +107,8 @@ class Fleet:
         self.from_clients: deque[tuple[str, str]] = deque()
         self.homes: dict[str, tuple[str, int]] = {}
         """the driver and the epoch that each sequence was last given to, by its key"""
+        self.shown: dict[str, int] = defaultdict(int)
+        """so many of its tokens were shown when they were safe"""
         self.leader: FleetRouter
         for name in ("router-0", "router-1"):
             self.start(name, "router")
@@ -310,6 +312,11 @@ class Fleet:
         if sequence is None or sequence.max_lag is None or sequence.phase is Phase.ENDED:
             return
         key, tokens = replica_key(produced.sequence_id), sequence.tokens[: sequence.num_prompt + produced.index]
+        if self.homes.get(key) != (stage.options.name, stage.epoch):
+            return  # nobody shows it: a new router has given the sequence to others
+        if produced.index < self.shown[key]:
+            return  # again, to a new router
+        self.shown[key] = produced.index + 1
         kept = [store.shelf.locate(key, pack_ids(tokens), 0.0) for store in self.stores]
         is_safe = any(found is not None and found[1] >= len(tokens) - sequence.max_lag for found in kept)
         is_refused = any(key in store.refused for store in scheduler.replication._stores.values())

@@ -8,6 +8,7 @@ from collections import deque
 
 import pytest
 
+from common.succession import standing
 from tests.unit.fleet_stages import NUM_BLOCKS, FleetPromptStage, FleetTokenStage, Stage
 from tests.unit.fleet_world import Fleet
 
@@ -74,7 +75,8 @@ def retire(world: Fleet) -> None:
     """Where another pipeline of the kind works, as the router demands."""
     kinds: list[type[Stage]] = [FleetTokenStage, FleetPromptStage]
     for kind in world.draws.sample(kinds, 2):
-        able = [stage for stage in world.stages(kind) if world.leader.requests.is_ready(stage.options.pipeline)]
+        stays = [stage for stage in world.stages(kind) if stage.options.pipeline in standing(world.records)]
+        able = [stage for stage in stays if world.leader.requests.is_ready(stage.options.pipeline)]
         if len(able) > 1:
             world.retire(world.draws.choice(able))
             return
