@@ -67,6 +67,8 @@ class TokenDriver(Driver):
         )
         self.scheduler = TokenScheduler(shape, self._new_replication(), device_tier(options.swap, ready))
         self._audience = Audience()
+        self._dead_routers: set[Sender] = set()
+        """what they had sent may still arrive"""
         self._prompts = prompts
         self._waiting: list[Grant] = []
         """no prompt pipeline was there for these"""
@@ -118,7 +120,8 @@ class TokenDriver(Driver):
             case PipelineReady(pipeline):
                 self._prompts_ready(pipeline)
             case Admit():
-                if self.stage.accepts(message.epoch):
+                # a dead one's successor may have given us the same sequence already: that one has a reader
+                if self.stage.accepts(message.epoch) and sender not in self._dead_routers:
                     self._admit(sender, message)
             case CancelSequence(sequence_id):
                 ours = self._audience.called(sequence_id)
@@ -145,6 +148,7 @@ class TokenDriver(Driver):
 
     def member_joined(self, record: MemberRecord) -> None:
         if record.role == "router":
+            self._dead_routers.discard(Sender(record.name, record.incarnation))
             self._report_orphans(record.name, record.name)
         elif record.role == "cache_store":
             self.scheduler.replication.store_joined(record.name, was_there=False)
@@ -167,6 +171,7 @@ class TokenDriver(Driver):
 
     def _router_lost(self, router: Sender) -> None:
         """Nobody reads the tokens of its sequences: they wait for its successor, whom its clients ask to go on."""
+        self._dead_routers.add(router)
         for sequence_id in self._audience.of_router(router):
             self.scheduler.orphan(sequence_id)
         for name in self.stage.routers():

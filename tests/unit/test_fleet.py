@@ -174,6 +174,10 @@ def test_requests_move_among_pipelines(seed: int) -> None:
     simulate(seed)
 
 
+def test_what_a_dead_router_gave_away_late_takes_nothing_from_its_successor() -> None:
+    simulate(529)
+
+
 def test_many_requests_move() -> None:
     """The runs would say little if nobody moved, or no copy was ever of use."""
     worlds = [simulate(seed) for seed in range(1, 5)]
