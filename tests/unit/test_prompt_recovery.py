@@ -22,10 +22,8 @@ from tests.unit.replication_world import NUM_STAGES, World
 NUM_PROMPT_BLOCKS = 40
 CHUNK_TOKENS = 16
 NUM_PROMPT_STAGES = 2
-OWN_KINDS = (
-    "prefill", "cancel_prefill", "prompt_pull", "kv_confirmed", "handoff_ended", "first_token", "fence_off",
-    "fenced_off", "let_go",
-)  # fmt: skip
+TO_PROMPTS = ("prefill", "cancel_prefill", "prompt_pull", "let_go")
+OWN_KINDS = (*TO_PROMPTS, "kv_confirmed", "handoff_ended", "first_token", "fence_off", "fenced_off")
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,9 @@ class TwoPipelines(World):
             if prefill.handoff.epoch == self.epoch and self.draws.random() < 0.5:
                 self.leave_behind(prefill, is_direct=self.draws.random() < 0.7)
         self.begin_prompt_epoch()
-        lost = ("prefill", "cancel_prefill", "prompt_pull", "let_go")
-        self.wire = [each for each in self.wire if each[0] not in lost]
+        untold = [each for each in self.wire if each[0] == "kv_confirmed"]
+        del untold[: self.draws.randint(0, len(untold))]  # told over other connections than that a hand-off is over
+        self.wire = [each for each in self.wire if each[0] not in TO_PROMPTS and each not in untold]
         self.carry_out(self.token.pipeline_replaced("prompt-0", self.prompt_epoch))
 
     # ------------------------------------------------------------ writers that live on
