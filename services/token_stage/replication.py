@@ -17,7 +17,9 @@ from common.messages import pack_ids
 from common.replica_messages import Claim, Forget, Locate, ReplicaItem, Replicate, replica_key
 from services.token_stage.sequence import Sequence
 
-MAX_BATCH_TOKENS = 8192
+MAX_BATCH_TOKENS = 1024
+"""The store copies so many before it answers: what is drawn meanwhile has to wait, and is lost if a stage dies."""
+FEW_TOKENS = 32
 RETRY_BATCHES = 64
 MIN_NEWS_TOKENS = 2
 REPEAT_S = 2.0
@@ -234,7 +236,7 @@ class Replication:
         items: list[ReplicaItem] = []
         reading: dict[str, tuple[Sequence, int, int]] = {}
         room = MAX_BATCH_TOKENS
-        for key, sequence in list(store.behind.items()):
+        for key, sequence in self._waiting(store):
             if sequence.is_leaving or not sequence.blocks:
                 del store.behind[key]
                 continue
@@ -256,6 +258,15 @@ class Replication:
             return None
         store.reading, store.batch = reading, self._num_batches
         return Replicate(self._pipeline, self._epoch, self._num_batches, items)
+
+    def _waiting(self, store: _Store) -> list[tuple[str, Sequence]]:
+        """Streams that decode before whole prompts, which would hold them up for little."""
+
+        def has_much(waiting: tuple[str, Sequence]) -> bool:
+            key, sequence = waiting
+            return sequence.num_computed - store.acknowledged.get(key, 0) > FEW_TOKENS
+
+        return sorted(store.behind.items(), key=has_much)
 
     def _is_due(self, store: _Store, key: str, sequence: Sequence) -> bool:
         """Two tokens at once cost little more than one; who holds tokens back for the store does not wait."""

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from common.messages import pack_ids
-from common.replica_messages import ReplicaItem
+from common.replica_messages import ReplicaItem, Replicate
 from dejavu.params import SamplingParams
 from services.cache_store.shelf import Shelf
+from services.token_stage.replication import MAX_BATCH_TOKENS, Replication
 from services.token_stage.sequence import MAX_SHOWN
-from tests.unit.made_up_kv import STORE_BLOCK_SIZE
+from services.token_stage.sequence import Sequence as TokenSequence
+from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE
 from tests.unit.replication_world import NUM_STAGES, World, take_turn
 
 FAULTS = ["epoch"] * 3 + ["router"] * 3 + ["lose", "join", "damage", "damage"]
@@ -225,3 +227,25 @@ def test_a_store_that_dies_once_its_copy_is_here_is_not_missed() -> None:
     while not world.ended:
         take_turn(world)
     assert world.token.costs.recomputed_tokens < 10
+
+
+def test_streams_that_decode_do_not_wait_for_prompts() -> None:
+    """What they draw while a store copies a prompt is lost if a stage dies then."""
+    replication = Replication("token-0", 1, BLOCK_SIZE)
+    replication.store_joined("store", was_there=False)
+    replication.flush()
+    replication.claimed("store", [])
+    for name, num_computed in (("long", 10 * MAX_BATCH_TOKENS), ("prompt", 100), ("stream", 3)):
+        sequence = TokenSequence(f"{name}/0/x", 0, SamplingParams(), 1, [7] * (num_computed + 1), 0)
+        sequence.num_computed, sequence.blocks = num_computed, list(range(num_computed))
+        replication.computed(sequence)
+    ((_, batch),) = replication.flush()
+    assert isinstance(batch, Replicate)
+    assert [(item.key, item.num_tokens) for item in batch.items] == [("stream/0", 3), ("long/0", MAX_BATCH_TOKENS - 3)]
+    replication.replicated("store", batch.batch, [])
+    ((_, batch),) = replication.flush()
+    assert isinstance(batch, Replicate)
+    assert [(item.key, item.num_tokens) for item in batch.items] == [
+        ("prompt/0", 100),
+        ("long/0", MAX_BATCH_TOKENS - 100),
+    ]
