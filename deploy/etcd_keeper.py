@@ -12,8 +12,8 @@ from deploy.etcd_server import EtcdNotStarted, EtcdServer
 logger = logging.getLogger(__name__)
 
 PATIENCE = 60
-"""So many questions in a row must go unanswered, a minute and a half, before an etcd that lives is ended: serving goes on
-without it, and it may come back by itself."""
+"""So many questions in a row must go unanswered, a minute and a half, before an etcd that lives is ended: serving goes
+on without it, and it may come back by itself."""
 ASK_AGAIN_S = 0.5
 FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 5.0
