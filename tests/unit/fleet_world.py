@@ -107,7 +107,7 @@ class Fleet:
         self.from_clients: deque[tuple[str, str]] = deque()
         self.homes: dict[str, tuple[str, int]] = {}
         """the driver and the epoch that each sequence was last given to, by its key"""
-        self.shown: dict[str, int] = defaultdict(int)
+        self.shown: dict[object, int] = defaultdict(int)
         """so many of its tokens were shown when they were safe"""
         self.leader: FleetRouter
         for name in ("router-0", "router-1"):
@@ -312,10 +312,12 @@ class Fleet:
         if sequence is None or sequence.max_lag is None or sequence.phase is Phase.ENDED:
             return
         key, tokens = replica_key(produced.sequence_id), sequence.tokens[: sequence.num_prompt + produced.index]
-        if self.homes.get(key) != (stage.options.name, stage.epoch):
+        home = stage.options.name, stage.epoch
+        if produced.index < max(self.shown[key], self.shown[key, home]):
+            return  # again, to a new router; what came before was safe then
+        self.shown[key, home] = produced.index + 1
+        if self.homes.get(key) != home:
             return  # nobody shows it: a new router has given the sequence to others
-        if produced.index < self.shown[key]:
-            return  # again, to a new router
         self.shown[key] = produced.index + 1
         kept = [store.shelf.locate(key, pack_ids(tokens), 0.0) for store in self.stores]
         is_safe = any(found is not None and found[1] >= len(tokens) - sequence.max_lag for found in kept)
