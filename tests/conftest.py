@@ -1,8 +1,10 @@
 """How many seeds the simulations run (`--seeds`): few with every change, thousands with `make simulate`. One that fails
-names the command that runs it again. And the one warning that is no error."""
+names the command that runs it again. And what tests are to see of the world around them: its signals, and the one
+warning that is no error."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -27,6 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # torch imports it where it is installed, as on many machines with a GPU
     config.addinivalue_line("filterwarnings", "ignore:The pynvml package is deprecated:FutureWarning")
+    # who is run in the background, or by nohup, ignores these, and so would what tests start and interrupt
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

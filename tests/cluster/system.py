@@ -62,12 +62,6 @@ def serve_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "dejavu", "serve", *arguments]
 
 
-def _begin() -> None:
-    """As from a terminal: under nohup, which may run the tests, the end of one would mean nothing to the system."""
-    die_with_parent()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 @contextlib.contextmanager
 def running(*arguments: str, model: str | Path = TINY, state_dir: Path | None = None) -> Iterator[System]:
     """Runs `dejavu serve` with these arguments on a free port; stops it and checks that it exits with 0, and leaves
@@ -80,7 +74,7 @@ def running(*arguments: str, model: str | Path = TINY, state_dir: Path | None = 
         with log.open("w") as errors:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
-                env=os.environ | {"TMPDIR": str(temporary)}, preexec_fn=_begin,
+                env=os.environ | {"TMPDIR": str(temporary)}, preexec_fn=die_with_parent,
             )  # fmt: skip
         assert process.stdout is not None
         watchdog = threading.Timer(START_LIMIT_S, process.kill)
