@@ -152,7 +152,8 @@ class StageReady(msgspec.Struct, frozen=True, array_like=True, tag="stage_ready"
 
 class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
     """Router to token driver: queue this sequence. `forced` are output ids that are known already;
-    `prompt_pipeline` is where its prompt should be computed ('' in a colocated pipeline)."""
+    `prompt_pipeline` is where its prompt should be computed ('' in a colocated pipeline). `came_from` is the token
+    pipeline that this router had given it to before."""
 
     epoch: int
     sequence_id: str
@@ -161,6 +162,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
     forced: bytes
     params: SamplingParams
     prompt_pipeline: str
+    came_from: str = ""
 
 
 class CancelSequence(msgspec.Struct, frozen=True, array_like=True, tag="cancel_sequence"):

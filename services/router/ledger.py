@@ -26,6 +26,8 @@ class Choice:
     pipeline: str = ""
     prompt_pipeline: str = ""
     epoch: int = 0
+    home: str = ""
+    """the token pipeline that it was last given to"""
     delivered: list[int] = field(default_factory=list)
     frames: list[TokenFrame] = field(default_factory=list)
     """what was sent since this router knows the request; kept for a client that comes back"""

@@ -317,6 +317,7 @@ class Requests:
         self._unplaced.pop(choice.sequence_id, None)
         self._homes.pop(replica_key(choice.sequence_id), None)
         view = self.pipelines[placement.token_pipeline]
+        came_from, choice.home = choice.home, view.name
         choice.pipeline, choice.epoch = view.name, view.epoch
         choice.prompt_pipeline = placement.prompt_pipeline
         for name, tokens in self._loads(request, choice):
@@ -331,6 +332,7 @@ class Requests:
                 pack_ids(choice.delivered),
                 request.params,
                 placement.prompt_pipeline,
+                came_from,
             ),
         )
 

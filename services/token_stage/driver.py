@@ -135,6 +135,8 @@ class TokenDriver(Driver):
 
     def _admit(self, router: Sender, admit: Admit) -> None:
         prompt, forced = unpack_ids(admit.prompt), unpack_ids(admit.forced)
+        if admit.came_from not in ("", self.record.pipeline):
+            self.scheduler.came_back(admit.sequence_id)
         sequence_id, actions = self.scheduler.adopt(admit.sequence_id, prompt, forced, admit.params) or (
             admit.sequence_id,
             self.scheduler.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params),

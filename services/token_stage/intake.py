@@ -84,6 +84,12 @@ class Intake(SequenceTable):
             self._set_ready(sequence)
         return sequence.sequence_id, [*missing, *self._deliver(sequence), *self._grant_waiting()]
 
+    def came_back(self, sequence_id: str) -> None:
+        """It had been given to another pipeline. If it still lives here, that one's copy may have taken ours' place."""
+        sequence = self._by_key.get(replica_key(sequence_id))
+        if sequence is not None:
+            self.replication.distrust(sequence)
+
     def cancel(self, sequence_id: str) -> list[Action]:
         """Ends a sequence; its blocks return as soon as nothing touches them."""
         sequence = self._sequences.get(sequence_id)

@@ -157,6 +157,17 @@ class Replication:
             self._stores[name].acknowledged[replica_key(sequence.sequence_id)] = sequence.num_computed
         self.computed(sequence)
 
+    def distrust(self, sequence: Sequence) -> None:
+        """What stores have of it may be somebody else's: they are to copy it again, from its beginning."""
+        key = replica_key(sequence.sequence_id)
+        for store in self._stores.values():
+            store.acknowledged.pop(key, None)
+            store.ids.pop(key, None)
+            if store.reading is not None and key in store.reading:
+                store.reading[key] = (store.reading[key][0], 0, 0)
+        if self._sequences.get(key) is sequence:
+            self._note_behind(sequence)
+
     def ended(self, sequence: Sequence, *, is_superseded: bool) -> None:
         """Nobody wants its tokens any more, unless a sequence with the same key takes its place."""
         key = replica_key(sequence.sequence_id)

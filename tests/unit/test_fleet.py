@@ -178,6 +178,10 @@ def test_what_a_dead_router_gave_away_late_takes_nothing_from_its_successor() ->
     simulate(529)
 
 
+def test_who_comes_back_does_not_count_on_copies_that_another_pipeline_has_replaced() -> None:
+    simulate(862)
+
+
 def test_many_requests_move() -> None:
     """The runs would say little if nobody moved, or no copy was ever of use."""
     worlds = [simulate(seed) for seed in range(1, 5)]
