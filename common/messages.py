@@ -19,12 +19,14 @@ import msgspec
 
 from common.handoff_messages import FencedOff, FenceOff, Handoff, HandoffEnded, KvArrived, KvConfirmed, LetGo
 from common.replica_messages import (
+    NEVER,
     Claim,
     Claimed,
     Forget,
     HeldReplica,
     Locate,
     Located,
+    Placed,
     Pull,
     Pulled,
     Replicate,
@@ -153,7 +155,7 @@ class StageReady(msgspec.Struct, frozen=True, array_like=True, tag="stage_ready"
 class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
     """Router to token driver: queue this sequence. `forced` are output ids that are known already;
     `prompt_pipeline` is where its prompt should be computed ('' in a colocated pipeline). `came_from` is the token
-    pipeline that this router had given it to before."""
+    pipeline that this router had given it to before. `placed` is later than that of any pipeline that had it before."""
 
     epoch: int
     sequence_id: str
@@ -163,6 +165,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
     params: SamplingParams
     prompt_pipeline: str
     came_from: str = ""
+    placed: Placed = NEVER
 
 
 class CancelSequence(msgspec.Struct, frozen=True, array_like=True, tag="cancel_sequence"):

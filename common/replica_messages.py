@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import msgspec
 
+Placed = tuple[int, int]
+"""When a sequence was given to a token pipeline: the etcd revision since which the router leads that gave it, and which
+one of that router's gifts it was. Of two pipelines that know a sequence the one with the greater pair has it now."""
+NEVER: Placed = (0, 0)
+
 
 def replica_key(sequence_id: str) -> str:
     """The key of a sequence's replica."""
@@ -24,6 +29,7 @@ class ReplicaItem(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     blocks: list[int]
     token_ids: bytes
+    placed: Placed = NEVER
 
 
 class HeldReplica(msgspec.Struct, frozen=True, array_like=True):
@@ -75,6 +81,7 @@ class Locate(msgspec.Struct, frozen=True, array_like=True, tag="locate"):
     sequence_id: str
     attempt: int
     token_ids: bytes
+    placed: Placed = NEVER
 
 
 # ---------------------------------------------------------------- to a token stage

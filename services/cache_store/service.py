@@ -226,7 +226,7 @@ class CacheStore:
     def _locate(self, sender: str, locate: Locate) -> None:
         if self._accepts(locate.pipeline, locate.epoch):
             key = replica_key(locate.sequence_id)
-            self._shelf.take_over(locate.pipeline, key)
+            self._shelf.take_over(locate.pipeline, key, locate.placed)
             held = self._keeper.held(key, locate.token_ids)
             answer = Located(self._options.name, locate.epoch, locate.sequence_id, locate.attempt, held)
             self._peers.send(sender, answer)

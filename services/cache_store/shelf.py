@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.kv.blocks import BlockAllocator
-from common.replica_messages import ReplicaItem
+from common.replica_messages import NEVER, Placed, ReplicaItem
 
 Digests = npt.NDArray[np.uint64]
 ID_BYTES = 4
@@ -25,12 +25,14 @@ NOBODY = ""
 @dataclass(slots=True, eq=False)
 class Replica:
     """KV of the first `num_tokens` tokens lies in `blocks`; `token_ids` may know more (packed int32). It belongs to the
-    `pipeline` that last wrote it from its beginning, or asked for it: one that its sequence has left changes nothing.
+    `pipeline` that its sequence was given to last (`placed`), of those that have written it from its beginning or asked
+    for it: one that its sequence has left changes nothing.
     `digests` [plane][token] say what was received. Nobody may want it after `expires_at_s`.
 
     The first `num_on_disk` tokens are on disk, too. An *asleep* replica is only there: it has no blocks."""
 
     pipeline: str
+    placed: Placed = NEVER
     token_ids: bytes = b""
     num_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -132,10 +134,12 @@ class Shelf:
         """The replica's blocks, enough for the item's tokens; what it held from `start` on is void. None where the
         item does not continue what is there, or no block is free: then nothing of it is kept, but what is asleep, or
         another pipeline's."""
-        if item.start and item.key in self.replicas and not self._is_of(pipeline, item.key):
-            return None
         replica = self.replicas.setdefault(item.key, Replica(pipeline))
+        is_ours = self._is_of(pipeline, replica)
+        if not is_ours and (item.start or item.placed < replica.placed):
+            return None
         replica.pipeline, replica.expires_at_s, replica.used_at_s = pipeline, None, now_s
+        replica.placed = max(replica.placed, item.placed)
         if replica.is_asleep and item.start:
             self.abandon(item.key, now_s)
             return None
@@ -170,19 +174,20 @@ class Shelf:
         if replica is not None:
             self.let_go(replica)
 
-    def take_over(self, pipeline: str, key: str) -> None:
-        """The replica's sequence goes on in this pipeline."""
-        if key in self.replicas:
-            self.replicas[key].pipeline = pipeline
+    def take_over(self, pipeline: str, key: str, placed: Placed) -> None:
+        """The replica's sequence goes on in this pipeline, unless it has gone on to another since."""
+        replica = self.replicas.get(key)
+        if replica is not None and placed >= replica.placed:
+            replica.pipeline, replica.placed = pipeline, placed
 
     def ended(self, pipeline: str, key: str) -> None:
         """Its sequence has ended in this pipeline. If it has moved to another, that one's copy stays."""
-        if key in self.replicas and self._is_of(pipeline, key):
+        if key in self.replicas and self._is_of(pipeline, self.replicas[key]):
             self.forget(key)
 
-    def _is_of(self, pipeline: str, key: str) -> bool:
+    def _is_of(self, pipeline: str, replica: Replica) -> bool:
         """What was found on disk is whoever's comes first."""
-        return self.replicas[key].pipeline in (pipeline, NOBODY)
+        return replica.pipeline in (pipeline, NOBODY)
 
     def sweep(self, now_s: float) -> None:
         """Drops what has expired."""
@@ -209,7 +214,7 @@ class Shelf:
     def found(self, key: str, token_ids: bytes) -> None:
         """A replica of these tokens is on disk."""
         num_tokens = len(token_ids) // ID_BYTES
-        self.replicas[key] = Replica(NOBODY, token_ids, num_tokens, num_on_disk=num_tokens)
+        self.replicas[key] = Replica(NOBODY, NEVER, token_ids, num_tokens, num_on_disk=num_tokens)
 
     def is_asleep(self, key: str) -> bool:
         """Whether there is a replica of this key on disk alone."""
@@ -218,7 +223,7 @@ class Shelf:
     def wake(self, asleep: Replica, num_tokens: int, now_s: float) -> Replica | None:
         """What an asleep replica is to become: with blocks for `num_tokens`, which are still to be filled. None: there
         is no room. Whoever asked hands it to `woken` or `let_go`."""
-        awake = Replica(asleep.pipeline, asleep.token_ids, used_at_s=now_s)
+        awake = Replica(asleep.pipeline, asleep.placed, asleep.token_ids, used_at_s=now_s)
         return awake if self._grow(awake, num_tokens, now_s) else None
 
     def woken(self, key: str, asleep: Replica, awake: Replica) -> None:
@@ -227,7 +232,7 @@ class Shelf:
         if self.replicas.get(key) is not asleep or not asleep.is_asleep:
             self.let_go(awake)
             return
-        awake.pipeline, awake.expires_at_s = asleep.pipeline, asleep.expires_at_s
+        awake.pipeline, awake.placed, awake.expires_at_s = asleep.pipeline, asleep.placed, asleep.expires_at_s
         self.replicas[key] = awake
         if not awake.num_tokens:
             self.forget(key)

@@ -38,8 +38,9 @@ CONFIRM_LIMIT_S = 0.15
 
 class Cluster:
     """Members, published pipelines and the leader. `on_record(record)` hears of every publication, `on_lost(pipeline)`
-    of a pipeline that has lost a stage, `on_lead(router)` that we lead after `router`; `is_ready(pipeline)` says
-    whether it works again. `neighbours` are the members of this machine."""
+    of a pipeline that has lost a stage, `on_lead(router, since)` that we lead after `router` ('': after nobody else),
+    since that etcd revision; `is_ready(pipeline)` says whether it works again. `neighbours` are the members of this
+    machine."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Cluster:
         may_kill: bool,
         on_record: Callable[[PipelineRecord], None],
         on_lost: Callable[[str], None],
-        on_lead: Callable[[str], None],
+        on_lead: Callable[[str, int], None],
         is_ready: Callable[[str], bool],
     ) -> None:
         self.members: dict[str, MemberRecord] = {}
@@ -141,8 +142,8 @@ class Cluster:
 
     async def _watch_leader(self) -> None:
         async for leader in self._election.watch():
-            if leader.is_me and self._predecessor:
-                self._on_lead(self._predecessor)
+            if leader.is_me:
+                self._on_lead(self._predecessor, leader.fencing_revision)
             if leader.is_me or leader.name:
                 self._predecessor = "" if leader.is_me else leader.name
             self.leader = leader.name

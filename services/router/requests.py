@@ -62,7 +62,7 @@ class Requests:
         self._wires = wires
         self._journal = journal
         self._incarnation = incarnation
-        self._num_accepted = 0
+        self._leads_since = self._num_accepted = self._num_placed = 0
         self._unplaced: dict[str, tuple[Request, Choice]] = {}
         self._homes: dict[str, str] = {}
         """token pipelines of the sequences (by replica key) that a dead router has left behind"""
@@ -227,6 +227,10 @@ class Requests:
         self._reports[orphans.pipeline] = orphans.router
         self._await_less({orphans.pipeline})
 
+    def lead(self, since: int) -> None:
+        """We lead since this etcd revision."""
+        self._leads_since = since
+
     def succeed(self, router: str) -> None:
         """We lead after `router`. Requests that it had begun are placed when every token pipeline has said which of
         them it has, also one of which we have heard nothing yet, or after `stop_awaiting`."""
@@ -318,6 +322,7 @@ class Requests:
         self._homes.pop(replica_key(choice.sequence_id), None)
         view = self.pipelines[placement.token_pipeline]
         came_from, choice.home = choice.home, view.name
+        self._num_placed += 1
         choice.pipeline, choice.epoch = view.name, view.epoch
         choice.prompt_pipeline = placement.prompt_pipeline
         for name, tokens in self._loads(request, choice):
@@ -333,6 +338,7 @@ class Requests:
                 request.params,
                 placement.prompt_pipeline,
                 came_from,
+                (self._leads_since, self._num_placed),
             ),
         )
 

@@ -155,7 +155,7 @@ class RouterService:
             may_kill=options.may_kill,
             on_record=self._pipeline_published,
             on_lost=self._pipeline_lost,
-            on_lead=self._succeed,
+            on_lead=self._lead,
             is_ready=self._requests.is_ready,
         )
         # whoever has sequences of a router before us is waited for
@@ -177,9 +177,11 @@ class RouterService:
     def _start_to_drain(self) -> None:
         self._is_draining = True
 
-    def _succeed(self, router: str) -> None:
-        self._requests.succeed(router)
-        asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
+    def _lead(self, after: str, since: int) -> None:
+        self._requests.lead(since)
+        if after:
+            self._requests.succeed(after)
+            asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
 
     def _stop_awaiting(self) -> None:
         if not self._requests.stop_awaiting():

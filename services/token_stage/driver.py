@@ -134,12 +134,15 @@ class TokenDriver(Driver):
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
 
     def _admit(self, router: Sender, admit: Admit) -> None:
+        if self.scheduler.is_outdated(admit.sequence_id, admit.placed):
+            logger.info("%s of %s was on its way for too long", admit.sequence_id, router.name)
+            return
         prompt, forced = unpack_ids(admit.prompt), unpack_ids(admit.forced)
-        if admit.came_from not in ("", self.record.pipeline):
-            self.scheduler.came_back(admit.sequence_id)
+        was_elsewhere = admit.came_from not in ("", self.record.pipeline)
+        self.scheduler.placed_again(admit.sequence_id, admit.placed, was_elsewhere=was_elsewhere)
         sequence_id, actions = self.scheduler.adopt(admit.sequence_id, prompt, forced, admit.params) or (
             admit.sequence_id,
-            self.scheduler.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params),
+            self.scheduler.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params, admit.placed),
         )
         self._audience.enter(sequence_id, admit, router)
         self._carry_out(actions)

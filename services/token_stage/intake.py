@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.messages import Drawn
-from common.replica_messages import HeldReplica, replica_key
+from common.replica_messages import NEVER, HeldReplica, Placed, replica_key
 from dejavu.params import SamplingParams
 from services.token_stage.sequence import (
     Action,
@@ -31,7 +31,13 @@ class Intake(SequenceTable):
     # ------------------------------------------------------------ routers
 
     def admit(
-        self, sequence_id: str, choice: int, prompt: list[int], forced: list[int], params: SamplingParams
+        self,
+        sequence_id: str,
+        choice: int,
+        prompt: list[int],
+        forced: list[int],
+        params: SamplingParams,
+        placed: Placed = NEVER,
     ) -> list[Action]:
         """Queues a sequence; a known id is ignored (the router may repeat itself). It takes the place of one that
         another router had for the same request."""
@@ -43,6 +49,7 @@ class Intake(SequenceTable):
         older = self._by_key.get(replica_key(sequence_id))
         ended = [] if older is None else self._end(older, is_superseded=True)
         sequence = Sequence(sequence_id, choice, params, len(prompt), prompt + forced, self._num_arrivals)
+        sequence.placed = placed
         sequence.max_lag = max_lag(params.durability or self.shape.durability)
         self._num_arrivals += 1
         self._sequences[sequence_id] = self._by_key[replica_key(sequence_id)] = sequence
@@ -84,11 +91,18 @@ class Intake(SequenceTable):
             self._set_ready(sequence)
         return sequence.sequence_id, [*missing, *self._deliver(sequence), *self._grant_waiting()]
 
-    def came_back(self, sequence_id: str) -> None:
-        """It had been given to another pipeline. If it still lives here, that one's copy may have taken ours' place."""
+    def is_outdated(self, sequence_id: str, placed: Placed) -> bool:
+        """Whether its sequence was given to us later than that, by the successor of whoever says so."""
+        sequence = self._by_key.get(replica_key(sequence_id))
+        return sequence is not None and placed < sequence.placed
+
+    def placed_again(self, sequence_id: str, placed: Placed, *, was_elsewhere: bool) -> None:
+        """It may still live here. Another pipeline that had it meanwhile may have put its copy in ours' place."""
         sequence = self._by_key.get(replica_key(sequence_id))
         if sequence is not None:
-            self.replication.distrust(sequence)
+            sequence.placed = placed
+            if was_elsewhere:
+                self.replication.distrust(sequence)
 
     def cancel(self, sequence_id: str) -> list[Action]:
         """Ends a sequence; its blocks return as soon as nothing touches them."""

@@ -239,7 +239,7 @@ class Replication:
 
     def locate(self, store: str, sequence: Sequence) -> ToStore:
         ids = pack_ids(sequence.tokens)
-        return store, Locate(self._pipeline, self._epoch, sequence.sequence_id, sequence.attempt, ids)
+        return store, Locate(self._pipeline, self._epoch, sequence.sequence_id, sequence.attempt, ids, sequence.placed)
 
     def _next_batch(self, store: _Store) -> Replicate | None:
         if store.reading is not None or not any(self._is_due(store, *each) for each in store.behind.items()):
@@ -285,7 +285,8 @@ class Replication:
 
     def _item(self, key: str, sequence: Sequence, start: int, count: int) -> ReplicaItem:
         first, end = start // self._block_size, -(-(start + count) // self._block_size)
-        return ReplicaItem(key, start, count, sequence.blocks[first:end], pack_ids(sequence.tokens[start:]))
+        ids = pack_ids(sequence.tokens[start:])
+        return ReplicaItem(key, start, count, sequence.blocks[first:end], ids, sequence.placed)
 
     # ------------------------------------------------------------ inside
 

@@ -8,7 +8,7 @@ from enum import Enum
 
 from common.kv.checksum import hash_tokens
 from common.messages import Drawn, SequenceOpen, Step, pack_ids
-from common.replica_messages import HeldReplica, Pull
+from common.replica_messages import NEVER, HeldReplica, Placed, Pull
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
 from services.token_stage.fences import Need
@@ -54,6 +54,7 @@ class Sequence:
     source: str = ""
     max_lag: int | None = None
     """a token is delivered only when a store lacks KV of at most so many tokens before it; None: at once"""
+    placed: Placed = NEVER
     undelivered: list[Produce] = field(default_factory=list)
     shown: deque[Produce] = field(default_factory=lambda: deque(maxlen=MAX_SHOWN))
     """the last tokens that were delivered"""

@@ -200,7 +200,7 @@ class ClusterWorld:
             life.role.name, membership, election, SimulatedPeers(life.process, self), journal,
             SimulatedNeighbours(self),
             may_kill=self._may_kill, on_record=lambda record: None, on_lost=lambda pipeline: None,
-            on_lead=lambda router: None, is_ready=lambda pipeline: True,
+            on_lead=lambda router, since: None, is_ready=lambda pipeline: True,
         )  # fmt: skip
 
     def kill(self, life: Life) -> None:

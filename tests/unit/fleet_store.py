@@ -95,8 +95,8 @@ class FleetStore:
             case Forget(pipeline, _, keys):
                 for key in keys:
                     self.shelf.ended(pipeline, key)
-            case Locate(pipeline, epoch, sequence_id, attempt, ids):
-                self.shelf.take_over(pipeline, replica_key(sequence_id))
+            case Locate(pipeline, epoch, sequence_id, attempt, ids, placed):
+                self.shelf.take_over(pipeline, replica_key(sequence_id), placed)
                 found = self.shelf.locate(replica_key(sequence_id), ids, 0.0)
                 held = None
                 if found is not None:

@@ -231,6 +231,8 @@ class Fleet:
     def lead(self, router: FleetRouter, after: str) -> None:
         self.leader = router
         router.cluster.is_leader = True
+        self.revision += 1
+        router.requests.lead(self.revision)
         if after:
             router.requests.succeed(after)
         for name, client in self.clients.items():

@@ -297,7 +297,7 @@ class World:
             case Forget(_, _, keys):
                 for key in keys:
                     store.shelf.ended("token-0", key)
-            case Locate(_, epoch, sequence_id, attempt, ids):
+            case Locate(_, epoch, sequence_id, attempt, ids, _):
                 found = store.shelf.locate(replica_key(sequence_id), ids, 0.0)
                 held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)
                 self._answer("located", (epoch, sequence_id, attempt, name, held))

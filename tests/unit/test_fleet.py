@@ -182,6 +182,10 @@ def test_who_comes_back_does_not_count_on_copies_that_another_pipeline_has_repla
     simulate(862)
 
 
+def test_a_late_copy_from_a_pipeline_that_a_sequence_has_left_replaces_nothing() -> None:
+    simulate(1617)
+
+
 def test_many_requests_move() -> None:
     """The runs would say little if nobody moved, or no copy was ever of use."""
     worlds = [simulate(seed) for seed in range(1, 5)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from common.messages import pack_ids
-from common.replica_messages import ReplicaItem
+from common.replica_messages import Placed, ReplicaItem
 from services.cache_store.shelf import Shelf
 
 IDS = list(range(1, 40))
@@ -77,3 +77,36 @@ def test_a_new_epoch_after_a_lapse_has_all_but_the_last_batch() -> None:
     assert read(shelf, 10, 3, 9, 12), "sent to one that may have been given up since"
     assert shelf.claim("p", 11, 0, 60.0) == [KEY]
     assert num_held(shelf) == 9
+
+
+def copy_of(placed: Placed, start: int, end: int) -> ReplicaItem:
+    return ReplicaItem(KEY, start, end - start, [0], pack_ids(IDS[start:end]), placed)
+
+
+def kept(shelf: Shelf, pipeline: str, item: ReplicaItem) -> bool:
+    if shelf.make_room(pipeline, item, 0.0) is None:
+        return False
+    shelf.commit(item, np.zeros((1, item.num_tokens), dtype=np.uint64))
+    return True
+
+
+def test_a_sequence_belongs_to_the_pipeline_that_it_was_given_to_last() -> None:
+    """Whatever comes first: what the one before has sent may have been on its way for long."""
+    shelf = Shelf(8, 8)
+    assert kept(shelf, "new", copy_of((5, 2), 0, 9))
+    assert not kept(shelf, "old", copy_of((5, 1), 0, 12)), "the same router had given it away before"
+    assert not kept(shelf, "old", copy_of((4, 7), 0, 12)), "the router before had"
+    shelf.take_over("old", KEY, (5, 1))
+    shelf.ended("old", KEY)
+    assert num_held(shelf) == 9 and kept(shelf, "new", copy_of((5, 2), 9, 12))
+    assert kept(shelf, "newest", copy_of((6, 1), 0, 3))
+    assert num_held(shelf) == 3 and not kept(shelf, "new", copy_of((5, 2), 12, 13))
+
+
+def test_who_asks_for_it_has_it() -> None:
+    shelf = Shelf(8, 8)
+    assert kept(shelf, "old", copy_of((5, 1), 0, 9))
+    shelf.take_over("new", KEY, (5, 2))
+    assert not kept(shelf, "old", copy_of((5, 1), 9, 12))
+    assert kept(shelf, "new", copy_of((5, 2), 9, 12))
+    assert num_held(shelf) == 12
