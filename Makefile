@@ -13,7 +13,7 @@ serve: setup ## start the system and stay up (options: make serve ARGS="--token-
 test: setup ## all tests
 	@OMP_NUM_THREADS=1 $(python) -m pytest $(ARGS)
 
-test-layouts: setup ## every cut of the stages and every model family, through real processes (20 minutes)
+test-layouts: setup ## every cut of the stages and every model family, through real processes (8 minutes)
 	@OMP_NUM_THREADS=1 $(python) -m pytest -m matrix $(ARGS)
 
 simulate: setup ## the deciding code of all services on a simulated network: deaths and losses by 2,000 seeds (make simulate SEEDS=100, SEEDS=500:1000, JOBS=2)

@@ -59,8 +59,7 @@ class Cluster:
     ) -> None:
         self.members: dict[str, MemberRecord] = {}
         self.records: dict[str, PipelineRecord] = {}
-        self.leader = ""
-        self.is_leader = False
+        self.leader, self.is_leader = "", False
         self._name = name
         self._membership = membership
         self._election = election

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from common.messages import ChunkWork, Drawn, Step, SwapFigures
 from common.stage.prefill_plan import PendingPrompt, plan_chunk
-from services.token_stage.intake import Intake
+from services.token_stage.requested import Requested
 from services.token_stage.sequence import Action, FlyingStep, Phase, Sequence
 from services.token_stage.swapping import DeviceTier, Observed, Turn
 
 MAX_SEQUENCES_PER_STEP = 256
 
 
-class TokenScheduler(Intake):
+class TokenScheduler(Requested):
     """All decisions for one token pipeline at one epoch."""
 
     _owes_prefill = False

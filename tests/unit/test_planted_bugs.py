@@ -23,6 +23,7 @@ from services.router.watchdog import TICK_S, Watchdog
 from services.token_stage.audience import Audience
 from services.token_stage.intake import Intake
 from services.token_stage.replication import Replication
+from services.token_stage.requested import Requested
 from services.token_stage.sequence import Sequence
 from services.token_stage.table import SequenceTable
 from tests.unit import test_cluster_simulation, test_prompt_recovery, test_replication, test_whole_system
@@ -87,7 +88,7 @@ def repetitions_count(old: Any, self: Ledger, token: Any, epoch: int) -> Any:
     return old(self, token, epoch)
 
 
-def not_made_ready(old: Any, self: Intake, *args: Any) -> Any:
+def not_made_ready(old: Any, self: Requested, *args: Any) -> Any:
     adopted = old(self, *args)
     if adopted is not None:
         self._ready.pop(adopted[0], None)
@@ -134,7 +135,11 @@ BUGS = [
     Bug(
         "the last delivered token is drawn again",
         STORES,
-        around(Intake, "admit", lambda old, self, i, c, prompt, forced, p: old(self, i, c, prompt, forced[:-1], p)),
+        around(
+            Requested,
+            "admit",
+            lambda old, self, i, c, prompt, forced, *more: old(self, i, c, prompt, forced[:-1], *more),
+        ),
     ),
     Bug(
         "what the dead router had not passed on is forgotten",
@@ -177,10 +182,10 @@ BUGS = [
             ),
         ),
     ),
-    Bug("who has lost its router goes on", STORES, instead(Intake, "orphan", lambda *args: None)),
-    Bug("who has lost its router is kept for ever", WHOLE, instead(Intake, "orphans", lambda self: [])),
-    Bug("who was taken over does not go on", WHOLE, around(Intake, "adopt", not_made_ready)),
-    Bug("nothing can be cancelled", WHOLE, instead(Intake, "cancel", lambda *args: [])),
+    Bug("who has lost its router goes on", STORES, instead(Requested, "orphan", lambda *args: None)),
+    Bug("who has lost its router is kept for ever", WHOLE, instead(Requested, "orphans", lambda self: [])),
+    Bug("who was taken over does not go on", WHOLE, around(Requested, "adopt", not_made_ready)),
+    Bug("nothing can be cancelled", WHOLE, instead(Requested, "cancel", lambda *args: [])),
     Bug("the router hears zombies", WHOLE, around(Requests, "tokens_produced", old_epochs_are_heard)),
     Bug(
         "the router hears zombies, and twice",
