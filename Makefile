@@ -48,4 +48,4 @@ setup:
 	@deploy/setup.sh
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-gpu build dist *.egg-info
