@@ -1,4 +1,4 @@
-"""The few calls of NVIDIA's driver by which processes share the memory of a GPU.
+"""The few calls of NVIDIA's driver by which processes share the memory of a GPU, and a GPU reaches that of the host.
 
 `libcuda` comes with every driver, so this needs no package. PyTorch's own way of sharing would put reference counters
 into /dev/shm, which a killed process leaves behind."""
@@ -18,6 +18,7 @@ from common.kv.offer import CudaMemory
 
 _LAZY_ENABLE_PEER_ACCESS = 1
 _HANDLE_BYTES = 64
+_FOR_ALL_CONTEXTS, _FOR_THE_DEVICE = 1, 2
 
 
 class IpcHandle(ctypes.Structure):
@@ -38,6 +39,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuIpcGetMemHandle": [_Pointer(IpcHandle), _Address],
     "cuIpcOpenMemHandle_v2": [_Pointer(_Address), IpcHandle, ctypes.c_uint],
     "cuIpcCloseMemHandle": [_Address],
+    "cuMemHostRegister_v2": [ctypes.c_void_p, _Size, ctypes.c_uint],
+    "cuMemHostGetDevicePointer_v2": [_Pointer(_Address), ctypes.c_void_p, ctypes.c_uint],
+    "cuMemHostUnregister": [ctypes.c_void_p],
 }
 
 
@@ -71,7 +75,11 @@ class OpenedMemory:
         with _context(self._index):
             _call("cuIpcOpenMemHandle_v2", ctypes.byref(self._base), handle, _LAZY_ENABLE_PEER_ACCESS)
         device = torch.device("cuda", self._index)
-        self.tensor = device_bytes(self._base.value + exported.offset, num_bytes, device)
+        try:
+            self.tensor = device_bytes(self._base.value + exported.offset, num_bytes, device)
+        except RuntimeError as error:
+            self.close()
+            raise LinkLost(f"PyTorch does not take the memory: {error}") from error
 
     def close(self) -> None:
         """Nothing may be using `tensor` any more. Idempotent."""
@@ -80,6 +88,26 @@ class OpenedMemory:
             with _context(self._index):
                 _call("cuIpcCloseMemHandle", self._base)
             self._base = _Address()
+
+
+def lock_pages(address: int, num_bytes: int, index: int) -> int:
+    """Keeps host memory where it is until `unlock_pages`, for the GPU to reach; where it does: an address of its own.
+    Raises `LinkLost`. (PyTorch's call for this leaves its error behind, for the next kernel to fail with.)"""
+    there = _Address()
+    with _context(index):
+        _call("cuMemHostRegister_v2", address, num_bytes, _FOR_ALL_CONTEXTS | _FOR_THE_DEVICE)
+        try:
+            _call("cuMemHostGetDevicePointer_v2", ctypes.byref(there), address, 0)
+        except LinkLost:
+            _call("cuMemHostUnregister", address)
+            raise
+    return there.value
+
+
+def unlock_pages(address: int, index: int) -> None:
+    """Nothing may be using them any more. Raises `LinkLost`."""
+    with _context(index):
+        _call("cuMemHostUnregister", address)
 
 
 def device_bytes(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:

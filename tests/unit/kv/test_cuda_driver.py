@@ -37,6 +37,13 @@ int cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle handle, unsigned 
     return flags == 1 ? 0 : 2;
 }
 int cuIpcCloseMemHandle(CUdeviceptr address) { return address == 0x7f12345600000ULL ? 0 : 1; }
+int cuMemHostRegister_v2(void *start, size_t size, unsigned int flags) {
+    return start == (void *)0x7f12345600000 && size == 1ULL << 33 && flags == 3 ? 0 : 1;
+}
+int cuMemHostGetDevicePointer_v2(CUdeviceptr *address, void *start, unsigned int flags) {
+    *address = (CUdeviceptr)start + (1ULL << 40); return flags;
+}
+int cuMemHostUnregister(void *start) { return start == (void *)0x7f12345600000 ? 0 : 1; }
 """
 
 
@@ -64,3 +71,9 @@ def test_every_argument_arrives(tmp_path: Path) -> None:
     assert driver.cuIpcOpenMemHandle_v2(ctypes.byref(opened), sent, 1) == 0
     assert opened.value == base.value
     assert driver.cuIpcCloseMemHandle(opened) == 0
+
+    start, there = 0x7F12345600000, ctypes.c_uint64()
+    assert driver.cuMemHostRegister_v2(start, 1 << 33, 3) == 0
+    assert driver.cuMemHostGetDevicePointer_v2(ctypes.byref(there), start, 0) == 0
+    assert there.value == start + (1 << 40)
+    assert driver.cuMemHostUnregister(start) == 0

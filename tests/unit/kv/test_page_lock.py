@@ -53,3 +53,17 @@ def test_memory_can_be_locked_again_once_it_was_let_go() -> None:
         lock.close()
         assert not host.arena.is_pinned()
     host.close()
+
+
+def test_pages_that_cannot_be_locked_make_it_slow_and_no_more() -> None:
+    host, device = random_pool(BIG), KvPool.create(BIG, "cuda")
+    lock = PageLock(host, device.device)
+    refused = PageLock(host, device.device)  # they are locked
+    assert refused.seen is None
+    copy_between(scattered(32 << 20, 2048, BIG.total_bytes), host, device, refused.seen)
+    torch.cuda.synchronize()
+    refused.close()
+    assert host.arena.is_pinned()  # what another has locked stays so
+    lock.close()
+    host.close()
+    device.close()
