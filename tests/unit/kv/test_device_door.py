@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -40,3 +42,10 @@ def test_pieces_reach_their_places_and_come_back(device: str, piece_bytes: int) 
     door.put(payload, plan.destination_offset, plan.num_bytes)
     scatter(payload, plan.destination_offset, plan.num_bytes, expected)
     assert np.array_equal(pool.arena.cpu().numpy(), expected)
+
+
+def test_a_closed_pool_lets_go_of_its_memory_though_its_door_is_still_there() -> None:
+    pool = KvPool(ROOMY, torch.zeros(ROOMY.total_bytes, dtype=torch.uint8), None, "pool")
+    door, memory = DeviceDoor(pool), weakref.ref(pool.arena)
+    pool.close()
+    assert memory() is None, door
