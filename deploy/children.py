@@ -147,11 +147,12 @@ def watch_exit(pid: int, reap: Callable[[], int]) -> asyncio.Future[int]:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody asks any more
             loop.call_soon_threadsafe(_set, exited, code)
 
-    if hasattr(os, "pidfd_open"):
+    try:
         descriptor = os.pidfd_open(pid)
-        loop.add_reader(descriptor, on_exit)
-    else:
+    except (AttributeError, OSError):  # older systems, and sandboxes in front of the kernel, lack it
         threading.Thread(target=wait, name=f"wait-{pid}", daemon=True).start()
+    else:
+        loop.add_reader(descriptor, on_exit)
     return exited
 
 

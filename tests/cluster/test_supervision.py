@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 import signal
@@ -90,6 +91,17 @@ async def test_exit_codes_are_the_childs(spawner: Spawner, what: str, code: int)
     child = await spawner.spawn(command(what), {})
     assert await child.exited == code
     assert (b"Traceback" in await child.output.read()) == (what == "raise")
+
+
+async def test_ends_are_heard_of_where_the_system_has_no_descriptors_of_processes(
+    spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as in gVisor
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    child = await spawner.spawn(command("3"), {})
+    assert await child.exited == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
