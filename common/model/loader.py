@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,10 @@ def _check_sizes(spec: ModelSpec, config: Any) -> None:
 
 def _set_up_torch() -> None:
     # some containers turn TF32 on, whose products have 10 bits: greedy tokens would not be those of float32
-    torch.set_float32_matmul_precision("highest")
+    with warnings.catch_warnings():
+        # some versions of torch say, whenever they are asked, that one day they will want to be asked differently
+        warnings.simplefilter("ignore", UserWarning)
+        torch.set_float32_matmul_precision("highest")
     # where torch prefers cuDNN's attention (on H100 and later) it makes a plan for each batch size and length, in tens
     # of milliseconds, and ours are new with every step
     torch.backends.cuda.enable_cudnn_sdp(False)
