@@ -70,7 +70,9 @@ def running(*arguments: str, model: str | Path = TINY, state_dir: Path | None = 
         log, temporary = Path(folder, "serve.log"), Path(folder, "tmp")
         temporary.mkdir()
         state = str(state_dir or folder)
-        command = serve_command("--port", "0", "--state-dir", state, "--model", str(model), *arguments)
+        # a test that does not ask for a GPU is about something else, wherever it runs
+        device = () if "--device" in arguments else ("--device", "cpu")
+        command = serve_command("--port", "0", "--state-dir", state, "--model", str(model), *device, *arguments)
         with log.open("w") as errors:
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,

@@ -15,6 +15,7 @@ from tests.cluster.system import TINY, running
 from tests.cluster.test_kills import NUM_TOKENS, pid_of, stream
 from tests.cluster.test_serving import GREEDY, generate_all, prompts, settled_status
 from tests.cluster.test_swapping import SEEDED, token_stages
+from tests.unit.kv.sharing import can_share_gpu_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +50,8 @@ async def test_tokens_equal_the_cpus(layout: tuple[str, ...]) -> None:
     for prompt, token_ids in zip(work, seeded, strict=True):
         assert_seeded(TINY, prompt, token_ids, SEEDED)
     links = {service["link"] for service in status["services"] if service["role"] == "prompt_stage"}
-    assert links == (set() if "--colocated" in layout else {"zmq"} if "zmq" in layout else {"cuda_ipc"})
+    shared = {"cuda_ipc" if can_share_gpu_memory() else "zmq"}
+    assert links == (set() if "--colocated" in layout else {"zmq"} if "zmq" in layout else shared)
     assert all(stage["handoff"]["corrupt"] == 0 for stage in token_stages(status))
 
 

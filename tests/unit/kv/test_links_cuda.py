@@ -23,9 +23,12 @@ from common.kv.server import PoolServer
 from tests.unit.kv.link_ends import TIMEOUT_S, close_quietly, piece, random_pool, scattered, whole
 from tests.unit.kv.processes import BIG, Child, owner
 from tests.unit.kv.reference import layout, random_pair
+from tests.unit.kv.sharing import can_share_gpu_memory, skip_unless_shared
 
 on_gpu = [
     pytest.mark.gpu,
+    # several processes import torch and make a context, one after the other
+    pytest.mark.timeout(300),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -65,9 +68,15 @@ async def test_without_a_gpu_nothing_is_offered() -> None:
     await server.aclose()
 
 
+@pytest.fixture
+def shared_memory() -> None:
+    skip_unless_shared()
+
+
 class TestOnGpu:
     pytestmark = on_gpu
 
+    @pytest.mark.usefixtures("shared_memory")
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     async def test_the_bytes_are_there_and_come_back(self, device: str) -> None:
         with owner("--device", "cuda") as (process, offer):
@@ -87,6 +96,7 @@ class TestOnGpu:
             with pytest.raises(LinkLost):
                 await link.write(source, piece(8))
 
+    @pytest.mark.usefixtures("shared_memory")
     async def test_a_copy_comes_after_what_the_stream_was_given_before(self) -> None:
         with owner("--device", "cuda") as (process, offer):
             source = on("cuda", 0)
@@ -102,6 +112,7 @@ class TestOnGpu:
             assert await intact(process, source)
             await link.aclose()
 
+    @pytest.mark.usefixtures("shared_memory")
     async def test_a_killed_owner_ends_the_link(self) -> None:
         with owner("--device", "cuda") as (process, offer):
             source = on("cuda", 0)
@@ -115,6 +126,29 @@ class TestOnGpu:
             await close_quietly(link)
         source.arena.fill_(3)  # the device is as good as before
         assert bool((source.arena == 3).all())
+
+    async def test_the_link_is_the_best_that_there_can_be(self) -> None:
+        """Also where nobody can share a GPU's memory."""
+        with owner("--device", "cuda") as (process, offer):
+            source = on("cuda", 0)
+            link = await open_link(msgspec.structs.replace(offer, has_nixl=False), source, timeout_s=TIMEOUT_S)
+            assert link.name == ("cuda_ipc" if can_share_gpu_memory() else "zmq")
+            host = on("cpu", 0)
+            await link.write(host, whole(BIG, BIG))
+            assert await intact(process, source)
+            await link.aclose()
+
+    async def test_several_links_into_one_pool_end_one_by_one(self) -> None:
+        skip_unless_shared()
+        with owner("--device", "cuda") as (process, offer):
+            source = on("cuda", 0)
+            first, second = [await open_link(restricted(offer, "cuda_ipc"), source, timeout_s=TIMEOUT_S) for _ in "12"]
+            await first.write(source, whole(BIG, BIG))
+            await first.aclose()
+            source.arena.fill_(7)
+            await second.write(source, whole(BIG, BIG))
+            assert await intact(process, source)
+            await second.aclose()
 
     async def test_the_own_process_falls_back(self) -> None:
         destination, source = on("cuda", 0), on("cuda", 1)
