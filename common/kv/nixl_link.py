@@ -241,8 +241,9 @@ class _Mover:
         self._agent = initiator()
         self._theirs = theirs
         self._peer = self._agent.add_peer(theirs.metadata)
-        self._own = self._agent.register(pool.arena)
         self._landing = self._agent.register(torch.empty(MAX_TRANSFER_BYTES, dtype=torch.uint8))
+        # what leaves a GPU's pool comes by way of the host; not every build of the library takes that memory
+        self._own = self._agent.register(pool.arena if pool.is_host else self._landing.memory)
         self._under_way: Transfer | None = None
         self.may_still_write = False
         """A write is about to begin or has begun, and has not ended. On one host the library copies before it says that

@@ -150,12 +150,18 @@ class PoolServer:
 
 
 def _nixl_grant(pool: KvPool) -> NixlGrant | None:
-    """None where the library is missing, or torch, which it is used through, has not been loaded."""
+    """None where the library is missing, or torch, which it is used through, has not been loaded, or where it does not
+    take the memory."""
     if "torch" not in sys.modules:
         return None
     from common.kv.nixl_agent import NixlGrant, nixl_module
 
-    return NixlGrant(pool) if nixl_module() else None
+    try:
+        return NixlGrant(pool) if nixl_module() else None
+    except LinkLost as error:
+        # it may know no way to the memory of a GPU; other links serve
+        logger.warning("%s is not offered through the transfer library: %s", pool.name, error)
+        return None
 
 
 def _exported(pool: KvPool) -> CudaMemory | None:
