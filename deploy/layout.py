@@ -42,7 +42,7 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
         kill = [] if options.may_kill else ["--no-kill"]
         services.append(_command(name, "router", [*shared, "--port", str(port), *kill]))
     for index in range(options.cache_stores):
-        memory = ["--kv-memory", str(_store_bytes(options)), "--block-size", str(options.block_size)]
+        memory = ["--kv-memory", str(options.store_bytes), "--block-size", str(options.block_size)]
         name = f"cache-store-{index}"
         disk_dir = options.state_dir.resolve() / "kv" / name
         memory += ["--disk-memory", str(options.disk_memory_bytes), "--disk-dir", str(disk_dir)]
@@ -60,14 +60,6 @@ def plan_services(options: ServeOptions, spec: ModelSpec, place: Place) -> list[
         for index in range(options.standbys):
             services.append(_command(f"{name}-standby-{index}", role, [*shared, *own, *arguments, "--standby"]))
     return services
-
-
-def _store_bytes(options: ServeOptions) -> int:
-    """All token pipelines' KV, its copies shared out between the stores."""
-    num_stages = len(options.token_split or ()) or options.token_stages
-    all_bytes = options.token_pipelines * num_stages * (options.host_kv_memory_bytes or options.kv_memory_bytes)
-    copies = min(options.replicas, options.cache_stores)
-    return -(-all_bytes * copies // options.cache_stores)
 
 
 def _stages(options: ServeOptions, spec: ModelSpec) -> list[tuple[str, str, list[str]]]:

@@ -71,6 +71,12 @@ class ServeOptions:
     def num_token_stage_processes(self) -> int:
         return self.token_pipelines * len(self.token_split or range(self.token_stages))
 
+    @property
+    def store_bytes(self) -> int:
+        """Of each store: all token pipelines' KV, its copies shared out between the stores."""
+        all_bytes = self.num_token_stage_processes * (self.host_kv_memory_bytes or self.kv_memory_bytes)
+        return -(-all_bytes * min(self.replicas, self.cache_stores) // max(1, self.cache_stores))
+
 
 def parse_options(argv: Sequence[str]) -> ServeOptions:
     """Parses and checks. argparse ends the process with 2 on a usage error; raises `ConfigurationError`."""
@@ -157,8 +163,8 @@ def bind_error(host: str, port: int, error: OSError | TypeError) -> Configuratio
 
 
 def check_memory(options: ServeOptions, device: str) -> None:
-    """Raises `ConfigurationError` where the KV pools of all stages would not fit this machine's memory. What a GPU has
-    left, the stages find out."""
+    """Raises `ConfigurationError` where the KV pools of all stages would not fit this machine's memory, or where those
+    that lie on a GPU have copies that would not. What a GPU has left, the stages find out."""
     each = options.num_token_stage_processes * options.host_kv_memory_bytes
     if device == "cpu":
         each += options.num_stage_processes * options.kv_memory_bytes
@@ -168,6 +174,12 @@ def check_memory(options: ServeOptions, device: str) -> None:
         raise ConfigurationError(
             f"the KV pools of {options.num_stage_processes} stages need {wanted} bytes, this machine has {there}",
             field="host_kv_memory" if options.host_kv_memory_bytes > options.kv_memory_bytes else "kv_memory",
+        )
+    copies = options.cache_stores * options.store_bytes
+    if device == "cuda" and wanted + copies > there:
+        raise ConfigurationError(
+            f"copies of the stages' KV need {copies} bytes in the stores, this machine has {there}",
+            field="cache_stores",
         )
 
 

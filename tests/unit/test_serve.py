@@ -79,6 +79,15 @@ def test_the_memory_of_all_stages_counts_those_of_a_split() -> None:
             check_memory(parse_options([*few, *split]), "cpu")
 
 
+def test_the_memory_of_gpus_is_not_counted_but_that_of_copies_in_stores_is() -> None:
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    large = ["--port", "0", "--kv-memory", str(half), "--token-stages", "3"]
+    check_memory(parse_options([*large, "--cache-stores", "0"]), "cuda")
+    check_memory(parse_options(["--port", "0", "--kv-memory", str(half)]), "cuda")
+    with pytest.raises(ConfigurationError, match="cache_stores: copies of the stages' KV need"):
+        check_memory(parse_options(large), "cuda")
+
+
 def test_a_home_that_nobody_has_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigurationError, match="state_dir: ~nobody-here/x: "):
         parse_options(["--port", "0", "--state-dir", "~nobody-here/x"])
