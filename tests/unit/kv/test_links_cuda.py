@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import select
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -16,8 +18,11 @@ from common.kv.choice import restricted
 from common.kv.copies import copy_pieces
 from common.kv.cuda_driver import gpu_ids
 from common.kv.device_copies import copy_on_device
+from common.kv.fence import Fence
 from common.kv.geometry import CopyPlan, plan_copies
 from common.kv.link import LinkLost, open_link
+from common.kv.memory_door import MemoryDoor, enter
+from common.kv.offer import CudaMemory, GrantOffer, host_id
 from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from tests.unit.kv.link_ends import TIMEOUT_S, close_quietly, piece, random_pool, scattered, whole
@@ -58,6 +63,25 @@ def check_copies(plan: CopyPlan, source_bytes: int, destination_bytes: int) -> N
         plan, torch.from_numpy(source), copied, source_seen=torch.from_numpy(source), destination_seen=copied[:]
     )
     assert np.array_equal(expected, copied.numpy())
+
+
+def test_the_door_of_a_gpu_pool_hands_out_the_handle() -> None:
+    """And no descriptor beside it, which only host memory has."""
+    ours, memory = layout(), CudaMemory(bytes(range(64)), 512, "GPU-1")
+    pool = KvPool(ours, torch.zeros(ours.total_bytes, dtype=torch.uint8), None, "owner")
+    door = MemoryDoor(pool, Fence(), memory)
+    offer = GrantOffer("owner", "first", ours, host_id(), "", b"token", door.address, "GPU-1")
+    with ThreadPoolExecutor(1) as executor:
+        entering = executor.submit(enter, offer, pool, "cuda_ipc", TIMEOUT_S)
+        while not door.peers:
+            ready = select.select(door.filenos, [], [], TIMEOUT_S)[0]
+            assert ready
+            for fileno in ready:
+                door.on_readable(fileno, offer)
+        entrance = entering.result()
+    assert (entrance.fd, entrance.welcome.cuda) == (None, memory)
+    entrance.close()
+    door.close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
