@@ -19,6 +19,8 @@ from dejavu.params import SamplingParams
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
     "bad_words_ids": ([],),
     "suppress_tokens": ([],),
     "begin_suppress_tokens": ([],),
@@ -27,6 +29,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "forced_eos_token_id": (),
     "exponential_decay_length_penalty": (),
     "guidance_scale": (1,),
+    "token_healing": (0,),
     "watermarking_config": (),
     "stop_strings": ([],),
     "max_time": (),

@@ -84,6 +84,9 @@ def test_a_request_that_says_it_itself_wins() -> None:
     [
         ({"no_repeat_ngram_size": 6, "num_beams": 4}, "no_repeat_ngram_size 6, num_beams 4: not supported"),
         ({"suppress_tokens": list(range(50))}, r"suppress_tokens \.\.\.: not supported"),
+        ({"encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty 1.5: not supported"),
+        ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size 2: not supported"),
+        ({"token_healing": True}, "token_healing True: not supported"),
         ({"forced_eos_token_id": 0}, "forced_eos_token_id 0: not supported"),
         ({"do_sample": True, "temperature": 0.7, "top_p": 0.8}, "suggests temperature 0.7, top_p 0.8"),
     ],
@@ -99,6 +102,7 @@ def test_what_is_not_done_is_told(said: dict[str, Any], remark: str, tmp_path: P
     [
         {"repetition_penalty": 1.05, "min_length": 3, "max_length": 4096, "pad_token_id": 0, "use_cache": True},
         {"no_repeat_ngram_size": 0, "num_beams": 1, "bad_words_ids": None, "suppress_tokens": [], "guidance_scale": 1},
+        {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "token_healing": False},
         {"do_sample": True, "temperature": 1.0, "top_p": 1, "top_k": 0},
         {"do_sample": False, "temperature": 0.6},
     ],
