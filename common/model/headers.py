@@ -12,6 +12,7 @@ from typing import Any
 
 from dejavu.errors import ConfigurationError
 
+WHOLE = "model.safetensors"
 MAX_HEADER_BYTES = 100 << 20
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -42,13 +43,14 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_headers(folder: Path) -> tuple[dict[str, StoredTensor], hashlib._Hash]:
     """The tensors by name and a digest over all headers. Raises `ConfigurationError`."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    # as transformers has it: one file with everything comes first, and an index beside it is of an older checkpoint
+    if not (folder / WHOLE).exists() and index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ConfigurationError(f"{index} has no weight_map", field="model")
         files = sorted({str(name) for name in weight_map.values()})
     else:
-        files = ["model.safetensors"]
+        files = [WHOLE]
     tensors: dict[str, StoredTensor] = {}
     digest = hashlib.sha256()
     for name in files:

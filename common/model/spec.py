@@ -18,6 +18,8 @@ from dejavu.errors import ConfigurationError
 SUPPORTED = tuple(PREFIXES)
 """`model_type` values of the families that can be served."""
 DTYPES = ("float32", "bfloat16", "float16")
+_EVEN_HEADS = ("bloom", "gpt2", "gpt_neox", "opt")
+"""Families whose heads share the hidden size, each with keys and values of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +123,35 @@ def sizes_of(config: dict[str, Any], config_file: Path) -> ModelSizes:
     # BLOOM's first files call it n_embed, which then counts
     hidden_size = counts.of("n_embed", "hidden_size", "n_embd")
     num_heads = counts.of("num_attention_heads", "n_head")
+    num_kv_heads = counts.of("num_key_value_heads", default=num_heads)
+    head_dim = counts.of("head_dim", default=hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise ConfigurationError(
+            f"{config_file}: num_key_value_heads is {num_kv_heads}, which {num_heads} heads cannot share evenly",
+            field="model",
+        )
+    if config.get("model_type") in _EVEN_HEADS:
+        _check_heads(config, {"num_key_value_heads": num_heads, "head_dim": hidden_size // num_heads}, config_file)
     return ModelSizes(
         num_layers=counts.of("num_hidden_layers", "n_layer"),
         num_heads=num_heads,
-        num_kv_heads=counts.of("num_key_value_heads", default=num_heads),
-        head_dim=counts.of("head_dim", default=hidden_size // num_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         hidden_size=hidden_size,
         vocab_size=counts.of("vocab_size"),
         # BLOOM has no position table: its context is what it was trained with, if it says so
         max_context_tokens=counts.of("max_position_embeddings", "n_positions", "seq_length", default=2048),
     )
+
+
+def _check_heads(config: dict[str, Any], theirs: dict[str, int], config_file: Path) -> None:
+    """`theirs` is what the family has, whatever its config says."""
+    for name, size in theirs.items():
+        if config.get(name) not in (None, size):
+            raise ConfigurationError(
+                f"{config_file}: {name} is {config[name]!r}, where a {config['model_type']} of these sizes has {size}",
+                field="model",
+            )
 
 
 def _check_layers(num_layers: int, keys: Iterable[str], config_file: Path) -> None:

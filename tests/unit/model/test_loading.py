@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
+from common.model.demands import ACTIVATIONS
 from common.model.loader import load_stage
 from common.model.spec import ModelSpec, load_spec, split_layers
 from dejavu.errors import ConfigurationError
@@ -231,12 +233,54 @@ def change_config(folder: Path, **changes: object) -> None:
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_parameters.*spiral"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.*longrope"),
         ({"rope_scaling": 2.0}, "rope_scaling"),
+        ({"is_causal": False}, "is_causal"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+        ({"hidden_act": "wobble"}, "hidden_act 'wobble'.*silu"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"num_attention_heads": 5, "head_dim": 32}, "num_key_value_heads is 2, which 5 heads"),
     ],
 )
 def test_what_would_be_served_wrongly_is_refused(changes: dict[str, object], said: str, tmp_path: Path) -> None:
     save_checkpoint("llama", tmp_path)
     change_config(tmp_path, **changes)
     with pytest.raises(ConfigurationError, match=said):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("field", ["head_dim", "num_key_value_heads"])
+def test_heads_that_a_family_does_not_have_are_refused(name: str, field: str, tmp_path: Path) -> None:
+    save_checkpoint(name, tmp_path)
+    change_config(tmp_path, **{field: 2})
+    with pytest.raises(ConfigurationError, match=rf"config\.json: {field} is 2, where a {name} "):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize(("num_slices", "is_served"), [(1, True), (2, False)])
+def test_a_bloom_without_some_biases_is_refused(num_slices: int, is_served: bool, tmp_path: Path) -> None:
+    save_checkpoint("bloom", tmp_path)
+    change_config(tmp_path, slow_but_exact=True, pretraining_tp=num_slices)
+    if is_served:
+        load_spec(tmp_path)
+        return
+    with pytest.raises(ConfigurationError, match="slow_but_exact"):
+        load_spec(tmp_path)
+
+
+def test_every_activation_of_transformers_is_let_through() -> None:
+    assert set(ACT2FN) <= set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom"])
+def test_an_activation_is_judged_where_the_family_has_it(name: str, tmp_path: Path) -> None:
+    save_checkpoint(name, tmp_path)
+    change_config(tmp_path, hidden_act="wobble")
+    load_spec(tmp_path)
+    change_config(tmp_path, activation_function="wobble")
+    if name == "bloom":
+        load_spec(tmp_path)
+        return
+    with pytest.raises(ConfigurationError, match="activation_function 'wobble'"):
         load_spec(tmp_path)
 
 
@@ -285,7 +329,6 @@ def test_json_without_bottom_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_act": "wobble"}, r"config\.json.*wobble"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"config\.json.*factor"),
         ({"tie_word_embeddings": "perhaps"}, r"config\.json.*tie_word_embeddings"),
     ],
@@ -303,6 +346,13 @@ def test_sizes_that_a_family_would_guess_must_be_said(name: str, field: str, tmp
     change_config(tmp_path, **{field: None})
     with pytest.raises(ConfigurationError, match=field):
         load_stage(load_spec(tmp_path), (0, 1))
+
+
+def test_an_output_that_is_asked_for_as_a_tuple(tmp_path: Path) -> None:
+    model = save_checkpoint("gpt2", tmp_path)
+    change_config(tmp_path, return_dict=False)
+    (sequence,) = generate(make_stages(load_spec(tmp_path), [2, 2], 16), [[5, 6, 7]], list(range(NUM_BLOCKS)), 16, 8)
+    assert_greedy(model, sequence)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -323,6 +373,20 @@ def test_the_name_that_bloom_had_for_its_hidden_size(tmp_path: Path) -> None:
     spec = load_spec(tmp_path)
     assert (spec.hidden_size, spec.head_dim) == (64, 16)
     load_stage(spec, (0, 1))
+
+
+def test_one_file_counts_before_an_index_beside_it(tmp_path: Path) -> None:
+    """So has transformers it; the shards may be there still, or gone."""
+    save_checkpoint("llama", tmp_path)
+    model = save_checkpoint("qwen3", tmp_path / "other", ONE_FILE)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "other" / name).rename(tmp_path / name)
+    for shard in (*sorted(tmp_path.glob("model-*.safetensors"))[:1], None):
+        stages = make_stages(load_spec(tmp_path), [4], 16)
+        (sequence,) = generate(stages, [[5, 6, 7]], list(range(NUM_BLOCKS)), 16, 8)
+        assert_greedy(model, sequence)
+        if shard is not None:
+            shard.unlink()
 
 
 def test_an_index_without_a_map_is_named(tmp_path: Path) -> None:
