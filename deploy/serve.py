@@ -73,7 +73,9 @@ async def _serve(options: ServeOptions, spec: ModelSpec, device: str) -> int:
         place = Place(etcd_url, f"c{secrets.token_hex(4)}", device, ports, tuple(sorted(os.sched_getaffinity(0))))
         commands = plan_services(options, spec, place)
         obituaries = await stack.enter_async_context(Obituaries(etcd_url, place.cluster))
-        supervisor = Supervisor(commands, spawner, lambda ended: obituaries.report(ended.incarnation))
+        # everybody else is watched by the routers
+        unblocked = ("router",) if options.may_kill else ()
+        supervisor = Supervisor(commands, spawner, lambda ended: obituaries.report(ended.incarnation), unblocked)
         await _supervise(supervisor, endpoints, commands)
     return 0
 

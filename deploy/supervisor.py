@@ -9,10 +9,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from common.process import INCARNATION_VARIABLE, PARENT_VARIABLE, new_incarnation
+from common.process import INCARNATION_VARIABLE, PARENT_VARIABLE, is_stopped, new_incarnation
 from common.service import FATAL_EXIT, TRY_AGAIN_EXIT
 from deploy.children import Child, Spawner
 from deploy.layout import ServiceCommand
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 MAX_SHORT_LIVES = 3
 SHORT_LIFE_S = 30.0
 STOP_LIMIT_S = 10.0
+LOOK_S = 1.0
+"""Between two looks for processes that are stopped. Who is so in two of them is killed."""
 
 
 class ServiceGaveUp(Exception):
@@ -42,17 +44,20 @@ class ServiceExit:
 
 class Supervisor:
     """Runs service commands, each under the respawning eye of one task. `on_exit` is told of every end the moment the
-    system reports it, before anything else is done about it."""
+    system reports it, before anything else is done about it. Processes of `roles_to_unblock` that are stopped (SIGSTOP)
+    are killed, and so replaced: for those whom nobody else watches."""
 
     def __init__(
         self,
         commands: Sequence[ServiceCommand],
         spawner: Spawner,
         on_exit: Callable[[ServiceExit], None] = lambda ended: None,
+        roles_to_unblock: Collection[str] = (),
     ) -> None:
         self._commands = commands
         self._spawner = spawner
         self._on_exit = on_exit
+        self._unblocked = [command for command in commands if command.role in roles_to_unblock]
         self._children: dict[str, Child] = {}
         self._last_words: dict[str, str] = {}
         self._stopping = asyncio.Event()
@@ -63,6 +68,7 @@ class Supervisor:
             async with asyncio.TaskGroup() as tasks:
                 for command in self._commands:
                     tasks.create_task(self._keep(command))
+                tasks.create_task(self._unblock())
         except* ServiceGaveUp as group:
             raise group.exceptions[0] from None
 
@@ -101,6 +107,20 @@ class Supervisor:
     def _signal(self, number: int) -> None:
         for child in self._children.values():
             child.send_signal(number)
+
+    async def _unblock(self) -> None:
+        suspects: set[int] = set()
+        while not await self.is_stopping_within(LOOK_S):
+            stopped: set[int] = set()
+            for command in self._unblocked:
+                child = self._children.get(command.name)
+                if child is None or child.exited.done() or not is_stopped(child.pid):
+                    continue
+                stopped.add(child.pid)
+                if child.pid in suspects:
+                    logger.warning("%s is stopped: killing it", command.name)
+                    child.send_signal(signal.SIGKILL)
+            suspects = stopped
 
     async def _keep(self, command: ServiceCommand) -> None:
         num_short_lives = 0

@@ -44,6 +44,22 @@ async def gone(pid: int) -> None:
             await asyncio.sleep(0.02)
 
 
+async def test_streams_survive_the_only_router_standing_still() -> None:
+    work = prompts(22, [10, 40])
+    with running(*FLOAT32) as system:
+        async with AsyncClient(system.endpoint) as client:
+            started: asyncio.Queue[int] = asyncio.Queue()
+            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+            for _ in work:
+                await started.get()
+            os.kill(await pid_of(client, "router-0"), signal.SIGSTOP)
+            answers = await asyncio.gather(*streams)
+        await settled_status(system.endpoint)
+    for prompt, tokens in zip(work, answers, strict=True):
+        assert len(tokens) == NUM_TOKENS
+        assert_greedy(TINY, prompt, tokens)
+
+
 @pytest.mark.parametrize("victim", ["token-0-stage-0", "token-0-stage-1", "prompt-0-stage-1", "router-0"])
 async def test_streams_survive_a_kill(victim: str) -> None:
     work = prompts(21, [10, 40, 70, 33])

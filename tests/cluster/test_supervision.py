@@ -222,6 +222,19 @@ async def test_a_killed_child_is_reported_at_once_and_replaced(spawner: Spawner)
     assert (await ends.get()).incarnation != ended.incarnation
 
 
+async def test_a_stopped_child_that_nobody_else_watches_is_replaced(spawner: Spawner) -> None:
+    ends: asyncio.Queue[ServiceExit] = asyncio.Queue()
+    supervisor = Supervisor([command("wait")], spawner, ends_into(ends), ["token_stage"])
+    running = asyncio.ensure_future(supervisor.run())
+    first = await next_pid(supervisor, 0)
+    os.kill(first, signal.SIGSTOP)
+    async with asyncio.timeout(10):
+        assert (await ends.get()).exit_code == -signal.SIGKILL
+    await next_pid(supervisor, first)
+    supervisor.kill()
+    await running
+
+
 async def next_pid(supervisor: Supervisor, last: int) -> int:
     while True:
         pid = supervisor.pid_of("token-0-stage-0")
