@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import select
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +174,19 @@ class TestOnGpu:
             await second.write(source, whole(BIG, BIG))
             assert await intact(process, source)
             await second.aclose()
+
+    async def test_a_closed_pool_gives_its_memory_back(self) -> None:
+        """A stage that changes its role makes another pool; all that belonged to the first may still be referred to."""
+        gc.collect()  # what other tests have left
+        before = torch.cuda.memory_allocated()
+        pool = on("cuda", 0)
+        server = await PoolServer.start(pool, "127.0.0.1", "first")
+        link = await open_link(restricted(server.offer, "zmq"), on("cpu", 1), timeout_s=TIMEOUT_S)
+        await link.write(on("cpu", 1), whole(BIG, BIG))
+        await link.aclose()
+        await server.aclose()
+        pool.close()
+        assert torch.cuda.memory_allocated() == before, (server, link)
 
     async def test_the_own_process_falls_back(self) -> None:
         destination, source = on("cuda", 0), on("cuda", 1)
