@@ -87,3 +87,15 @@ async def test_kv_comes_back_from_the_store(more: tuple[str, ...]) -> None:
         assert_greedy(TINY, prompt, tokens)
     assert counters["recoveries"] >= len(work)
     assert counters["recomputed_tokens"] <= 32 * len(work)
+
+
+async def test_a_pipeline_changes_its_role_and_back() -> None:
+    """With other memory of the GPU each time, in the same process."""
+    work = prompts(5, [1, 33, 70])
+    with running(*ON_GPU, "--prompt-pipelines", "2") as system:
+        async with AsyncClient(system.endpoint) as client:
+            for name, role in (("prompt-1", "token"), ("token-2", "prompt")):
+                await client.convert(name, role)
+                for prompt, tokens in zip(work, await generate_all(system.endpoint, work, GREEDY), strict=True):
+                    assert_greedy(TINY, prompt, tokens)
+        await settled_status(system.endpoint)
