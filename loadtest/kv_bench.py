@@ -136,7 +136,7 @@ def _targets(figures: dict[str, Any]) -> dict[str, Any]:
     return {
         "shm_share_of_memcpy": _shares(contiguous, "shm", "memcpy"),
         "shm_share_of_memcpy_of_the_pieces": _shares(scattered, "shm", "memcpy of the pieces"),
-        "nixl_share_of_the_library": _shares(contiguous, "nixl", "nixl alone"),
+        "nixl_share_of_the_library": _shares(figures["writes"], "nixl", "nixl alone"),
         "shm_overhead_at_64_kib_us": round(small["shm"]["median_us"] - small["memcpy"]["median_us"], 1),
         "plan_us": figures["span"]["ways"]["plan"]["median_us"],
     }
