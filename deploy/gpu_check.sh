@@ -68,8 +68,8 @@ if [[ $seen != True ]]; then
     say "There is a GPU, but the torch of $python does not see it:"
     "$python" -c 'import torch; print("torch", torch.__version__, "made for CUDA", torch.version.cuda)' >&2
     nvidia-smi >&2 || true
-    say "Install a torch for CUDA, no newer than the driver's: $python -m pip install --force-reinstall 'torch>=2.11,<2.14'"
-    say "--index-url https://download.pytorch.org/whl/cu130 (or cu126 ...), or name a Python that has one: PYTHON=... make gpu-check"
+    say "Install a torch (>=2.11, <2.14) that was made for CUDA, no newer than the driver's CUDA, as PyTorch's site tells,"
+    say "into it, or name a Python that has one: PYTHON=... make gpu-check"
     exit 1
   fi
   echo "no CUDA device here: nothing to check"
