@@ -60,12 +60,25 @@ class HandoffEnded(msgspec.Struct, frozen=True, array_like=True, tag="handoff_en
     unconfirmed: dict[str, int] = {}
 
 
+class EndAwaited(msgspec.Struct, frozen=True, array_like=True, tag="end_awaited"):
+    """Token driver of `pipeline` at `pipeline_epoch` to prompt driver, now and then: these (sequence, attempt) have not
+    ended as far as we have heard. Those that it does not know, or not any more, it answers with `HandoffEnded` for all
+    its stages: a message about them was lost."""
+
+    epoch: int
+    pipeline: str
+    pipeline_epoch: int
+    handoffs: list[tuple[str, int]]
+
+
 class LetGo(msgspec.Struct, frozen=True, array_like=True, tag="let_go"):
-    """Prompt stage to its driver: nothing reads the blocks of this closed prompt any more."""
+    """Prompt stage to its driver: nothing reads the blocks of this closed prompt any more. `unconfirmed` is as in
+    `HandoffEnded`."""
 
     epoch: int
     sequence_id: str
     attempt: int
+    unconfirmed: dict[str, int] = {}
 
 
 class FenceOff(msgspec.Struct, frozen=True, array_like=True, tag="fence_off"):

@@ -17,7 +17,16 @@ from collections.abc import Iterable
 
 import msgspec
 
-from common.handoff_messages import FencedOff, FenceOff, Handoff, HandoffEnded, KvArrived, KvConfirmed, LetGo
+from common.handoff_messages import (
+    EndAwaited,
+    FencedOff,
+    FenceOff,
+    Handoff,
+    HandoffEnded,
+    KvArrived,
+    KvConfirmed,
+    LetGo,
+)
 from common.replica_messages import (
     NEVER,
     Claim,
@@ -275,6 +284,7 @@ StageInboxMessage = (
     | KvArrived
     | KvConfirmed
     | HandoffEnded
+    | EndAwaited
     | LetGo
     | FenceOff
     | FencedOff

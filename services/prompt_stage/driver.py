@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any, assert_never
 
-from common.handoff_messages import HandoffEnded, LetGo
+from common.handoff_messages import EndAwaited, HandoffEnded, LetGo
 from common.kv.checksum import hash_tokens
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import CancelPrefill, FirstToken, Prefill, StageInboxMessage, StageReady, Step, StepDone
@@ -15,7 +15,7 @@ from common.stage.driver import Driver
 from common.stage.pulls import shares
 from common.stage.role import Sender
 from common.stage.service import StageService
-from services.prompt_stage.scheduler import Action, DeliverFirst, NeverStarted, PromptScheduler, PullHeld
+from services.prompt_stage.scheduler import Action, DeliverFirst, Key, NeverStarted, PromptScheduler, PullHeld
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,12 @@ class PromptDriver(Driver):
                     self.scheduler.prefill(message)
             case CancelPrefill(sequence_id, attempt):
                 self._carry_out(self.scheduler.cancel(sequence_id, attempt))
-            case LetGo(epoch, sequence_id, attempt):
+            case EndAwaited():
+                if self.stage.accepts(message.epoch):
+                    self._answer(sender, message)
+            case LetGo(epoch, sequence_id, attempt, unconfirmed):
                 if self.stage.accepts(epoch):
-                    self.scheduler.let_go(sequence_id, attempt)
+                    self.scheduler.let_go(sequence_id, attempt, unconfirmed)
             case Pulled(epoch, sequence_id, attempt, intact):
                 if self.stage.accepts(epoch):
                     self._carry_out(self.scheduler.pulled(sequence_id, attempt, intact))
@@ -88,11 +91,22 @@ class PromptDriver(Driver):
             case DeliverFirst(_, drawn, num_computed):
                 self.stage.peers.send(driver, FirstToken(record.epoch, sequence_id, attempt, drawn, num_computed))
             case NeverStarted():
-                num_stages = self.stage.options.num_stages
-                for stage in range(num_stages):
-                    self.stage.peers.send(driver, HandoffEnded(record.epoch, sequence_id, attempt, stage, num_stages))
+                self._tell_end(driver, record.epoch, (sequence_id, attempt), {})
             case _:
                 assert_never(action)
+
+    def _answer(self, asker: Sender, awaited: EndAwaited) -> None:
+        """Tells a token driver what has ended without its knowledge."""
+        handoffs = [(sequence_id, attempt) for sequence_id, attempt in awaited.handoffs]
+        unknown, unconfirmed = self.scheduler.disown(handoffs, (awaited.pipeline, awaited.pipeline_epoch))
+        for key in unknown:
+            self._tell_end(asker.name, awaited.pipeline_epoch, key, unconfirmed)
+
+    def _tell_end(self, driver: str, epoch: int, handoff: Key, unconfirmed: dict[str, int]) -> None:
+        """No stage of ours writes any more for this attempt, at this epoch of a token pipeline."""
+        num_stages = self.stage.options.num_stages
+        for stage in range(num_stages):
+            self.stage.peers.send(driver, HandoffEnded(epoch, *handoff, stage, num_stages, None, unconfirmed))
 
     def _pull_held(self, prefill: Prefill, blocks: list[int]) -> None:
         held = prefill.held

@@ -7,6 +7,7 @@ them. What was computed stays there until the blocks are needed (`Retained`).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from common.kv.blocks import BlockAllocator
@@ -15,7 +16,11 @@ from common.replica_messages import replica_key
 from common.stage.prefill_plan import PendingPrompt, plan_chunk
 from services.prompt_stage.retained import ID_BYTES, Kept, Retained
 
+MAX_DISOWNED = 4096
+
 Key = tuple[str, int]
+Asker = tuple[str, int]
+"""A token pipeline at one of its epochs."""
 
 
 @dataclass(slots=True)
@@ -92,6 +97,9 @@ class PromptScheduler:
         self._closed: dict[Key, PromptSequence] = {}
         """some stage may still be handing them off"""
         self._retained = Retained()
+        self._disowned: OrderedDict[tuple[Asker, Key], None] = OrderedDict()
+        self._unconfirmed: dict[str, int] = {}
+        """what hand-offs that are over may have left under way: by link, the oldest one that has not"""
         self._num_found_tokens = 0
         self._num_leases = 0
         self._flying: dict[int, tuple[Step, tuple[PromptSequence, ...]]] = {}
@@ -128,6 +136,8 @@ class PromptScheduler:
 
     def prefill(self, prefill: Prefill) -> None:
         """Queues a prompt (its tokens fit the pool: the router checked `capacity_tokens`)."""
+        if (_asker(prefill), (prefill.sequence_id, prefill.attempt)) in self._disowned:
+            return  # its blocks are somebody else's by now
         sequence = PromptSequence(prefill, len(prefill.token_ids) // 4, self._num_arrivals)
         self._num_arrivals += 1
         self._waiting[sequence.key] = sequence
@@ -301,8 +311,23 @@ class PromptScheduler:
         self._closes.append(sequence.prefill.sequence_id)
         return []
 
-    def let_go(self, sequence_id: str, attempt: int) -> None:
-        """A stage has nothing left to hand off of a prompt that it was told to close."""
+    def disown(self, handoffs: Iterable[Key], asker: Asker) -> tuple[list[Key], dict[str, int]]:
+        """Those that a token pipeline waits for and that are unknown here: they have ended, or were never heard of, and
+        will not begin any more. And what has to be fenced off before their blocks are safe."""
+        known = {s.key for s in (*self._waiting.values(), *self._running.values(), *self._closed.values())
+                 if _asker(s.prefill) == asker}  # fmt: skip
+        unknown = [key for key in handoffs if key not in known]
+        for key in unknown:
+            self._disowned[asker, key] = None
+        while len(self._disowned) > MAX_DISOWNED:
+            self._disowned.popitem(last=False)
+        return unknown, dict(self._unconfirmed)
+
+    def let_go(self, sequence_id: str, attempt: int, unconfirmed: Mapping[str, int] | None = None) -> None:
+        """A stage has nothing left to hand off of a prompt that it was told to close; what may still be under way is
+        `unconfirmed`."""
+        for name, oldest in (unconfirmed or {}).items():
+            self._unconfirmed[name] = max(oldest, self._unconfirmed.get(name, 0))
         sequence = self._closed.get((sequence_id, attempt))
         if sequence is None:
             return
@@ -318,3 +343,7 @@ class PromptScheduler:
             return
         token_ids = sequence.prefill.token_ids[: ID_BYTES * sequence.num_computed]
         self._retained.keep(Kept(sequence.lease, sequence.request_id, sequence.blocks, token_ids))
+
+
+def _asker(prefill: Prefill) -> Asker:
+    return prefill.handoff.pipeline, prefill.handoff.epoch

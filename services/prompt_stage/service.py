@@ -133,9 +133,11 @@ class PromptStage(StageService):
         if crash is not None:
             self.process.crash(crash)
             return
-        self._handoffs.ended(opened, done.result())
+        error = done.result()
+        self._handoffs.ended(opened, error)
         if epoch == self.epoch:
-            self.tell_driver(LetGo(epoch, opened.sequence_id, opened.attempt))
+            unconfirmed = {} if error is None else dict(error.unconfirmed)
+            self.tell_driver(LetGo(epoch, opened.sequence_id, opened.attempt, unconfirmed))
 
     def stats(self) -> dict[str, Any]:
         return super().stats() | self._handoffs.stats()

@@ -27,6 +27,8 @@ class Door:
         self._server = server
         self._stage_index = stage_index
         self._on_stuck = on_stuck
+        self._fencing: set[tuple[int, str, int]] = set()
+        """what drivers, by their epoch, asked for and has not been done yet"""
 
     async def begin_epoch(self, pipeline: str, epoch: int) -> None:
         """Returns when nobody can write under an older epoch of our pipeline. Who cannot be kept from it may write
@@ -40,9 +42,17 @@ class Door:
             self._on_stuck()
 
     async def fence_off(self, fence: FenceOff, tell: Callable[[FencedOff], None]) -> None:
-        """Does what a driver asks for, and tells it when it is done."""
-        await self._server.fence(fence.oldest)
-        tell(FencedOff(fence.epoch, self._stage_index, fence.oldest))
+        """Does what a driver asks for, and tells it when it is done. It may repeat itself meanwhile."""
+        asked = {(fence.epoch, *each) for each in fence.oldest.items()} - self._fencing
+        if not asked:
+            return
+        oldest = {name: epoch for _, name, epoch in asked}
+        self._fencing |= asked
+        try:
+            await self._server.fence(oldest)
+        finally:
+            self._fencing -= asked
+        tell(FencedOff(fence.epoch, self._stage_index, oldest))
 
     async def writer_lost(self, writer: MemberRecord) -> None:
         """A prompt stage is gone. What it had begun is over once its process is, which can be seen here where it ran on

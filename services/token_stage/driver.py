@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, assert_never
 
-from common.handoff_messages import FenceOff
+from common.handoff_messages import EndAwaited, FenceOff
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import (
     Admit,
@@ -93,7 +93,27 @@ class TokenDriver(Driver):
     def _remind(self) -> None:
         """What nobody answers is sent again, also while nothing else happens."""
         self._carry_out(self.scheduler.ask_again())
+        self._carry_out(self.scheduler.give_up_stalled(self.stage.process.loop.time()))
+        self.scheduler.replication.claim_again()
+        self._ask_writers()
+        for index, stage in enumerate(self.record.stages):
+            oldest = self.scheduler.fences.unanswered(index)
+            if oldest:
+                self.stage.tell_stage(stage.name, FenceOff(self.epoch, oldest))
         self.later(REPEAT_S, self._remind)
+
+    def _ask_writers(self) -> None:
+        """What the end of a hand-off is waited for, and that nobody wants others any more."""
+        for (pipeline, epoch), sequences in self.scheduler.awaited().items():
+            record = self.stage.records.get(pipeline)
+            if record is None or record.epoch != epoch or record.successor is not None:
+                continue  # its next epoch, or another pipeline, is asked for all of it
+            for sequence in sequences:
+                if sequence.is_leaving:
+                    self._stop_prefill(sequence.sequence_id, sequence.attempt)
+            handoffs = [(sequence.sequence_id, sequence.attempt) for sequence in sequences]
+            awaited = EndAwaited(epoch, self.record.pipeline, self.epoch, handoffs)
+            self.stage.peers.send(record.stages[0].name, awaited)
 
     # ------------------------------------------------------------ steps
 
@@ -110,7 +130,7 @@ class TokenDriver(Driver):
         if oldest:
             for stage in self.record.stages:
                 self.stage.tell_stage(stage.name, FenceOff(self.epoch, oldest))
-        for store, message in self.scheduler.replication.flush(time.monotonic()):
+        for store, message in self.scheduler.replication.flush(self.stage.process.loop.time()):
             self.stage.peers.send(store, message)
 
     # ------------------------------------------------------------ what it hears

@@ -34,6 +34,11 @@ class Fences:
         unsent, self._unsent = self._unsent, {}
         return unsent
 
+    def unanswered(self, stage_index: int) -> dict[str, int]:
+        """What this stage was asked for and has not said that it has done."""
+        sent = {name: epoch for name, epoch in self._asked.items() if name not in self._unsent}
+        return {name: epoch for name, epoch in sent.items() if self._confirmed[name].get(stage_index, 0) < epoch}
+
     def confirm(self, stage_index: int, oldest: Mapping[str, int]) -> None:
         """A stage's answer: nothing of older epochs changes its pool any more."""
         for name, epoch in oldest.items():

@@ -59,7 +59,7 @@ class Intake(SequenceTable):
         if sequence is None or sequence.requeue:
             return []
         if not intact or not sequence.confirm(layers, tokens):
-            return self._restart(sequence)
+            return [*self._restart(sequence), *self._grant_waiting()]
         num_computed = min(sequence.confirmed)
         if num_computed > sequence.num_computed:
             sequence.num_computed = num_computed
@@ -192,10 +192,6 @@ class Intake(SequenceTable):
             return self._prefill(sequence)
         sequence.replica, sequence.num_pulls = held, self.shape.num_stages
         return [PullReplica(sequence_id)]
-
-    def ask_again(self) -> list[Action]:
-        """For what stores have of those that wait for it: what was asked before, or the answer, may be lost."""
-        return [AskStore(s.sequence_id, s.source) for s in self._sequences.values() if s.is_asking]
 
     def pulled(self, sequence_id: str, attempt: int, intact: bool) -> list[Action]:
         """A stage has copied its part of a replica; when all have, the sequence goes on behind it."""

@@ -94,6 +94,11 @@ class Replication:
         if name in self._unanswered and name not in self._claims:
             self._claims.append(name)
 
+    def claim_again(self) -> None:
+        """The writers that have not answered are asked again: they, or we, may not have heard."""
+        for name in sorted(self._unanswered - self._stores.keys()):
+            self.writer_is_back(name)
+
     def store_lost(self, name: str) -> list[Sequence]:
         """A store (or a writer) is dead. Returns the sequences that it no longer reads."""
         self._unanswered.discard(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from common.messages import ChunkWork, Drawn, Step, SwapFigures
 from common.stage.prefill_plan import PendingPrompt, plan_chunk
+from services.token_stage.patience import Patience
 from services.token_stage.requested import Requested
 from services.token_stage.sequence import Action, FlyingStep, Phase, Sequence
 from services.token_stage.swapping import DeviceTier, Observed, Turn
@@ -12,7 +13,7 @@ from services.token_stage.swapping import DeviceTier, Observed, Turn
 MAX_SEQUENCES_PER_STEP = 256
 
 
-class TokenScheduler(Requested):
+class TokenScheduler(Requested, Patience):
     """All decisions for one token pipeline at one epoch."""
 
     _owes_prefill = False

@@ -77,6 +77,10 @@ class Sequence:
     """prompt pipeline and its epoch that compute the current attempt"""
     need: Need = frozenset()
     """what must be fenced off before its blocks are safe from those who were to write to them"""
+    stall: tuple[tuple[int, int], float] | None = None
+    """how far an attempt was that all prompt stages had ended, and since when it has been no farther"""
+    num_stalls: int = 0
+    """so many attempts were given up for that"""
     was_preempted: bool = False
     """it gave its blocks to others once: what it costs to go on is no failure's cost"""
     requeue: bool = False

@@ -18,7 +18,7 @@ from common.kv.lane import HandoffSpan
 from common.kv.layout import PoolLayout
 from common.kv.offer import GrantOffer
 from common.membership import MemberRecord, PipelineRecord, SnapshotEnd
-from common.messages import Drawn, Message, StageReady, Step, encode
+from common.messages import Drawn, Message, StageReady, Step
 from common.model.spec import load_spec
 from common.replica_messages import Pull, Pulled
 from common.stage.options import StageOptions
@@ -66,18 +66,19 @@ class FleetPeers(KnownPeers):
         if name not in self._known:
             return False
         to = self._known[name].removeprefix("tcp://").removesuffix(":1")
-        self._world.send(self._identity, to, encode(message))
+        self._world.send(self._identity, to, message)
         return True
 
 
 class _Loop:
     """What is to happen much later."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: Fleet) -> None:
         self.later: list[Callable[[], object]] = []
+        self.time = lambda: world.now_s
 
     def call_later(self, delay_s: float, happen: Callable[..., object], *arguments: object) -> None:
-        if delay_s >= ORPHAN_S:  # nothing is lost here that would be sent again
+        if delay_s >= ORPHAN_S:  # the world has drivers remind others
             self.later.append(lambda: happen(*arguments))
 
     def call_soon_threadsafe(self, happen: Callable[..., object], *arguments: object) -> None:
@@ -87,8 +88,8 @@ class _Loop:
 class _Process:
     """Around a stage: nothing takes time, and it ends when the world says so."""
 
-    def __init__(self) -> None:
-        self.loop = _Loop()
+    def __init__(self, world: Fleet) -> None:
+        self.loop = _Loop(world)
         self.over: Future[PipelineRecord] = Future()
 
     in_background = staticmethod(drive)
@@ -156,7 +157,7 @@ class Stage(StageService):
     pulls: _Pulls
 
     def __init__(self, world: Fleet, options: StageOptions, incarnation: str) -> None:
-        super().__init__(options, SPEC, incarnation, cast(Any, _Process()))
+        super().__init__(options, SPEC, incarnation, cast(Any, _Process(world)))
         service: Any = self
         service.engine = _Engine(self)
         self.world = world

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from common.kv.lane import HandoffSpan
 from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord, SnapshotEnd
-from common.messages import Admit, Message, pack_ids
+from common.messages import Admit, Message, encode, pack_ids
 from common.replica_messages import Replicate, replica_key
 from dejavu.params import SamplingParams
 from dejavu.wire import Ended, RouterMessage, Submit, Tokens
@@ -90,6 +90,9 @@ class Fleet:
     def __init__(self, seed: int, num_token: int, num_prompt: int) -> None:
         self.draws = random.Random(seed)
         self.has_spares = False
+        self.now_s = 0.0
+        self.loses: Callable[[Message], bool] = lambda message: False
+        """whether a message goes nowhere, with the connection that it was on"""
         self.revision = self.num_started = self.num_restored = self.num_moved = 0
         self.processes: dict[str, Process] = {}
         self.members: dict[str, MemberRecord] = {}
@@ -247,9 +250,17 @@ class Fleet:
 
     # ------------------------------------------------------------ what is on its way
 
-    def send(self, sender: str, to: str, frame: bytes) -> None:
-        if to in self.processes or to in self.cut_off:
-            self.wire.setdefault((sender, to), deque()).append((sender, frame))
+    def remind(self, after_s: float) -> bool:
+        """Token drivers ask for what they miss; False: they miss nothing, however long they wait."""
+        self.now_s += after_s
+        for stage in self.stages(FleetTokenStage):
+            if stage.driver is not None:
+                stage.driver._unless_over(stage.driver._remind)
+        return any(self.wire.values()) or any(process.ways() for process in self.processes.values())
+
+    def send(self, sender: str, to: str, message: Message) -> None:
+        if (to in self.processes or to in self.cut_off) and not self.loses(message):
+            self.wire.setdefault((sender, to), deque()).append((sender, encode(message)))
 
     def happen(self, draws: random.Random) -> bool:
         """One of the things that can happen does; False: nothing can."""
@@ -295,7 +306,9 @@ class Fleet:
             self._check_lent(stage, [(replica_key(pull.sequence_id), pull.blocks) for pull in pulls])
 
     def _reads(self, store: FleetStore, message: Replicate, stage: FleetTokenStage) -> bool:
-        return store.shelf.accepts(message.pipeline, message.epoch) and stage.epoch == message.epoch
+        """Not what is of an older epoch, or was repeated and has been read before."""
+        is_current = store.shelf.accepts(message.pipeline, message.epoch) and stage.epoch == message.epoch
+        return is_current and message.batch > store.shelf._sessions[message.pipeline].batch
 
     def _check_lent(self, stage: FleetTokenStage, touched: list[tuple[str, list[int]]]) -> None:
         if stage.driver is None:

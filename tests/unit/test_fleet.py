@@ -8,6 +8,9 @@ from collections import deque
 
 import pytest
 
+from common.handoff_messages import EndAwaited, FencedOff, FenceOff, HandoffEnded, KvArrived, KvConfirmed
+from common.messages import CancelPrefill, FirstToken, Message, Prefill
+from common.replica_messages import Claim, Claimed
 from common.succession import standing
 from tests.unit.fleet_stages import NUM_BLOCKS, FleetPromptStage, FleetTokenStage, Stage
 from tests.unit.fleet_world import Fleet
@@ -116,7 +119,9 @@ def let_time_pass(world: Fleet) -> bool:
     was_cut_off = list(world.cut_off)
     for incarnation in was_cut_off:
         world.forget(incarnation)
-    return bool(timers or awaited or was_cut_off)
+    # what is found missing is given up the next time, and what is asked for may be lost again
+    is_missed = any(world.remind(100.0) for _ in range(12))
+    return bool(timers or awaited or was_cut_off or is_missed)
 
 
 FAULTS = [
@@ -125,10 +130,16 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def simulate(seed: int) -> Fleet:
-    """One run; raises `AssertionError` where something is lost, twice, wrong, stuck or leaked."""
+HANDOFF = (Prefill, CancelPrefill, FirstToken, KvArrived, KvConfirmed, HandoffEnded, EndAwaited, FenceOff, FencedOff)
+
+
+def simulate(seed: int, loss: float = 0.0) -> Fleet:
+    """One run; raises `AssertionError` where something is lost, twice, wrong, stuck or leaked. `loss` is the part of
+    the messages about hand-offs that goes nowhere."""
     draws = random.Random(seed + 5000)
     world = Fleet(seed, num_token=draws.choice([2, 3]), num_prompt=2)
+    if loss:
+        world.loses = lambda message: isinstance(message, HANDOFF) and draws.random() < loss
     to_submit = [(f"r{i}", draws.randrange(1, 60), draws.randrange(1, 40)) for i in range(NUM_REQUESTS)]
     faults = draws.sample(FAULTS, draws.randrange(9))
     for turn in range(200_000):
@@ -140,6 +151,8 @@ def simulate(seed: int) -> Fleet:
             world.agenda.pop(0)()
         if draws.random() < 0.003:
             run_a_timer(world)
+        if loss and draws.random() < 0.01:
+            world.remind(2.0)
         happened = world.happen(draws)
         if not happened and not (to_submit or faults or world.agenda) and not let_time_pass(world):
             break
@@ -184,6 +197,32 @@ def test_who_comes_back_does_not_count_on_copies_that_another_pipeline_has_repla
 
 def test_a_late_copy_from_a_pipeline_that_a_sequence_has_left_replaces_nothing() -> None:
     simulate(1617)
+
+
+@pytest.mark.seeds(4)
+def test_what_is_lost_on_the_way_is_missed(seed: int) -> None:
+    simulate(seed, loss=0.05)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize(
+    "kind", [Prefill, FirstToken, KvArrived, HandoffEnded, Claim, Claimed], ids=lambda kind: kind.__name__
+)
+def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> None:
+    """While everybody lives."""
+    world = Fleet(nth, num_token=1, num_prompt=1)
+    sent: list[Message] = []
+
+    def is_nth(message: Message) -> bool:
+        sent.extend([message] * isinstance(message, kind))
+        return sent[nth - 1 :] == [message]
+
+    world.loses = is_nth
+    for index in range(6):
+        world.submit(f"r{index}", 10, 8)
+    _settle(world)
+    assert len(sent) >= nth, "none was lost"
+    check_end(world)
 
 
 def test_many_requests_move() -> None:

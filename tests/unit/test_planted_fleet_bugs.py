@@ -12,10 +12,15 @@ from services.router.requests import Requests
 from services.token_stage.driver import TokenDriver
 from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
+from services.token_stage.scheduler import TokenScheduler
 from tests.unit import test_fleet
 from tests.unit.planting import Bug, around, instead
 
 FLEET = test_fleet.simulate
+
+
+def lossy_fleet(seed: int) -> object:
+    return test_fleet.simulate(seed, loss=0.05)
 
 
 def keeps_its_epoch(old: Any, self: Requests, request: Request, choice: Choice) -> None:
@@ -56,6 +61,12 @@ BUGS = [
         instead(Replication, "writer_is_back", lambda *args: None),
         61,
     ),
+    Bug(
+        "a hand-off that does not end is not asked about",
+        lossy_fleet,
+        instead(TokenScheduler, "awaited", lambda self: {}),
+    ),
+    Bug("KV is waited for for ever", lossy_fleet, instead(TokenScheduler, "give_up_stalled", lambda *args: [])),
 ]
 
 
