@@ -23,7 +23,8 @@ from common.replica_messages import (
     replica_key,
 )
 from services.cache_store.shelf import Shelf
-from tests.unit.fleet_stages import U64, FleetPeers, FleetTokenStage, checksum, drive
+from tests.unit.fleet_links import U64, checksum
+from tests.unit.fleet_stages import NUM_LAYERS, FleetPeers, FleetTokenStage, drive
 from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, slots
 
 if TYPE_CHECKING:
@@ -39,10 +40,11 @@ class FleetStore:
         self.world, self.name, self.incarnation = world, name, incarnation
         self.peers = FleetPeers(world, f"{name}.{incarnation}")
         self.shelf = Shelf(NUM_STORE_BLOCKS, STORE_BLOCK_SIZE)
-        self.pool: dict[int, int] = {}
+        self.pool: list[dict[int, int]] = [{} for _ in range(NUM_LAYERS)]
         self.inbox: deque[tuple[str, Any]] = deque()
         self.records: dict[str, PipelineRecord] = {}
-        self.sources: dict[str, tuple[int, FleetTokenStage | None]] = {}
+        self.sources: dict[str, list[FleetTokenStage | None]] = {}
+        """the stages that each pipeline is read from"""
 
     def arrive(self, peer: str, frame: bytes) -> None:
         self.inbox.append((peer.rpartition(".")[0], decode_store_inbox(frame)))
@@ -81,8 +83,8 @@ class FleetStore:
         keys = self.shelf.claim(claim.pipeline, claim.epoch, claim.batch, 60.0)
         if keys is None or record.epoch > claim.epoch:
             return
-        source = None if record.successor else self.world.token_stage(record.stages[0].incarnation)
-        self.sources[claim.pipeline] = (claim.epoch, source)
+        stages = () if record.successor else record.stages
+        self.sources[claim.pipeline] = [self.world.token_stage(stage.incarnation) for stage in stages]
         self.peers.send(sender, Claimed(self.name, claim.pipeline, claim.epoch, keys))
 
     def _serve(self, sender: str, message: Replicate | Forget | Locate) -> None:
@@ -101,19 +103,26 @@ class FleetStore:
                 held = None
                 if found is not None:
                     replica, count = found
-                    held = HeldReplica(count, list(replica.blocks), [checksum(replica.digests[0, :count].tolist())])
+                    checksums = [checksum(digests.tolist()) for digests in replica.digests[:, :count]]
+                    held = HeldReplica(count, list(replica.blocks), checksums)
                 self.peers.send(sender, Located(self.name, epoch, sequence_id, attempt, held))
 
     def _keep(self, pipeline: str, item: ReplicaItem) -> bool:
-        source = self.sources.get(pipeline, (0, None))[1]
+        sources = self.sources.get(pipeline, [])
         blocks = self.shelf.make_room(pipeline, item, 0.0)
         if blocks is None:
             return False
-        if source is None or not self.world.is_alive(source):
+        living = [source for source in sources if source is not None and self.world.is_alive(source)]
+        if not living or len(living) < len(sources):
             self.shelf.abandon(item.key, 0.0)
             return False
         start, offset, count = item.start, item.start % BLOCK_SIZE, item.num_tokens
-        values = [source.pool_of_kv[place] for place in slots(item.blocks, offset, offset + count, BLOCK_SIZE)]
-        self.pool.update(zip(slots(blocks, start, start + count, STORE_BLOCK_SIZE), values, strict=True))
-        self.shelf.commit(item, np.array([[value & U64 for value in values]], dtype=np.uint64))
+        theirs = slots(item.blocks, offset, offset + count, BLOCK_SIZE)
+        ours = slots(blocks, start, start + count, STORE_BLOCK_SIZE)
+        digests = np.zeros((NUM_LAYERS, count), dtype=np.uint64)
+        for layer, pool in (each for source in living for each in source.pool_of_kv.items()):
+            values = [pool[place] for place in theirs]
+            self.pool[layer].update(zip(ours, values, strict=True))
+            digests[layer] = [value & U64 for value in values]
+        self.shelf.commit(item, digests)
         return True

@@ -6,79 +6,35 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, cast
 
 from common.kv.lane import HandoffSpan
 from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord, SnapshotEnd
 from common.messages import Admit, Message, encode, pack_ids
 from common.replica_messages import Replicate, replica_key
+from common.stage.options import StageOptions
 from dejavu.params import SamplingParams
 from dejavu.wire import Ended, RouterMessage, Submit, Tokens
-from services.router.pipelines import missing_pipelines
-from services.router.service import RouterOptions, RouterService
+from services.router.pipelines import is_spare, missing_pipelines
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Phase, Produce
-from tests.unit.fleet_stages import SPEC, FleetPeers, FleetPromptStage, FleetTokenStage, Stage, drive, stage_options
+from tests.unit.fleet_router import FleetRouter
+from tests.unit.fleet_stages import (
+    NUM_LAYERS,
+    FleetPromptStage,
+    FleetTokenStage,
+    Stage,
+    stage_options,
+)
 from tests.unit.fleet_store import FleetStore
 from tests.unit.made_up_kv import BLOCK_SIZE, next_token
 from tests.unit.test_whole_system import Client
 
 ROLES: dict[str, Any] = {"token_stage": FleetTokenStage, "prompt_stage": FleetPromptStage}
-
-
-class FleetRouter(RouterService):
-    """A router as it is served; who leads is said by the world."""
-
-    def __init__(self, world: Fleet, name: str, incarnation: str) -> None:
-        super().__init__(RouterOptions(name, "", "c", "h", 0, "", "", may_kill=True), SPEC, None)
-        self.world, self.name, self.incarnation = world, name, incarnation
-        self._incarnation = self.requests._incarnation = incarnation
-        self._peers = FleetPeers(world, f"{name}.{incarnation}")
-        self.cluster = self._cluster = cast(Any, SimpleNamespace(members={}, records={}, is_leader=False, leader=""))
-        self._is_live = True
-
-    @property
-    def requests(self) -> Any:
-        return self._requests
-
-    def to_client(self, client: bytes, message: RouterMessage) -> None:
-        for frame in message.frames if isinstance(message, Tokens) else ():
-            # one that was repeated to a client that has come back may be of an epoch before
-            known = self.world.homes[f"{frame.request_id}/{frame.choice}"]
-            assert frame.epoch <= known[1], "a zombie was heard"
-        self.world.to_clients.append((self.incarnation, client.decode(), message))
-
-    def to_member(self, name: str, message: Message) -> bool:
-        if isinstance(message, Admit):
-            self.world.admitted(name, message)
-        return super().to_member(name, message)
-
-    def arrive(self, peer: str, frame: bytes) -> None:
-        self._on_service_frames(peer.encode(), [memoryview(frame)])
-
-    def can_hear(self, kind: str) -> bool:
-        return True
-
-    def ways(self) -> list[Callable[[], None]]:
-        return []
-
-    def hear(self, kind: str, event: Any) -> None:
-        if isinstance(event, PipelineRecord):
-            if event.successor is None:
-                drive(self._peers.connect(event.stages[0].name, event.stages[0].endpoint))
-            self.cluster.records[event.pipeline] = event
-            self._pipeline_published(event)
-        elif isinstance(event, MemberJoined):
-            drive(self._peers.connect(event.record.name, event.record.endpoint))
-            self.cluster.members[event.record.name] = event.record
-        elif isinstance(event, MemberLost):
-            record = event.record
-            if self.cluster.members.get(record.name) is record:
-                del self.cluster.members[record.name]
-            self._peers.drop(record.name, record.endpoint)
-            if record.pipeline is not None:
-                self.requests.pipeline_lost(record.pipeline)
+Cut = list[tuple[int, int]]
+WHOLE: Cut = [(0, NUM_LAYERS)]
+CUTS: list[Cut] = [WHOLE, [(0, 1), (1, 3)], [(0, 2), (2, 3)]]
+"""the layers of a pipeline's stages"""
 
 
 Process = FleetRouter | FleetStore | FleetTokenStage | FleetPromptStage
@@ -87,9 +43,12 @@ Process = FleetRouter | FleetStore | FleetTokenStage | FleetPromptStage
 class Fleet:
     """`processes` by incarnation; `cut_off` are those that others take for dead and that live on."""
 
-    def __init__(self, seed: int, num_token: int, num_prompt: int) -> None:
+    def __init__(self, seed: int, num_token: int, num_prompt: int, cuts: list[Cut] | None = None) -> None:
+        """Each pipeline has one of `cuts` (None: a single stage)."""
         self.draws = random.Random(seed)
-        self.has_spares = False
+        self.renames = False
+        """whoever is started again has another name than the one before it"""
+        self.cuts: dict[str, Cut] = {}
         self.now_s = 0.0
         self.loses: Callable[[Message], bool] = lambda message: False
         """whether a message goes nowhere, with the connection that it was on"""
@@ -119,8 +78,11 @@ class Fleet:
         for name in ("store-a", "store-b"):
             self.start(name, "cache_store")
         for role, count in (("token", num_token), ("prompt", num_prompt)):
-            for index in range(count):
-                self.start_stage(f"{role}-{index}", f"{role}_stage")
+            for number in range(count):
+                pipeline = f"{role}-{number}"
+                self.cuts[pipeline] = WHOLE if cuts is None else self.draws.choice(cuts)
+                for index in range(len(self.cuts[pipeline])):
+                    self.start_stage(pipeline, f"{role}_stage", index)
         self.agenda.append(self.publish)
 
     # ------------------------------------------------------------ who is there
@@ -146,11 +108,15 @@ class Fleet:
     def is_alive(self, stage: Stage) -> bool:
         return stage.incarnation in self.processes or stage.incarnation in self.cut_off
 
-    def start_stage(self, pipeline: str, role: str) -> None:
-        """Under the name of the one before it or, as a spare, under another."""
-        self.start(f"{pipeline}-{self.num_started if self.has_spares else 0}", role, pipeline)
+    def start_stage(self, pipeline: str, role: str, index: int = 0, *, is_standby: bool = False) -> None:
+        """Under the name of the one before it, unless they are renamed."""
+        name = f"{pipeline}-{self.num_started if self.renames else index}{'-standby' * is_standby}"
+        cut = self.cuts.setdefault(pipeline, WHOLE)
+        options = stage_options(name, pipeline, role, index, cut, is_standby=is_standby)
+        self.cuts[options.other_pipeline] = cut
+        self.start(name, role, options)
 
-    def start(self, name: str, role: str, pipeline: str | None = None) -> None:
+    def start(self, name: str, role: str, options: StageOptions | None = None) -> None:
         """It registers, and hears of everybody."""
         self.num_started += 1
         incarnation = f"i{self.num_started}"
@@ -161,16 +127,16 @@ class Fleet:
         elif role == "cache_store":
             process = FleetStore(self, name, incarnation)
         else:
-            assert pipeline is not None
-            options = stage_options(name, pipeline, role)
+            assert options is not None
             process = ROLES[role](self, options, incarnation)
             detail = {"other_pipeline": options.other_pipeline}
             if isinstance(process, FleetTokenStage):
                 detail["kv_offer"] = process.door.offer
-        index, count, layers = (None, None, None) if pipeline is None else (0, 1, (0, 1))
-        record = MemberRecord(
-            name, role, incarnation, 1, "h", f"tcp://{incarnation}:1", pipeline, index, count, layers, "active", detail
-        )
+        place = (None, None, None, None)
+        if options is not None:
+            place = (options.pipeline, options.stage_index, options.num_stages, options.layers)  # type: ignore[assignment]
+        state = "standby" if options is not None and options.is_standby else "active"
+        record = MemberRecord(name, role, incarnation, 1, "h", f"tcp://{incarnation}:1", *place, state, detail)
         self.processes[incarnation] = process
         for member in self.members.values():
             self.tell(process, "members", MemberJoined(member))
@@ -189,7 +155,7 @@ class Fleet:
         else:
             self.forget(incarnation)
         record = self.members.pop(name)
-        if record.pipeline is not None:
+        if record.pipeline is not None and not is_spare(record, self.records):
             self.broken.add(record.pipeline)
         self.tell_all("members", MemberLost(record))
 
@@ -285,9 +251,20 @@ class Fleet:
         if process is not None:
             process.arrive(sender, frame)
 
+    def _scheduler_of(self, stage: FleetTokenStage) -> TokenScheduler | None:
+        """That of the driver which lends the blocks of this stage, in its epoch."""
+        driver: Any = stage
+        if not stage.options.is_driver and stage.record is not None:
+            incarnation = stage.record.stages[0].incarnation
+            driver = self.processes.get(incarnation) or self.cut_off.get(incarnation)
+        if driver is None or driver.driver is None or driver.epoch != stage.epoch:
+            return None
+        return cast(TokenScheduler, driver.driver.scheduler)
+
     def check_write(self, stage: FleetTokenStage, span: HandoffSpan) -> None:
         """Nobody else has the blocks that are being written to."""
-        sequences = {} if stage.driver is None else stage.driver.scheduler._sequences
+        scheduler = self._scheduler_of(stage)
+        sequences = {} if scheduler is None else scheduler._sequences
         first, last = (position // BLOCK_SIZE for position in (span.token_range[0], span.token_range[1] - 1))
         touched = set(span.destination_blocks[first : last + 1])
         for other in sequences.values():
@@ -298,7 +275,7 @@ class Fleet:
         """Nobody else has the blocks that a store is to read, or a stage to copy into."""
         for store in self.stores:
             for _, message in store.inbox:
-                stage = store.sources.get(getattr(message, "pipeline", ""), (0, None))[1]
+                stage = next(iter(store.sources.get(getattr(message, "pipeline", ""), ())), None)
                 if isinstance(message, Replicate) and stage is not None and self._reads(store, message, stage):
                     self._check_lent(stage, [(item.key, item.blocks) for item in message.items])
         for stage in self.stages(FleetTokenStage):
@@ -311,9 +288,9 @@ class Fleet:
         return is_current and message.batch > store.shelf._sessions[message.pipeline].batch
 
     def _check_lent(self, stage: FleetTokenStage, touched: list[tuple[str, list[int]]]) -> None:
-        if stage.driver is None:
+        scheduler = self._scheduler_of(stage)
+        if scheduler is None:
             return
-        scheduler = stage.driver.scheduler
         scheduler.allocator.check()
         lent: dict[int, str] = {}
         for sequence in scheduler._sequences.values() if touched else ():

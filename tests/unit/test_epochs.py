@@ -29,7 +29,8 @@ def driving() -> tuple[FleetTokenStage, MemberRecord]:
     """The first stage of a pipeline in epoch 1, and the only store that it knows."""
     world = Fleet(0, num_token=0, num_prompt=0)
     store = world.members["store-a"]
-    options = dataclasses.replace(stage_options("token-0", "token-0", "token_stage"), num_stages=2, is_colocated=True)
+    options = stage_options("token-0", "token-0", "token_stage", 0, [(0, 1), (1, 3)], is_standby=False)
+    options = dataclasses.replace(options, is_colocated=True)
     stage = FleetTokenStage(world, options, "i8")
     stage.hear("members", MemberJoined(store))
     publish(stage, 1, store)

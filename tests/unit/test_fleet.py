@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,9 @@ from common.handoff_messages import EndAwaited, FencedOff, FenceOff, HandoffEnde
 from common.messages import CancelPrefill, FirstToken, Message, Prefill
 from common.replica_messages import Claim, Claimed
 from common.succession import standing
-from tests.unit.fleet_stages import NUM_BLOCKS, FleetPromptStage, FleetTokenStage, Stage
-from tests.unit.fleet_world import Fleet
+from tests.unit.fleet_links import NUM_BLOCKS
+from tests.unit.fleet_stages import FleetPromptStage, FleetTokenStage, Stage
+from tests.unit.fleet_world import CUTS, Fleet
 
 NUM_REQUESTS = 14
 
@@ -39,16 +41,19 @@ def inject(world: Fleet, fault: str) -> None:
 
 
 def lose_stage(world: Fleet, stage: Stage, *, lives_on: bool) -> None:
-    pipeline, role = stage.options.pipeline, stage.options.role
+    options, role = stage.options, stage.options.role
+    pipeline, place = options.pipeline, options.stage_index
     world.end(stage, lives_on=lives_on)  # type: ignore[arg-type]
+    if any(member.state == "standby" for member in world.members.values()):
+        world.agenda.append(world.publish)
 
     def again() -> None:
         record = world.records.get(pipeline)
         if record is not None and record.successor is not None:
-            pipeline_now, role_now = stage.options.other_pipeline, other_role(role)
+            pipeline_now, role_now = options.other_pipeline, other_role(role)
         else:
             pipeline_now, role_now = pipeline, role
-        world.start_stage(pipeline_now, role_now)
+        world.start_stage(pipeline_now, role_now, place, is_standby=options.is_standby)
         world.agenda.append(world.publish)
 
     world.agenda.append(again)
@@ -78,11 +83,25 @@ def retire(world: Fleet) -> None:
     """Where another pipeline of the kind works, as the router demands."""
     kinds: list[type[Stage]] = [FleetTokenStage, FleetPromptStage]
     for kind in world.draws.sample(kinds, 2):
-        stays = [stage for stage in world.stages(kind) if stage.options.pipeline in standing(world.records)]
-        able = [stage for stage in stays if world.leader.requests.is_ready(stage.options.pipeline)]
+        drivers = published_drivers(world, kind)
+        able = [stage for stage in drivers if world.leader.requests.is_ready(stage.options.pipeline)]
         if len(able) > 1:
             world.retire(world.draws.choice(able))
             return
+
+
+def published_drivers(world: Fleet, kind: type[Stage]) -> list[Any]:
+    """Of the pipelines that are not over."""
+    drivers = {record.stages[0].incarnation for record in standing(world.records).values()}
+    return [stage for stage in world.stages(kind) if stage.incarnation in drivers]
+
+
+def start_standbys(world: Fleet) -> None:
+    """Of some stages."""
+    for stage in [*world.stages(FleetTokenStage), *world.stages(FleetPromptStage)]:
+        if world.draws.random() < 0.25:
+            options = stage.options
+            world.start_stage(options.pipeline, options.role, options.stage_index, is_standby=True)
 
 
 def leave_retired(world: Fleet) -> None:
@@ -94,7 +113,9 @@ def leave_retired(world: Fleet) -> None:
         if stage.process.over.done():
             world.end(stage)
             world.broken.discard(stage.options.pipeline)
-            world.start_stage(stage.options.other_pipeline, other_role(stage.options.role))
+            options = stage.options
+            role = other_role(options.role)
+            world.start_stage(options.other_pipeline, role, options.stage_index, is_standby=options.is_standby)
             world.agenda.append(world.publish)
 
 
@@ -133,11 +154,13 @@ FAULTS = [
 HANDOFF = (Prefill, CancelPrefill, FirstToken, KvArrived, KvConfirmed, HandoffEnded, EndAwaited, FenceOff, FencedOff)
 
 
-def simulate(seed: int, loss: float = 0.0) -> Fleet:
+def simulate(seed: int, loss: float = 0.0, *, is_cut: bool = False) -> Fleet:
     """One run; raises `AssertionError` where something is lost, twice, wrong, stuck or leaked. `loss` is the part of
-    the messages about hand-offs that goes nowhere."""
+    the messages about hand-offs that goes nowhere; with `is_cut` pipelines have several uneven stages, and spares."""
     draws = random.Random(seed + 5000)
-    world = Fleet(seed, num_token=draws.choice([2, 3]), num_prompt=2)
+    world = Fleet(seed, num_token=draws.choice([2, 3]), num_prompt=2, cuts=CUTS if is_cut else None)
+    if is_cut:
+        start_standbys(world)
     if loss:
         world.loses = lambda message: isinstance(message, HANDOFF) and draws.random() < loss
     to_submit = [(f"r{i}", draws.randrange(1, 60), draws.randrange(1, 40)) for i in range(NUM_REQUESTS)]
@@ -169,12 +192,12 @@ def check_end(world: Fleet) -> None:
         assert all(len(ids) == client.params.max_tokens for ids in client.delivered)
     assert len(world.leader.requests.ledger) == 0
     assert all(view.load_tokens == 0 for view in world.leader.requests.pipelines.values()), "load is left"
-    for stage in world.stages(FleetTokenStage):
+    for stage in published_drivers(world, FleetTokenStage):
         assert stage.driver is not None, f"{stage.options.name} does not work"
         scheduler = stage.driver.scheduler
         assert scheduler.num_running == scheduler.num_waiting == 0, "sequences are left"
         assert scheduler.allocator.num_free == NUM_BLOCKS["token_stage"], "blocks are left"
-    for stage in world.stages(FleetPromptStage):
+    for stage in published_drivers(world, FleetPromptStage):
         assert stage.driver is not None, f"{stage.options.name} does not work"
         assert stage.driver.scheduler.num_free == NUM_BLOCKS["prompt_stage"], "prompt blocks are left"
     for store in world.stores:
@@ -185,6 +208,11 @@ def check_end(world: Fleet) -> None:
 @pytest.mark.seeds(8)
 def test_requests_move_among_pipelines(seed: int) -> None:
     simulate(seed)
+
+
+@pytest.mark.seeds(8)
+def test_pipelines_of_several_uneven_stages(seed: int) -> None:
+    simulate(seed, is_cut=True)
 
 
 def test_what_a_dead_router_gave_away_late_takes_nothing_from_its_successor() -> None:
@@ -254,7 +282,7 @@ def _settle(world: Fleet, *, deaf: Stage | None = None) -> None:
 def test_a_prompt_pipeline_is_asked_once_it_is_known_who_drives_it(seed: int) -> None:
     """That it is ready may be heard before the publication of that, while the one before names somebody dead."""
     world = Fleet(seed, num_token=1, num_prompt=1)
-    world.has_spares = True
+    world.renames = True
     _settle(world)
     for index in range(4):
         world.submit(f"r{index}", 40, 8)
