@@ -21,6 +21,8 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 DEFAULT_KV_BYTES = 256 << 20
 MAX_OF_A_KIND = 1024
 """Services of a kind: beyond that it is a slip, and to find out by starting them would take its time."""
+MAX_THREADS = 1024
+"""Of a stage: beyond that the machine may run out of them, for everybody."""
 MAX_DIGITS = 18
 
 
@@ -129,6 +131,8 @@ def _check_counts(options: ServeOptions) -> None:
         raise ConfigurationError(
             f"{options.replicas} copies need as many cache stores; there are {options.cache_stores}", field="replicas"
         )
+    if (options.threads_per_stage or 0) > MAX_THREADS:
+        raise ConfigurationError(f"a stage has at most {MAX_THREADS} of them", field="threads_per_stage")
     for name in ("routers", "cache_stores", "standbys", "prompt_pipelines", "token_pipelines"):
         if getattr(options, name) > MAX_OF_A_KIND:
             raise ConfigurationError(f"at most {MAX_OF_A_KIND} of them run on one machine", field=name)

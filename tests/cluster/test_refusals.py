@@ -75,6 +75,7 @@ def test_etcd_unreachable(tmp_path: Path) -> None:
         (("--prompt-split", "1,1"), "prompt_split"),
         (("--kv-memory", "1K"), "kv_memory"),
         (("--kv-memory", "90000G"), "kv_memory"),
+        (("--threads-per-stage", "100000"), "threads_per_stage"),
         (("--device", "cuda"), "device"),
         (("--host", "192.0.2.1"), "host"),
         (("--etcd", "localhost:1"), "etcd"),
