@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Collection
-from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -24,6 +23,7 @@ pytestmark = pytest.mark.cluster
 
 NUM_TOKENS = 100
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+ONE = msgspec.structs.replace(GREEDY, max_tokens=1)
 SEEDED = msgspec.structs.replace(GREEDY, temperature=0.8, seed=5)
 WORK = list(zip(prompts(31, [10, 300, 70, 33, 500, 20]), [GREEDY, SEEDED] * 3, strict=True))
 
@@ -114,15 +114,25 @@ async def test_pipelines_change_their_roles_under_load() -> None:
     assert status["counters"].get("requests_failed", 0) == 0
 
 
-async def test_a_role_that_a_pipeline_had_before_is_taken_at_once() -> None:
+async def test_a_role_that_a_pipeline_had_before_is_taken_at_once_and_the_last_of_a_role_stays() -> None:
     """The end of its first life in it is still published: newer is that of the other role."""
     with running(*FLOAT32, "--token-pipelines", "2") as system:
         async with AsyncClient(system.endpoint) as client:
+            with pytest.raises(InvalidParameter, match="no pipeline of this name: prompt-0, token-0, token-1"):
+                await client.convert("prompt-7", "token")
+            with pytest.raises(InvalidParameter, match="must be prompt or token"):
+                await client.convert("prompt-0", "router")
+            with pytest.raises(InvalidParameter, match="is a prompt pipeline already"):
+                await client.convert("prompt-0", "prompt")
+            with pytest.raises(Unavailable, match="no other prompt pipeline is ready"):
+                await client.convert("prompt-0", "token")
             name = "token-1"
             for role in ("prompt", "token", "prompt"):
                 name = await client.convert(name, role)
             stage = stages(await client.status())[f"{name}-stage-0"]
             assert (name, stage["incarnation"].rpartition("-")[2]) == ("prompt-2", "3")
+            with pytest.raises(Unavailable, match="no other token pipeline is ready"):
+                await client.convert("token-0", "prompt")
 
 
 async def test_deaths_in_the_middle_of_a_conversion_heal() -> None:
@@ -134,8 +144,7 @@ async def test_deaths_in_the_middle_of_a_conversion_heal() -> None:
             await streams.begin()
             victim = stages(await operator.status())["prompt-1-stage-1"]["pid"]
             converting = asyncio.create_task(operator.convert("prompt-1", "token"))
-            async with aclosing(client.stream([5], GREEDY)) as tokens:
-                await anext(tokens)
+            await client.generate([5], ONE)  # it is under way
             os.kill(victim, signal.SIGKILL)
             assert await converting == "token-2"
             await settled_pipelines(operator, {"prompt-0", "token-0", "token-2"})
@@ -143,8 +152,7 @@ async def test_deaths_in_the_middle_of_a_conversion_heal() -> None:
 
             leader = next(s for s in (await client.status())["services"] if s["state"] == "leader")
             converting = asyncio.create_task(operator.convert("token-2", "prompt"))
-            async with aclosing(client.stream([5], GREEDY)) as tokens:
-                await anext(tokens)
+            await client.generate([5], ONE)  # it is under way
             os.kill(leader["pid"], signal.SIGKILL)
             with contextlib.suppress(Unavailable):  # the next one may not know yet that the others are ready
                 assert await converting == "prompt-1"
@@ -153,16 +161,3 @@ async def test_deaths_in_the_middle_of_a_conversion_heal() -> None:
             await streams.begin()
             await streams.check()
         await settled_status(system.endpoint)
-
-
-async def test_what_cannot_be_converted_is_refused() -> None:
-    with running(*FLOAT32) as system:
-        async with AsyncClient(system.endpoint) as client:
-            with pytest.raises(InvalidParameter, match="no pipeline of this name: prompt-0, token-0"):
-                await client.convert("prompt-7", "token")
-            with pytest.raises(InvalidParameter, match="must be prompt or token"):
-                await client.convert("prompt-0", "router")
-            with pytest.raises(InvalidParameter, match="is a prompt pipeline already"):
-                await client.convert("prompt-0", "prompt")
-            with pytest.raises(Unavailable, match="no other token pipeline is ready"):
-                await client.convert("token-0", "prompt")
