@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from dejavu import AsyncClient, SamplingParams
 from dejavu.errors import InvalidParameter
 from tests.cluster.reference import assert_greedy
-from tests.cluster.system import TINY, running
+from tests.cluster.system import TINY, System, running
 from tests.cluster.test_serving import FLOAT32, generate_all, prompts, settled_status
 
 pytestmark = pytest.mark.cluster
@@ -44,6 +45,13 @@ async def gone(pid: int) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def system() -> Iterator[System]:
+    """One after the other of its processes is killed. Every test leaves it whole."""
+    with running(*FLOAT32, "--prompt-stages", "2", "--token-stages", "2") as started:
+        yield started
+
+
 async def test_streams_survive_the_only_router_standing_still() -> None:
     work = prompts(22, [10, 40])
     with running(*FLOAT32) as system:
@@ -61,18 +69,19 @@ async def test_streams_survive_the_only_router_standing_still() -> None:
 
 
 @pytest.mark.parametrize("victim", ["token-0-stage-0", "token-0-stage-1", "prompt-0-stage-1", "router-0"])
-async def test_streams_survive_a_kill(victim: str) -> None:
+async def test_streams_survive_a_kill(victim: str, system: System) -> None:
     work = prompts(21, [10, 40, 70, 33])
-    with running(*FLOAT32, "--prompt-stages", "2", "--token-stages", "2") as system:
-        async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-            for _ in work:
-                await started.get()
-            os.kill(await pid_of(client, victim), signal.SIGKILL)
-            more = asyncio.ensure_future(client.generate(work[0], LONG))
-            answers = [*await asyncio.gather(*streams), (await more).token_ids]
-        await settled_status(system.endpoint)
+    async with AsyncClient(system.endpoint) as client:
+        started: asyncio.Queue[int] = asyncio.Queue()
+        streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+        for _ in work:
+            await started.get()
+        pid = await pid_of(client, victim)
+        os.kill(pid, signal.SIGKILL)
+        more = asyncio.ensure_future(client.generate(work[0], LONG))
+        answers = [*await asyncio.gather(*streams), (await more).token_ids]
+        assert await pid_of(client, victim) != pid
+    await settled_status(system.endpoint)
     for prompt, tokens in zip([*work, work[0]], answers, strict=True):
         assert len(tokens) == NUM_TOKENS
         assert_greedy(TINY, prompt, tokens)
