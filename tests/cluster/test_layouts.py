@@ -23,14 +23,13 @@ def stages(num_prompt_stages: int, num_token_stages: int, *more: str) -> tuple[s
 
 
 ALWAYS = [
-    stages(1, 1),
     stages(1, 2, "--link", "zmq"),
     ("--prompt-split", "1,2,3", "--token-split", "5,1"),
     ("--prompt-pipelines", "2", "--token-pipelines", "2"),
     ("--colocated", "--token-split", "2,4"),
 ]
 MATRIX = [
-    *(stages(p, t) for p in (1, 2, 3) for t in (1, 2, 3) if (p, t) != (1, 1)),
+    *(stages(p, t) for p in (1, 2, 3) for t in (1, 2, 3)),
     stages(3, 3, "--link", "zmq"),
     ("--prompt-split", "5,1", "--token-split", "1,4,1"),
     ("--prompt-split", "1,5", "--token-split", "3,3", "--link", "zmq"),
