@@ -45,13 +45,6 @@ async def gone(pid: int) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def system() -> Iterator[System]:
-    """One after the other of its processes is killed. Every test leaves it whole."""
-    with running(*FLOAT32, "--prompt-stages", "2", "--token-stages", "2") as started:
-        yield started
-
-
 async def test_streams_survive_the_only_router_standing_still() -> None:
     work = prompts(22, [10, 40])
     with running(*FLOAT32) as system:
@@ -64,25 +57,6 @@ async def test_streams_survive_the_only_router_standing_still() -> None:
             answers = await asyncio.gather(*streams)
         await settled_status(system.endpoint)
     for prompt, tokens in zip(work, answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
-
-
-@pytest.mark.parametrize("victim", ["token-0-stage-0", "token-0-stage-1", "prompt-0-stage-1", "router-0"])
-async def test_streams_survive_a_kill(victim: str, system: System) -> None:
-    work = prompts(21, [10, 40, 70, 33])
-    async with AsyncClient(system.endpoint) as client:
-        started: asyncio.Queue[int] = asyncio.Queue()
-        streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-        for _ in work:
-            await started.get()
-        pid = await pid_of(client, victim)
-        os.kill(pid, signal.SIGKILL)
-        more = asyncio.ensure_future(client.generate(work[0], LONG))
-        answers = [*await asyncio.gather(*streams), (await more).token_ids]
-        assert await pid_of(client, victim) != pid
-    await settled_status(system.endpoint)
-    for prompt, tokens in zip([*work, work[0]], answers, strict=True):
         assert len(tokens) == NUM_TOKENS
         assert_greedy(TINY, prompt, tokens)
 
@@ -237,4 +211,31 @@ async def test_prompts_leave_a_pipeline_that_does_not_come_back() -> None:
                 os.kill(stopped, signal.SIGCONT)
         await settled_status(system.endpoint)
     for prompt, tokens in zip(work, answers, strict=True):
+        assert_greedy(TINY, prompt, tokens)
+
+
+@pytest.fixture(scope="module")
+def system() -> Iterator[System]:
+    """One after the other of its processes is killed. Every test leaves it whole. (The last tests here: it runs until
+    the end of the module.)"""
+    with running(*FLOAT32, "--prompt-stages", "2", "--token-stages", "2") as started:
+        yield started
+
+
+@pytest.mark.parametrize("victim", ["token-0-stage-0", "token-0-stage-1", "prompt-0-stage-1", "router-0"])
+async def test_streams_survive_a_kill(victim: str, system: System) -> None:
+    work = prompts(21, [10, 40, 70, 33])
+    async with AsyncClient(system.endpoint) as client:
+        started: asyncio.Queue[int] = asyncio.Queue()
+        streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+        for _ in work:
+            await started.get()
+        pid = await pid_of(client, victim)
+        os.kill(pid, signal.SIGKILL)
+        more = asyncio.ensure_future(client.generate(work[0], LONG))
+        answers = [*await asyncio.gather(*streams), (await more).token_ids]
+        assert await pid_of(client, victim) != pid
+    await settled_status(system.endpoint)
+    for prompt, tokens in zip([*work, work[0]], answers, strict=True):
+        assert len(tokens) == NUM_TOKENS
         assert_greedy(TINY, prompt, tokens)
