@@ -10,8 +10,8 @@ demo: setup ## start the system, stream a completion, show where it ran
 serve: setup ## start the system and stay up (options: make serve ARGS="--token-stages 2")
 	@.venv/bin/dejavu serve $(ARGS)
 
-test: setup ## all tests (some of them: make test ARGS="-k swap")
-	@OMP_NUM_THREADS=1 tests/side_by_side.sh $(ARGS)
+test: setup ## all tests
+	@OMP_NUM_THREADS=1 $(python) -m pytest $(ARGS)
 
 test-layouts: setup ## every cut of the stages and every model family, through real processes (8 minutes)
 	@OMP_NUM_THREADS=1 $(python) -m pytest -m matrix $(ARGS)
