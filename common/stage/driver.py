@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import StageInboxMessage, StageReady, Step, StepDone
 from common.stage.role import Sender
+from common.stage.trips import Trips
 
 if TYPE_CHECKING:
     from common.stage.service import StageService
@@ -23,6 +25,7 @@ class Driver(abc.ABC):
         self.record = record
         self.epoch = record.epoch
         self.capacity_tokens = min(each.num_sequence_blocks for each in ready) * stage.options.block_size
+        self._trips = Trips()
         self._is_over = False
 
     def begin(self) -> None:  # noqa: B027 - there may be nothing to do
@@ -38,7 +41,7 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def step_done(self, done: StepDone) -> None:
-        """A step came out of the last stage."""
+        """What follows from a step that came out of the last stage."""
 
     @abc.abstractmethod
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
@@ -64,7 +67,24 @@ class Driver(abc.ABC):
     def pump(self) -> None:
         """Starts every step that may start now."""
         while (step := self.next_step()) is not None:
+            self._trips.started(step.step, sum(chunk.num_tokens for chunk in step.chunks), time.monotonic())
             self.stage.run(step)
+
+    def came_out(self, done: StepDone) -> None:
+        """A step came out of the last stage."""
+        self._trips.done(done.step, time.monotonic())
+        self.step_done(done)
+        self.pump()
+
+    def overdue_s(self, now_s: float) -> float:
+        """By how much a step is late though all stages are there; 0: none is."""
+        overdue_s = self._trips.overdue_s(now_s)
+        members = self.stage.members
+        is_whole = all(
+            stage.name in members and members[stage.name].incarnation == stage.incarnation
+            for stage in self.record.stages
+        )
+        return overdue_s if is_whole else 0.0
 
     def later(self, delay_s: float, work: Callable[..., None], *arguments: object) -> None:
         """Calls `work` after a while, and `pump`, if the epoch is not over by then."""

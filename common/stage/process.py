@@ -89,9 +89,7 @@ class StageProcess:
             self._tasks.create_task(self._watch_members(membership, stage)),
             self._tasks.create_task(self._watch_pipelines(membership, stage)),
             self._tasks.create_task(self.monitor.watch()),
-            self._tasks.create_task(
-                beat(stage.peers, stage.routers, stage.options.name, stage.incarnation, stage.engine.overdue_s)
-            ),
+            self._tasks.create_task(self._beat(membership, stage)),
             stopped := self._tasks.create_task(self._stop.wait()),
         ]
         ends: list[asyncio.Future[Any]] = [stopped, self._crashed]
@@ -104,6 +102,12 @@ class StageProcess:
         if self._crashed.done():
             self._crashed.result()
         return self.over.done() and not self._stop.is_set()
+
+    async def _beat(self, membership: Membership, stage: StageService) -> None:
+        def overdue_s() -> float:
+            return stage.overdue_s(hears_of_deaths=membership.standing() is not None)
+
+        await beat(stage.peers, stage.routers, stage.options.name, stage.incarnation, overdue_s)
 
     async def _watch_members(self, membership: Membership, stage: StageService) -> None:
         async for event in membership.watch():

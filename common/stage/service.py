@@ -7,6 +7,7 @@ newer one appears. Stage 0 drives: it forms steps, the others follow them in ord
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from typing import Any
 
@@ -247,8 +248,15 @@ class StageService(StageRole):
 
     def _step_done(self, done: StepDone) -> None:
         if self.driver is not None:
-            self.driver.step_done(done)
-            self.driver.pump()
+            self.driver.came_out(done)
+
+    def overdue_s(self, *, hears_of_deaths: bool) -> float:
+        """By how much the running step exceeds what is to be expected; 0: it does not. Where we would have heard that
+        another stage is dead, one that does not come out of the pipeline counts, too."""
+        overdue_s = self.engine.overdue_s()
+        if self.driver is not None and hears_of_deaths:
+            overdue_s = max(overdue_s, self.driver.overdue_s(time.monotonic()))
+        return overdue_s
 
     # ------------------------------------------------------------ status
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from common.handoff_messages import EndAwaited, FencedOff, FenceOff, HandoffEnded, KvArrived, KvConfirmed
-from common.messages import CancelPrefill, FirstToken, Message, Prefill
+from common.messages import CancelPrefill, FirstToken, Message, Prefill, Step, StepDone
 from common.replica_messages import Claim, Claimed
 from common.succession import standing
 from tests.unit.fleet_links import NUM_BLOCKS
@@ -142,7 +142,17 @@ def let_time_pass(world: Fleet) -> bool:
         world.forget(incarnation)
     # what is found missing is given up the next time, and what is asked for may be lost again
     is_missed = any(world.remind(100.0) for _ in range(12))
-    return bool(timers or awaited or was_cut_off or is_missed)
+    is_late = replace_overdue(world)
+    return bool(timers or awaited or was_cut_off or is_missed or is_late)
+
+
+def replace_overdue(world: Fleet) -> bool:
+    """As routers do; False: no driver misses a step."""
+    stages = [*world.stages(FleetTokenStage), *world.stages(FleetPromptStage)]
+    overdue = [stage for stage in stages if stage.driver is not None and stage.driver.overdue_s(1e9)]
+    for stage in overdue:
+        lose_stage(world, stage, lives_on=False)
+    return bool(overdue)
 
 
 FAULTS = [
@@ -232,13 +242,8 @@ def test_what_is_lost_on_the_way_is_missed(seed: int) -> None:
     simulate(seed, loss=0.05)
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3])
-@pytest.mark.parametrize(
-    "kind", [Prefill, FirstToken, KvArrived, HandoffEnded, Claim, Claimed], ids=lambda kind: kind.__name__
-)
-def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> None:
-    """While everybody lives."""
-    world = Fleet(nth, num_token=1, num_prompt=1)
+def lose_nth(world: Fleet, kind: type[Message], nth: int) -> list[Message]:
+    """The `nth` of these messages goes nowhere. What was sent of them so far."""
     sent: list[Message] = []
 
     def is_nth(message: Message) -> bool:
@@ -246,10 +251,34 @@ def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> Non
         return sent[nth - 1 :] == [message]
 
     world.loses = is_nth
+    return sent
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize(
+    "kind", [Prefill, FirstToken, KvArrived, HandoffEnded, Claim, Claimed], ids=lambda kind: kind.__name__
+)
+def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> None:
+    """While everybody lives."""
+    world = Fleet(nth, num_token=1, num_prompt=1)
+    sent = lose_nth(world, kind, nth)
     for index in range(6):
         world.submit(f"r{index}", 10, 8)
     _settle(world)
     assert len(sent) >= nth, "none was lost"
+    check_end(world)
+
+
+@pytest.mark.parametrize("nth", [1, 20])
+@pytest.mark.parametrize("kind", [Step, StepDone], ids=lambda kind: kind.__name__)
+def test_a_step_is_lost_between_two_stages(kind: type[Message], nth: int) -> None:
+    """While everybody lives: its driver is replaced, and no stream is lost."""
+    world = Fleet(nth, num_token=1, num_prompt=1, cuts=CUTS)
+    lost = lose_nth(world, kind, nth)
+    for index in range(6):
+        world.submit(f"r{index}", 10, 8)
+    _settle(world)
+    assert len(lost) >= nth, "none was lost"
     check_end(world)
 
 
