@@ -85,6 +85,7 @@ class Inbox:
 
     def __init__(self, transport: Any, endpoint: str) -> None:
         self._transport = transport
+        self._is_paused = False
         self.endpoint = endpoint
 
     @classmethod
@@ -119,11 +120,23 @@ class Inbox:
             raise OSError(error.errno, f"{address}: {error.strerror}") from error
         return cls(transport, endpoint)
 
+    def pause(self) -> None:
+        """Leaves what arrives from now on where it is, until `resume`."""
+        self._transport.pause_reading()
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Idempotent."""
+        if self._is_paused:
+            self._is_paused = False
+            self._transport.resume_reading()
+
     def send(self, peer: bytes, *frames: bytes | memoryview) -> None:
         """Sends to a peer that has written to us; never waits. An unreachable peer is reported, not raised."""
         self._transport.write([peer, *frames])
 
     def close(self) -> None:
+        self.resume()  # a paused transport would stay with the event loop
         self._transport.close()
 
 

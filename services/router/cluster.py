@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from common.etcd.errors import EtcdUnavailable
@@ -36,11 +37,20 @@ CONFIRM_LIMIT_S = 0.15
 """For etcd to say whom others see: nobody is judged meanwhile."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """What a router wants to hear: `on_record(record)` of every publication, `on_lost(pipeline)` of a pipeline that has
+    lost a stage, `on_lead(router, since)` that we lead after `router` ('': after nobody else) since that revision of
+    etcd; and what it tells: `is_ready(pipeline)`, whether it works again."""
+
+    on_record: Callable[[PipelineRecord], None]
+    on_lost: Callable[[str], None]
+    on_lead: Callable[[str, int], None]
+    is_ready: Callable[[str], bool]
+
+
 class Cluster:
-    """Members, published pipelines and the leader. `on_record(record)` hears of every publication, `on_lost(pipeline)`
-    of a pipeline that has lost a stage, `on_lead(router, since)` that we lead after `router` ('': after nobody else),
-    since that etcd revision; `is_ready(pipeline)` says whether it works again. `neighbours` are the members of this
-    machine."""
+    """Members, published pipelines and the leader. `neighbours` are the members of this machine."""
 
     def __init__(
         self,
@@ -50,16 +60,15 @@ class Cluster:
         peers: Peers,
         journal: Journal,
         neighbours: Neighbours,
+        listener: Listener,
         *,
         may_kill: bool,
-        on_record: Callable[[PipelineRecord], None],
-        on_lost: Callable[[str], None],
-        on_lead: Callable[[str, int], None],
-        is_ready: Callable[[str], bool],
     ) -> None:
         self.members: dict[str, MemberRecord] = {}
         self.records: dict[str, PipelineRecord] = {}
         self.leader, self.is_leader = "", False
+        self.knows_leader = asyncio.Event()
+        """set once"""
         self._name = name
         self._membership = membership
         self._election = election
@@ -67,10 +76,7 @@ class Cluster:
         self._journal = journal
         self._neighbours = neighbours
         self._may_kill = may_kill
-        self._on_record = on_record
-        self._on_lost = on_lost
-        self._on_lead = on_lead
-        self._is_ready = is_ready
+        self._listener = listener
         # the last other process that led; until we know of one, it may be the one that had our name
         self._predecessor = name
         self._changed = asyncio.Event()
@@ -115,6 +121,7 @@ class Cluster:
                         self._ended.discard(record.incarnation)
                     else:
                         self._lost(record)
+            self._note_leader()
             self._changed.set()
 
     def _lost(self, record: MemberRecord) -> None:
@@ -126,7 +133,7 @@ class Cluster:
         self._journal.note(kind, record.name, role=record.role, pid=record.pid)
         if record.pipeline is not None and not is_spare(record, self.records):
             self._broken.add(record.pipeline)
-            self._on_lost(record.pipeline)
+            self._listener.on_lost(record.pipeline)
 
     async def _watch_pipelines(self) -> None:
         async for record in self._membership.watch_pipelines():
@@ -136,19 +143,24 @@ class Cluster:
             self._broken.discard(record.pipeline)
             over = {} if record.successor is None else {"successor": record.successor}
             self._journal.note("decided", record.pipeline, epoch=record.epoch, **over)
-            self._on_record(record)
+            self._listener.on_record(record)
             self._changed.set()
 
     async def _watch_leader(self) -> None:
         async for leader in self._election.watch():
             if leader.is_me:
-                self._on_lead(self._predecessor, leader.fencing_revision)
+                self._listener.on_lead(self._predecessor, leader.fencing_revision)
             if leader.is_me or leader.name:
                 self._predecessor = "" if leader.is_me else leader.name
             self.leader = leader.name
             self.is_leader = leader.is_me
             self._journal.note("leader", leader.name)
+            self._note_leader()
             self._changed.set()
+
+    def _note_leader(self) -> None:
+        if self.leader in self.members:
+            self.knows_leader.set()
 
     # ------------------------------------------------------------ leading
 
@@ -237,7 +249,7 @@ class Cluster:
                 raise Unavailable(f"nobody can take over from {name}; keep spares with --standbys")
             self._draining.add(record.incarnation)
             self._changed.set()
-            await self._until(lambda: is_spare(record, self.records) and self._is_ready(str(record.pipeline)))
+            await self._until(lambda: is_spare(record, self.records) and self._listener.is_ready(str(record.pipeline)))
         self._journal.note("drained", name)
         if name != self._name:  # else the caller ends itself, once it has answered
             self._peers.send(name, Stop())
@@ -255,7 +267,7 @@ class Cluster:
                 await self._publish_end(end)
             finally:
                 self._converting = ""
-        await self._until(lambda: self._is_ready(successor))
+        await self._until(lambda: self._listener.is_ready(successor))
         self._journal.note("converted", name, successor=successor)
 
     async def _publish_end(self, end: PipelineRecord) -> None:

@@ -26,7 +26,7 @@ from dejavu import wire
 from dejavu.errors import ConfigurationError, DejavuError, Unavailable
 from services.router.admission import malformed, outline
 from services.router.clients import RETURN_S, Clients
-from services.router.cluster import Cluster
+from services.router.cluster import Cluster, Listener
 from services.router.conversion import end_of_pipeline
 from services.router.etcd_watch import watch_etcd
 from services.router.neighbours import Neighbours
@@ -108,6 +108,7 @@ class RouterService:
     async def _run(self, stop: asyncio.Event) -> None:
         options = self._options
         self._public = await self._listen(f"tcp://{options.host}:{options.port or '*'}")
+        self._public.pause()
         self._inbox = await Inbox.bind(f"tcp://{options.host}:*", self._on_service_frames)
         detail = {"client_endpoint": self._public.endpoint}
         record = own_record(options.name, "router", self._incarnation, self._inbox.endpoint, detail)
@@ -152,11 +153,13 @@ class RouterService:
             self._peers,
             self._journal,
             self._neighbours,
+            Listener(
+                on_record=self._pipeline_published,
+                on_lost=self._pipeline_lost,
+                on_lead=self._lead,
+                is_ready=self._requests.is_ready,
+            ),
             may_kill=options.may_kill,
-            on_record=self._pipeline_published,
-            on_lost=self._pipeline_lost,
-            on_lead=self._lead,
-            is_ready=self._requests.is_ready,
         )
         # whoever has sequences of a router before us is waited for
         for pipeline in (await membership.pipelines()).values():
@@ -166,7 +169,14 @@ class RouterService:
         await membership.register(record)
         beating = beat(self._peers, self._cluster.other_routers, options.name, self._incarnation, lambda: 0.0)
         watching = watch_etcd(etcd, self._journal)
-        work = (self._cluster.run(), self._watch_clients(), self._monitor.watch(), beating, watching)
+        work = (
+            self._cluster.run(),
+            self._hear_clients(),
+            self._watch_clients(),
+            self._monitor.watch(),
+            beating,
+            watching,
+        )
         tasks = [self._tasks.create_task(each) for each in work]
         asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, self._start_to_drain)
         logger.info("listening for clients on %s", self._public.endpoint)
@@ -196,6 +206,11 @@ class RouterService:
         report = self._reports.pop(record.pipeline, None)
         if report is not None:
             self._pipeline_ready(report)
+
+    async def _hear_clients(self) -> None:
+        """Who comes before is heard then, and is neither sent astray nor left without an answer."""
+        await self._cluster.knows_leader.wait()
+        self._public.resume()
 
     async def _watch_clients(self) -> None:
         while True:

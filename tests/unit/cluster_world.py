@@ -21,7 +21,7 @@ from common.membership import Election, MemberRecord, Membership, MemberSupersed
 from common.messages import Beat, Message, Stop
 from common.peers import beat
 from deploy.obituary import Obituaries
-from services.router.cluster import Cluster
+from services.router.cluster import Cluster, Listener
 from services.router.neighbours import Neighbours
 from services.router.status import Journal
 from tests.unit.simulated_etcd import SimulatedClient, SimulatedEtcd
@@ -29,6 +29,12 @@ from tests.unit.simulated_peers import KnownPeers
 from tests.unit.virtual_time import Process
 
 CLUSTER = "c"
+LISTENER = Listener(
+    on_record=lambda record: None,
+    on_lost=lambda pipeline: None,
+    on_lead=lambda router, since: None,
+    is_ready=lambda pipeline: True,
+)
 AFTERMATH_S = 1.5
 """so long after something was done to a process it may be suspected"""
 FORGOTTEN_S = 60.0
@@ -198,9 +204,7 @@ class ClusterWorld:
         journal = WatchedJournal(self._check_judgement)
         return Cluster(
             life.role.name, membership, election, SimulatedPeers(life.process, self), journal,
-            SimulatedNeighbours(self),
-            may_kill=self._may_kill, on_record=lambda record: None, on_lost=lambda pipeline: None,
-            on_lead=lambda router, since: None, is_ready=lambda pipeline: True,
+            SimulatedNeighbours(self), LISTENER, may_kill=self._may_kill,
         )  # fmt: skip
 
     def kill(self, life: Life) -> None:
