@@ -35,8 +35,10 @@ HANDSHAKE_LIMIT_S = 1.0
 MAX_BURST = 16
 """Messages handled before others get a turn: receiving what is already there does not yield by itself."""
 DRAIN_LIMIT_S = 60.0
-RETRY_PAUSE_S = 0.1
-"""Between two rounds through all known routers."""
+RETRY_PAUSES_S = (0.02, 0.04, 0.1)
+"""Between two rounds through all known routers: soon after a loss another one may lead already."""
+SERVED_S = 1.0
+"""A router that was there for so long has served us, and the rounds begin anew."""
 _Question = wire.StatusQuery | wire.Drain | wire.Convert
 _Answer = wire.StatusReply | wire.Drained | wire.Converted
 
@@ -201,15 +203,16 @@ class Session:
     # ------------------------------------------------------------ the one task
 
     async def _run(self, context: zmq.asyncio.Context) -> None:
-        num_attempts = 0
+        loop, num_failed = asyncio.get_running_loop(), 0
         try:
             # a flag beside the cancellation: before Python 3.13 a task group that is failing swallows it
             while not self._is_closing:
-                endpoint = self._routers.next()
+                endpoint, began_s = self._routers.next(), loop.time()
                 self._note_loss(endpoint, await self._try(Connection(context, endpoint)))
-                num_attempts += 1
-                if num_attempts % len(self._routers) == 0:
-                    await asyncio.sleep(RETRY_PAUSE_S)
+                num_failed = 0 if loop.time() - began_s > SERVED_S else num_failed + 1
+                num_rounds, rest = divmod(num_failed, len(self._routers))
+                if num_rounds and not rest:
+                    await asyncio.sleep(RETRY_PAUSES_S[min(num_rounds, len(RETRY_PAUSES_S)) - 1])
         finally:
             for live in list(self._live.values()):
                 self._fail(live, RequestCancelled("the client was closed"))

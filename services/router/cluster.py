@@ -41,11 +41,13 @@ CONFIRM_LIMIT_S = 0.15
 class Listener:
     """What a router wants to hear: `on_record(record)` of every publication, `on_lost(pipeline)` of a pipeline that has
     lost a stage, `on_lead(router, since)` that we lead after `router` ('': after nobody else) since that revision of
-    etcd; and what it tells: `is_ready(pipeline)`, whether it works again."""
+    etcd, `on_leader()` that somebody else leads, or nobody, or we; and what it tells: `is_ready(pipeline)`, whether it
+    works again."""
 
     on_record: Callable[[PipelineRecord], None]
     on_lost: Callable[[str], None]
     on_lead: Callable[[str, int], None]
+    on_leader: Callable[[], None]
     is_ready: Callable[[str], bool]
 
 
@@ -156,6 +158,7 @@ class Cluster:
             self.is_leader = leader.is_me
             self._journal.note("leader", leader.name)
             self._note_leader()
+            self._listener.on_leader()
             self._changed.set()
 
     def _note_leader(self) -> None:

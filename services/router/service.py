@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass
 
 import msgspec
@@ -27,12 +28,13 @@ from dejavu.errors import ConfigurationError, DejavuError, Unavailable
 from services.router.admission import malformed, outline
 from services.router.clients import RETURN_S, Clients
 from services.router.cluster import Cluster, Listener
-from services.router.conversion import end_of_pipeline
+from services.router.commands import Commands
 from services.router.etcd_watch import watch_etcd
+from services.router.held import HOLD_S, Held
 from services.router.neighbours import Neighbours
-from services.router.requests import LONG_TEXT_CHARS, MAX_REPORT_S, MOVE_S, Requests, wire_error
+from services.router.requests import LONG_TEXT_CHARS, MAX_REPORT_S, MOVE_S, Requests
 from services.router.stats_queries import StatsQueries
-from services.router.status import Journal, describe
+from services.router.status import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class RouterService:
         self._neighbours = Neighbours()
         self._requests = Requests(spec, codec, self, self._journal, self._incarnation)
         self._clients = Clients()
+        self._held = Held()
         self._tokenising: dict[tuple[bytes, str], asyncio.Task[None]] = {}
         """long prompts that are not in the ledger yet, by client and request"""
         self._reports: dict[str, PipelineReady] = {}
@@ -80,6 +83,7 @@ class RouterService:
         self._is_draining = False
         """nothing new is let in any more"""
         self._cluster: Cluster
+        self._commands: Commands
         self._stop: asyncio.Event
         self._inbox: Inbox
         self._public: Inbox
@@ -157,9 +161,13 @@ class RouterService:
                 on_record=self._pipeline_published,
                 on_lost=self._pipeline_lost,
                 on_lead=self._lead,
+                on_leader=self._leader_changed,
                 is_ready=self._requests.is_ready,
             ),
             may_kill=options.may_kill,
+        )
+        self._commands = Commands(
+            options.name, self._cluster, self._requests, self._journal, self._queries, self._monitor
         )
         # whoever has sequences of a router before us is waited for
         for pipeline in (await membership.pipelines()).values():
@@ -192,6 +200,11 @@ class RouterService:
         if after:
             self._requests.succeed(after)
             asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
+
+    def _leader_changed(self) -> None:
+        for client, submit in self._held.take_all():
+            if client in self._clients:
+                self._submit(client, submit)
 
     def _stop_awaiting(self) -> None:
         if not self._requests.stop_awaiting():
@@ -251,12 +264,14 @@ class RouterService:
                 self._cancel(client, message.request_id)
             case wire.Ping():
                 self.to_client(client, wire.Pong())
-            case wire.StatusQuery():
-                self._tasks.create_task(self._answer_status(client, message.query_id))
+            case wire.StatusQuery(query_id):
+                self._tasks.create_task(self._answer(client, self._commands.status(query_id)))
+            case wire.Drain() | wire.Convert() if not self._cluster.is_leader:
+                self.to_client(client, wire.NotLeader("", self._leader_endpoint()))
             case wire.Drain():
                 self._tasks.create_task(self._drain(client, message))
             case wire.Convert():
-                self._tasks.create_task(self._convert(client, message))
+                self._tasks.create_task(self._answer(client, self._commands.convert(message)))
             case wire.Acknowledge():
                 pass
 
@@ -284,7 +299,7 @@ class RouterService:
 
     def _submit(self, client: bytes, submit: wire.Submit) -> None:
         if not self._cluster.is_leader:
-            self.to_client(client, wire.NotLeader(submit.request_id, self._leader_endpoint()))
+            self._send_to_leader(client, submit)
             return
         try:
             if not self._requests.precheck(client, submit):
@@ -297,6 +312,17 @@ class RouterService:
             self._requests.accept(client, submit, self._requests.tokenise(submit))
         except DejavuError as error:
             self._requests.refuse(client, submit.request_id, error)
+
+    def _send_to_leader(self, client: bytes, submit: wire.Submit) -> None:
+        """Where the last one is gone, the request waits here for the next, for a while: we may be that."""
+        if not self._leader_endpoint() and self._held.add(client, submit):
+            asyncio.get_running_loop().call_later(HOLD_S, self._hold_no_longer, client, submit)
+        else:
+            self.to_client(client, wire.NotLeader(submit.request_id, self._leader_endpoint()))
+
+    def _hold_no_longer(self, client: bytes, submit: wire.Submit) -> None:
+        if self._held.take(client, submit.request_id) is not None:
+            self.to_client(client, wire.NotLeader(submit.request_id, self._leader_endpoint()))
 
     def _tokenise(self, client: bytes, submit: wire.Submit) -> None:
         key = client, submit.request_id
@@ -315,6 +341,7 @@ class RouterService:
         tokenising = self._tokenising.pop((client, request_id), None)
         if tokenising is not None:
             tokenising.cancel()
+        if tokenising is not None or self._held.take(client, request_id) is not None:
             self.to_client(client, wire.Ended(request_id, "cancelled"))
         self._requests.cancel(request_id)
 
@@ -356,48 +383,16 @@ class RouterService:
             self._requests.pipeline_ready(self._requests.pipelines[ready.pipeline], ready)
 
     async def _drain(self, client: bytes, drain: wire.Drain) -> None:
-        if not self._cluster.is_leader:
-            self.to_client(client, wire.NotLeader("", self._leader_endpoint()))
-            return
-        error = None
-        try:
-            await self._cluster.drain(drain.name)
-        except DejavuError as reason:
-            error = wire_error(reason)
-        self.to_client(client, wire.Drained(drain.query_id, error))
-        if drain.name == self._options.name and error is None:
+        drained = await self._commands.drain(drain)
+        self.to_client(client, drained)
+        if drain.name == self._options.name and drained.error is None:
             asyncio.get_running_loop().call_later(FAREWELL_S, self._stop.set)
 
-    async def _convert(self, client: bytes, convert: wire.Convert) -> None:
-        if not self._cluster.is_leader:
-            self.to_client(client, wire.NotLeader("", self._leader_endpoint()))
-            return
-        successor, error = "", None
-        try:
-            views, longest = self._requests.pipelines.values(), self._requests.longest_tokens(convert.pipeline)
-            end = end_of_pipeline(convert.pipeline, convert.role, self._cluster.records, views, longest)
-            await self._cluster.convert(end)
-            successor = str(end.successor)
-        except DejavuError as reason:
-            error = wire_error(reason)
-        self.to_client(client, wire.Converted(convert.query_id, successor, error))
+    async def _answer(self, client: bytes, answer: Awaitable[wire.RouterMessage]) -> None:
+        self.to_client(client, await answer)
 
     def _leader_endpoint(self) -> str:
+        """Of another router that leads; '' if none is known to."""
         leader = self._cluster.members.get(self._cluster.leader)
-        return "" if leader is None else str(leader.detail.get("client_endpoint"))
-
-    async def _answer_status(self, client: bytes, query_id: int) -> None:
-        """Asks every stage for its figures and answers with those that came in time."""
-        replies = await self._queries.ask(m.name for m in self._cluster.members.values() if m.role != "router")
-        replies[self._options.name] = {"loop": self._monitor.figures(), "link": "zmq"}
-        live = {"requests": len(self._requests.ledger), "sequences": self._requests.ledger.num_sequences}
-        document = describe(
-            self._cluster.members.values(),
-            self._cluster.records,
-            self._cluster.leader,
-            self._requests.pipelines.values(),
-            replies,
-            self._journal,
-            live,
-        )
-        self.to_client(client, wire.StatusReply(query_id, document))
+        is_other = leader is not None and leader.incarnation != self._incarnation
+        return str(leader.detail.get("client_endpoint")) if leader is not None and is_other else ""

@@ -33,6 +33,7 @@ LISTENER = Listener(
     on_record=lambda record: None,
     on_lost=lambda pipeline: None,
     on_lead=lambda router, since: None,
+    on_leader=lambda: None,
     is_ready=lambda pipeline: True,
 )
 AFTERMATH_S = 1.5
