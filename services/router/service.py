@@ -148,8 +148,26 @@ class RouterService:
             await asyncio.sleep(PORT_RETRY_S)
 
     async def _live(self, etcd: EtcdClient, membership: Membership, record: MemberRecord, stop: asyncio.Event) -> None:
-        options = self._options
         self._stop = stop
+        self._join(etcd, membership)
+        # whoever has sequences of a router before us is waited for
+        for pipeline in (await membership.pipelines()).values():
+            self._requests.pipeline_published(pipeline)
+        # from its registration on others tell it things once and never again
+        self._is_live = True
+        await membership.register(record)
+        beating = beat(self._peers, self._cluster.other_routers, self._options.name, self._incarnation, lambda: 0.0)
+        watching = (watch_etcd(etcd, self._journal), self._watch_clients(), self._monitor.watch())
+        work = (self._cluster.run(), self._hear_clients(), beating, *watching)
+        tasks = [self._tasks.create_task(each) for each in work]
+        asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, self._start_to_drain)
+        logger.info("listening for clients on %s", self._public.endpoint)
+        await stop.wait()
+        for task in tasks:
+            task.cancel()
+
+    def _join(self, etcd: EtcdClient, membership: Membership) -> None:
+        options = self._options
         self._cluster = Cluster(
             options.name,
             membership,
@@ -169,28 +187,6 @@ class RouterService:
         self._commands = Commands(
             options.name, self._cluster, self._requests, self._journal, self._queries, self._monitor
         )
-        # whoever has sequences of a router before us is waited for
-        for pipeline in (await membership.pipelines()).values():
-            self._requests.pipeline_published(pipeline)
-        # from its registration on others tell it things once and never again
-        self._is_live = True
-        await membership.register(record)
-        beating = beat(self._peers, self._cluster.other_routers, options.name, self._incarnation, lambda: 0.0)
-        watching = watch_etcd(etcd, self._journal)
-        work = (
-            self._cluster.run(),
-            self._hear_clients(),
-            self._watch_clients(),
-            self._monitor.watch(),
-            beating,
-            watching,
-        )
-        tasks = [self._tasks.create_task(each) for each in work]
-        asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, self._start_to_drain)
-        logger.info("listening for clients on %s", self._public.endpoint)
-        await stop.wait()
-        for task in tasks:
-            task.cancel()
 
     def _start_to_drain(self) -> None:
         self._is_draining = True

@@ -43,6 +43,8 @@ Process = FleetRouter | FleetStore | FleetTokenStage | FleetPromptStage
 class Fleet:
     """`processes` by incarnation; `cut_off` are those that others take for dead and that live on."""
 
+    leader: FleetRouter
+
     def __init__(self, seed: int, num_token: int, num_prompt: int, cuts: list[Cut] | None = None) -> None:
         """Each pipeline has one of `cuts` (None: a single stage)."""
         self.draws = random.Random(seed)
@@ -71,7 +73,6 @@ class Fleet:
         """the driver and the epoch that each sequence was last given to, by its key"""
         self.shown: dict[object, int] = defaultdict(int)
         """so many of its tokens were shown when they were safe"""
-        self.leader: FleetRouter
         for name in ("router-0", "router-1"):
             self.start(name, "router")
         self.lead(self.routers[0], "")

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from common.stage.trips import Trips
-
-
-def ask(trips: Trips, start_s: float, end_s: float) -> float:
-    """Asks ten times a second; the last answer."""
-    overdue_s = 0.0
-    for tick in range(round(start_s * 10), round(end_s * 10) + 1):
-        overdue_s = trips.overdue_s(tick / 10)
-    return overdue_s
+from tests.unit.test_watchdog import ask
 
 
 def test_nobody_knows_how_long_the_first_one_takes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.membership import MemberRecord
 from common.stage.step_clock import StepClock
+from common.stage.trips import Trips
 from services.router.watchdog import SILENT_AFTER_S, STOPPED_AFTER_S, TICK_S, Watchdog
 
 MEMBER = MemberRecord("a", "token_stage", "1-1", 1, "here", "tcp://127.0.0.1:1", "token-0", 0, 1, (0, 2), "active")
@@ -93,7 +94,7 @@ def test_a_stuck_step_and_another_incarnation() -> None:
     assert clock.pass_time(3.0) == []
 
 
-def ask(steps: StepClock, start_s: float, end_s: float) -> float:
+def ask(steps: StepClock | Trips, start_s: float, end_s: float) -> float:
     """Asks ten times a second; the last answer."""
     overdue_s = 0.0
     for tick in range(round(start_s * 10), round(end_s * 10) + 1):

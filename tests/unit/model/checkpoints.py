@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,10 @@ def save_checkpoint(name: str, folder: Path, shard_size: str = "60KB") -> Any:
             parameter.normal_(0, 0.12) if parameter.dim() >= 2 else parameter.add_(torch.randn(parameter.shape) / 8)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """A change to None takes the field out."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
