@@ -35,7 +35,7 @@ from loadtest.history import (
     recomputed_tokens,
 )
 from loadtest.machine import describe_machine
-from loadtest.moments import Timing, await_moment, moment_of, timing_of
+from loadtest.moments import TOO_LATE, Timing, await_moment, moment_of, timing_of
 from loadtest.partition import is_inside, run_inside
 from loadtest.streams import Work, cancelled, expecting, follow, make_work, quiet, run_undisturbed, settled
 from loadtest.strikes import Scene
@@ -116,15 +116,21 @@ async def _run_fault(name: str, options: argparse.Namespace, document: dict[str,
         expected = await run_undisturbed(client, work)
         timing = timing_of(expected, started_s)
         _say(f"{name}: {timing.longest_s:.1f} s without a fault")
-        for _ in range(options.runs):
+        num_wanted = len(runs) + options.runs
+        while len(runs) < num_wanted:
             if fault.prepare is not None:
                 await fault.prepare(client)
             draws = random.Random(f"{options.seed}/{name}/{len(runs)}")
             # by turns, also over several calls
             aim = "decode" if fault.is_late else ("prefill", "hand-off", "decode")[len(runs) % 3]
             started_s = time.monotonic()
-            runs.append(await _run_once(endpoint, client, fault, work, expected, Moment(aim, draws, timing)))
+            run = await _run_once(endpoint, client, fault, work, expected, Moment(aim, draws, timing))
             await settled(client, num_services)
+            if run["moment"] == TOO_LATE and not run["anomalies"]:
+                timing = dataclasses.replace(timing, longest_s=timing.longest_s / 2)
+                _say(f"{name}: all streams had ended before the strike; again, and sooner")
+                continue
+            runs.append(run)
             about["summary"] = summarise(runs, NUM_STREAMS)
             file.write_text(json.dumps(document, indent=1) + "\n")
             _say(f"{name} {len(runs)}: {_line(runs[-1])} ({time.monotonic() - started_s:.1f} s)")

@@ -12,6 +12,7 @@ from loadtest.history import Stream
 LATEST = 0.7
 """of a run without a fault: what is struck must still have something to do"""
 LOOK_S = 0.001
+TOO_LATE = "too late"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ async def _first_tokens(streams: Sequence[Stream], count: int) -> None:
 
 def moment_of(streams: Sequence[Stream]) -> str:
     """Where a strike meets them: "hand-off" where the newest token of any is its first, "prefill" where some have none
-    yet, else "decode"."""
+    yet, `TOO_LATE` where all have ended, else "decode"."""
+    if all(stream.ended for stream in streams):
+        return TOO_LATE
     newest = max((stream for stream in streams if stream.tokens), key=lambda s: s.tokens[-1][0], default=None)
     if newest is not None and len(newest.tokens) == 1:
         return "hand-off"

@@ -9,7 +9,7 @@ import pytest
 
 from loadtest.chaos_table import summarise, table, verdict
 from loadtest.history import Stream, detected_s
-from loadtest.moments import Timing, await_moment, moment_of, timing_of
+from loadtest.moments import TOO_LATE, Timing, await_moment, moment_of, timing_of
 
 
 def run(detected: float | None, next_token: float, recomputed: int = 0, moment: str = "decode") -> dict[str, Any]:
@@ -85,6 +85,10 @@ def test_moments_are_those_that_a_client_sees() -> None:
     assert moment_of([stream(1.0), stream(0.5, 2.0), stream()]) == "prefill"
     assert moment_of([stream(1.0, 3.0), stream(0.5, 2.0)]) == "decode"
     assert moment_of([stream(1.0), stream(0.1, 0.2)]) == "hand-off"
+    over = stream(1.0, 3.0)
+    over.ended = "finished"
+    assert moment_of([over, stream(0.5, 2.0)]) == "decode"
+    assert moment_of([over]) == TOO_LATE
     assert timing_of([stream(1.0, 4.0), stream(2.0, 3.0)], 0.5) == Timing(1.5, 3.5)
 
 
