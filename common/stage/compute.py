@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from common.process import RunDelay
 
 Result = TypeVar("Result")
 
@@ -15,6 +19,7 @@ class ComputeThread:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_crash: Callable[[BaseException], None]) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._run_delay = RunDelay(self._executor.submit(threading.get_native_id).result())
         self._loop = loop
         self._on_crash = on_crash
 
@@ -30,6 +35,11 @@ class ComputeThread:
 
         self._executor.submit(function).add_done_callback(deliver)
 
+    def clock_s(self) -> float:
+        """A clock that stands still while the thread waits for a processor, so that it measures the work alone."""
+        return time.monotonic() - self._run_delay.seconds()
+
     def close(self) -> None:
         """Drops what is queued and waits for what runs."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._run_delay.close()

@@ -86,16 +86,17 @@ class Engine:
         num_tokens = sum(chunk.num_tokens for chunk in step.chunks)
         self.counters["steps"] += 1
         self.counters["tokens"] += num_tokens
-        self.clock.submitted(num_tokens, time.monotonic())
+        self.clock.submitted(num_tokens, self.compute.clock_s())
 
-        def execute() -> StepOutput:
+        def execute() -> tuple[StepOutput, float]:
             # a worker that was replaced meanwhile must not touch the pool
             if worker is None or worker is not self.worker:
-                return StepOutput(None, [])
-            return worker.execute(step, hidden)
+                return StepOutput(None, []), self.compute.clock_s()
+            return worker.execute(step, hidden), self.compute.clock_s()
 
-        def deliver(output: StepOutput) -> None:
-            self.clock.done(time.monotonic())
+        def deliver(result: tuple[StepOutput, float]) -> None:
+            output, finished_s = result
+            self.clock.done(finished_s)
             on_output(step, output)
 
         self.compute.submit(execute, deliver)
@@ -109,7 +110,7 @@ class Engine:
 
     def overdue_s(self) -> float:
         """By how much the running step exceeds what is to be expected; 0: it does not."""
-        return self.clock.overdue_s(time.monotonic())
+        return self.clock.overdue_s(self.compute.clock_s())
 
     def ready(self, epoch: int) -> StageReady:
         """What the driver needs to know of this stage's memory."""

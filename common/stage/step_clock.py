@@ -1,4 +1,8 @@
-"""Whether the step that is being computed takes suspiciously long (pure; times are handed in)."""
+"""Whether the step that is being computed takes suspiciously long (pure; times are handed in).
+
+They are best read from a clock that stands still while others use the processors (`ComputeThread.clock_s`): else a
+busy machine makes long steps, and after long steps a stuck one is noticed late.
+"""
 
 from __future__ import annotations
 
