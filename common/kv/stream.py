@@ -244,6 +244,10 @@ class HandoffWriter:
         known = {*self._lanes, *self._early}
         await asyncio.gather(*(self._attach(destination, [], {}) for destination in known))
         await asyncio.gather(*self._closed_lanes)
+        # a handshake that was given up goes on in its thread, and has a deadline
+        given_up = asyncio.all_tasks() - {asyncio.current_task()}
+        if given_up:
+            await asyncio.wait(given_up, timeout=self._timeout_s)
 
     def _enter(self, jobs: Sequence[Job]) -> None:
         """Jobs of any spans, in the order in which they came."""

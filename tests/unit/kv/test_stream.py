@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -329,3 +331,21 @@ async def test_from_device_to_host_and_to_device(kind: str) -> None:
         assert arrivals and all(verify_arrival(pool, arrival) for arrival in arrivals)
         await writer.aclose()
         await server.aclose()
+
+
+async def test_a_handshake_that_is_given_up_is_over_before_the_writer_is() -> None:
+    """It goes on in its thread until the owner, who stands still, has not answered in time."""
+    pool = random_pool(PROMPT)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as owner_socket:
+        owner_socket.bind(f"\0{secrets.token_hex(16)}")
+        owner_socket.listen()
+        address = owner_socket.getsockname()[1:].decode()
+        offer = GrantOffer("owner", "first", PROMPT, host_id(), "tcp://127.0.0.1:1", b"", memory_address=address)
+        writer = await HandoffWriter.start(pool, lambda arrival: None, timeout_s=0.5)
+        connecting = asyncio.create_task(writer.connect("token-0", [offer]))
+        connection, _ = await asyncio.to_thread(owner_socket.accept)
+        with connection:
+            connecting.cancel()
+            await asyncio.wait([connecting])
+            await writer.aclose()
+    assert not asyncio.all_tasks(writer._loop)
