@@ -23,7 +23,7 @@ from common.etcd.client import (
     is_absent,
 )
 from common.etcd.election import Election, LeaderChanged
-from common.etcd.errors import EtcdError, EtcdLeaseNotFound, EtcdUnavailable
+from common.etcd.errors import EtcdError, EtcdLeaseNotFound
 from common.etcd.follow import Snapshot, follow
 from common.etcd.lease import Lease
 from common.etcd.values import decode_value
@@ -32,7 +32,6 @@ from dejavu.errors import DejavuError
 __all__ = [
     "Election",
     "LeaderChanged",
-    "MemberChanged",
     "MemberEvent",
     "MemberJoined",
     "MemberLost",
@@ -95,13 +94,6 @@ class MemberJoined:
 
 
 @dataclass(frozen=True, slots=True)
-class MemberChanged:
-    """The same incarnation says something else about itself."""
-
-    record: MemberRecord
-
-
-@dataclass(frozen=True, slots=True)
 class MemberLost:
     """This incarnation is gone: its lease lapsed, it left, or another one took its name."""
 
@@ -113,7 +105,7 @@ class SnapshotEnd:
     """All members of the beginning have been told; what follows is news."""
 
 
-MemberEvent = MemberJoined | MemberChanged | MemberLost | SnapshotEnd
+MemberEvent = MemberJoined | MemberLost | SnapshotEnd
 
 
 class MemberSuperseded(DejavuError):
@@ -138,9 +130,7 @@ class Roster:
         self.members[record.name] = record
         if known is None:
             return [MemberJoined(record)]
-        if known.incarnation != record.incarnation:
-            return [MemberLost(known), MemberJoined(record)]
-        return [] if known == record else [MemberChanged(record)]
+        return [] if known.incarnation == record.incarnation else [MemberLost(known), MemberJoined(record)]
 
     def delete(self, name: str, is_settled: bool) -> list[MemberEvent]:
         if name in self.members:
@@ -229,14 +219,6 @@ class Membership:
             if self._registered_on:
                 return
             await asyncio.sleep(pause_s)
-
-    async def update(self, record: MemberRecord) -> None:
-        """Changes the record of the registered process; while etcd is away, as soon as it is back."""
-        self._record = _validated(record)
-        try:
-            await self._reconcile()
-        except (EtcdUnavailable, EtcdLeaseNotFound) as error:
-            logger.warning("update comes later: %s", error)
 
     async def publish_pipeline(self, record: PipelineRecord, guard: Compare) -> int | None:
         """Publishes a pipeline if `guard` (the leader's) holds and what was published last is still of `record.epoch`

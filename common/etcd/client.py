@@ -93,11 +93,11 @@ class TransactionResult:
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """A condition of a transaction. Made by `is_absent`, `has_mod_revision` and `has_value`."""
+    """A condition of a transaction. Made by `is_absent` and `has_mod_revision`."""
 
     key: str
-    target: Literal["create", "mod", "value"]
-    expected: int | bytes
+    target: Literal["create", "mod"]
+    expected: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,26 +109,12 @@ class Put:
     lease_id: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Delete:
-    """Removes a key, if it is there."""
-
-    key: str
-
-
-Operation = Put | Delete
-
-
 def is_absent(key: str) -> Compare:
     return Compare(key, "create", 0)
 
 
 def has_mod_revision(key: str, revision: int) -> Compare:
     return Compare(key, "mod", revision)
-
-
-def has_value(key: str, value: bytes) -> Compare:
-    return Compare(key, "value", value)
 
 
 def backoff_s() -> Iterator[float]:
@@ -190,21 +176,18 @@ class EtcdClient:
 
     async def put(self, key: str, value: bytes, lease_id: int = 0) -> int:
         """Writes a key and returns the revision. Raises `EtcdLeaseNotFound` for a lease that has ended."""
-        request = rpc.PutRequest(key=key.encode(), value=value, lease=lease_id)
+        request = _put_request(Put(key, value, lease_id))
         return int((await self._call(self._kv.Put, request)).header.revision)
 
     async def delete(self, key: str) -> None:
         """Removes a key, if it is there."""
         await self._call(self._kv.DeleteRange, rpc.DeleteRangeRequest(key=key.encode()))
 
-    async def transaction(
-        self, compares: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation] = ()
-    ) -> TransactionResult:
-        """Does `success` if all compares hold, else `failure`, atomically."""
+    async def transaction(self, compares: Sequence[Compare], puts: Sequence[Put]) -> TransactionResult:
+        """Writes all of `puts` if all compares hold, else nothing."""
         request = rpc.TxnRequest(
             compare=[_compare_message(compare) for compare in compares],
-            success=[_operation_message(operation) for operation in success],
-            failure=[_operation_message(operation) for operation in failure],
+            success=[rpc.RequestOp(request_put=_put_request(put)) for put in puts],
         )
         response = await self._call(self._kv.Txn, request)
         return TransactionResult(bool(response.succeeded), int(response.header.revision))
@@ -325,17 +308,11 @@ def _compare_message(compare: Compare) -> Any:
             message.target, message.create_revision = rpc.Compare.CREATE, compare.expected
         case "mod":
             message.target, message.mod_revision = rpc.Compare.MOD, compare.expected
-        case "value":
-            message.target, message.value = rpc.Compare.VALUE, compare.expected
     return message
 
 
-def _operation_message(operation: Operation) -> Any:
-    match operation:
-        case Put(key, value, lease_id):
-            return rpc.RequestOp(request_put=rpc.PutRequest(key=key.encode(), value=value, lease=lease_id))
-        case Delete(key):
-            return rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=key.encode()))
+def _put_request(put: Put) -> Any:
+    return rpc.PutRequest(key=put.key.encode(), value=put.value, lease=put.lease_id)
 
 
 def _typed_error(error: Any, url: str) -> EtcdError:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from common import messages
-from common.membership import MemberChanged, MemberJoined, MemberLost, MemberRecord, PipelineRecord
+from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord
 from common.messages import (
     PipelineReady,
     StageInboxMessage,
@@ -64,7 +64,7 @@ class StageService(StageRole):
     def routers(self) -> list[str]:
         return [member.name for member in self.members.values() if member.role == "router"]
 
-    async def hear_of_member(self, event: MemberJoined | MemberChanged | MemberLost) -> None:
+    async def hear_of_member(self, event: MemberJoined | MemberLost) -> None:
         """What is to be used is made before the driver hears of it, and undone after it has: it decides upon nothing
         that is not there."""
         record = event.record
@@ -80,11 +80,10 @@ class StageService(StageRole):
         await self.peers.connect(record.name, record.endpoint)
         self.members[record.name] = record
         self._report_ready(record)
-        if isinstance(event, MemberJoined):
-            await self.member_joined(record)
-            if self.driver is not None:
-                self.driver.member_joined(record)
-                self.driver.pump()
+        await self.member_joined(record)
+        if self.driver is not None:
+            self.driver.member_joined(record)
+            self.driver.pump()
 
     async def hear_of_pipeline(self, record: PipelineRecord) -> None:
         """A pipeline was published anew, perhaps ours."""

@@ -17,7 +17,7 @@ from common.kv.errors import LinkError
 from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.loop_monitor import LoopMonitor
-from common.membership import MemberChanged, MemberJoined, MemberLost, Membership, PipelineRecord
+from common.membership import MemberJoined, MemberLost, Membership, PipelineRecord
 from common.messages import StatsQuery, StatsReply, Stop, StoreInboxMessage
 from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec, load_spec
@@ -109,20 +109,13 @@ class CacheStore:
 
     async def _live(self, stop: asyncio.Event) -> None:
         self._stop = stop
+        beating = beat(self._peers, lambda: self._routers, self._options.name, self._incarnation, lambda: 0.0)
+        work = [self._watch_members(), self._watch_pipelines(), self._work(), self._recall(), self._sweep()]
+        work += [beating, self._monitor.watch()]
+        if self._disk is not None:
+            work.append(self._disk.run())
         async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(self._watch_members()),
-                tasks.create_task(self._watch_pipelines()),
-                tasks.create_task(self._work()),
-                tasks.create_task(self._recall()),
-                tasks.create_task(self._sweep()),
-                tasks.create_task(
-                    beat(self._peers, lambda: self._routers, self._options.name, self._incarnation, lambda: 0.0)
-                ),
-                tasks.create_task(self._monitor.watch()),
-            ]
-            if self._disk is not None:
-                running.append(tasks.create_task(self._disk.run()))
+            running = [tasks.create_task(each) for each in work]
             await stop.wait()
             for task in running:
                 task.cancel()
@@ -151,7 +144,7 @@ class CacheStore:
     async def _watch_members(self) -> None:
         async for event in self._membership.watch():
             match event:
-                case MemberJoined(record) | MemberChanged(record):
+                case MemberJoined(record):
                     if record.role in ("router", "token_stage"):
                         await self._peers.connect(record.name, record.endpoint)
                     if record.role == "router":

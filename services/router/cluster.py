@@ -12,7 +12,6 @@ from functools import partial
 from common.etcd.errors import EtcdUnavailable
 from common.membership import (
     Election,
-    MemberChanged,
     MemberJoined,
     MemberLost,
     MemberRecord,
@@ -110,7 +109,7 @@ class Cluster:
     async def _watch_members(self) -> None:
         async for event in self._membership.watch():
             match event:
-                case MemberJoined(record) | MemberChanged(record) if record.incarnation not in self._ended:
+                case MemberJoined(record) if record.incarnation not in self._ended:
                     self._neighbours.meet(record)
                     await self._peers.connect(record.name, record.endpoint)
                     if self._evicted.get(record.name) == record.incarnation:

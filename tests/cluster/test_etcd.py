@@ -14,18 +14,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from common.etcd.client import Delete, EtcdClient, Put, has_mod_revision, has_value, is_absent, rpc
+from common.etcd.client import EtcdClient, Put, has_mod_revision, is_absent, rpc
 from common.etcd.errors import EtcdCompacted, EtcdLeaseNotFound, EtcdUnavailable
 from common.membership import (
     Election,
     LeaderChanged,
-    MemberChanged,
     MemberJoined,
     MemberLost,
+    MemberRecord,
     Membership,
     MemberSuperseded,
     PipelineRecord,
     SnapshotEnd,
+    member_key,
 )
 from deploy import etcd_keeper
 from deploy.etcd_server import EtcdNotInstalled, EtcdNotStarted, EtcdServer
@@ -55,6 +56,10 @@ async def member_process(url: str, cluster: str, name: str) -> AsyncIterator[asy
         await process.communicate()
 
 
+async def put_member(client: EtcdClient, cluster: str, record: MemberRecord) -> None:
+    await client.put(member_key(cluster, record.name), msgspec.json.encode(record))
+
+
 async def said(process: asyncio.subprocess.Process, line: str) -> None:
     assert process.stdout is not None
     async with asyncio.timeout(15):
@@ -71,13 +76,14 @@ async def test_keys_transactions_and_leases(shared_etcd: EtcdServer) -> None:
 
         made = await client.transaction([is_absent("/keys/b")], [Put("/keys/b", b"1")])
         assert made.succeeded and made.revision == revision + 1
-        refused = await client.transaction([is_absent("/keys/b")], [Put("/keys/b", b"2")], [Delete("/keys/a")])
+        refused = await client.transaction([is_absent("/keys/b")], [Put("/keys/b", b"2")])
         assert not refused.succeeded
+        await client.delete("/keys/a")
         items, listed_at = await client.get_prefix("/keys/")
         assert [(item.key, item.value) for item in items] == [("/keys/b", b"1")]
-        assert listed_at == refused.revision
-        compares = [has_mod_revision("/keys/b", made.revision), has_value("/keys/b", b"1")]
-        assert (await client.transaction(compares, [Delete("/keys/b")])).succeeded
+        assert listed_at == refused.revision + 1
+        compares = [has_mod_revision("/keys/b", made.revision), is_absent("/keys/a")]
+        assert (await client.transaction(compares, [Put("/keys/a", b"2")])).succeeded
 
         lease_id, ttl_s = await client.grant_lease(1)
         assert ttl_s == 1
@@ -116,7 +122,7 @@ async def test_unreachable_etcd_is_named_within_the_deadline() -> None:
     assert time.monotonic() - started_s < 3.5
 
 
-async def test_watch_and_update_outlive_a_killed_etcd(own_etcd: EtcdServer) -> None:
+async def test_watches_outlive_a_killed_etcd(own_etcd: EtcdServer) -> None:
     async with (
         EtcdClient(own_etcd.url) as client,
         Membership(client, "c", 3) as membership,
@@ -129,12 +135,12 @@ async def test_watch_and_update_outlive_a_killed_etcd(own_etcd: EtcdServer) -> N
             await client.put("/watched/a", str(number).encode())
         assert [event.value for event in await take(watched, 3)] == [b"0", b"1", b"2"]
         own_etcd.kill()
-        update = asyncio.create_task(membership.update(member("a", state="draining")))
+        writing = asyncio.create_task(put_member(client, "c", member("b")))
         own_etcd.start()
-        await update
+        await writing
         await client.put("/watched/a", b"3")
         assert [event.value for event in await take(watched, 1)] == [b"3"]
-        assert await take(members, 1) == [MemberChanged(member("a", state="draining"))]
+        assert await take(members, 1) == [MemberJoined(member("b"))]
 
 
 async def test_frozen_etcd_evicts_only_who_really_died(own_etcd: EtcdServer) -> None:
@@ -159,8 +165,8 @@ async def test_frozen_etcd_evicts_only_who_really_died(own_etcd: EtcdServer) -> 
         own_etcd.process.send_signal(signal.SIGCONT)
         lost = await take(members, 1)
         assert [event.record.name for event in lost if isinstance(event, MemberLost)] == ["dies"]
-        await membership.update(member("me", state="draining"))
-        assert await take(members, 1) == [MemberChanged(member("me", state="draining"))]
+        await put_member(client, "c", member("late"))
+        assert await take(members, 1) == [MemberJoined(member("late"))]
 
 
 async def test_stuck_loop_loses_the_lease_and_comes_back_as_the_same_incarnation(

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from common.etcd.client import Operation, Put
+from common.etcd.client import Put
 from common.etcd.errors import EtcdUnavailable
 from common.membership import Election, MemberRecord, Membership, MemberSuperseded, PipelineRecord
 from common.messages import Beat, Message, Stop
@@ -276,16 +276,16 @@ class ClusterWorld:
 
     # ------------------------------------------------------------ what must not be
 
-    def _check_write(self, process: Process, operations: Sequence[Operation]) -> None:
+    def _check_write(self, process: Process, puts: Sequence[Put]) -> None:
         """Fencing: whoever publishes leads at that moment."""
-        for operation in operations:
-            if not isinstance(operation, Put) or "/pipelines/" not in operation.key:
+        for put in puts:
+            if "/pipelines/" not in put.key:
                 continue
             leader = self.etcd.keys.get(f"/dejavu/{CLUSTER}/leader")
             name = "" if leader is None else msgspec.json.decode(leader.value)["endpoint"]
             if name != f"tcp://h:{process.pid}":
-                self.violations.append(f"{process.name} published {operation.key}, but {name or 'nobody'} leads")
-            record = msgspec.json.decode(operation.value, type=PipelineRecord)
+                self.violations.append(f"{process.name} published {put.key}, but {name or 'nobody'} leads")
+            record = msgspec.json.decode(put.value, type=PipelineRecord)
             self.published.append((self.now_s, record))
 
     def _check_judgement(self, kind: str, service: str, details: Mapping[str, Any]) -> None:

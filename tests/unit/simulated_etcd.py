@@ -12,10 +12,8 @@ from typing import Self
 from common.etcd.client import (
     CALL_DEADLINE_S,
     Compare,
-    Delete,
     EtcdClient,
     KeyValue,
-    Operation,
     Put,
     TransactionResult,
     WatchEvent,
@@ -38,9 +36,9 @@ class _LiveLease:
 
 
 class SimulatedEtcd:
-    """The server. `on_write(process, operations)` sees every transaction that is applied, just before it is."""
+    """The server. `on_write(process, puts)` sees every transaction that is applied, just before it is."""
 
-    def __init__(self, draws: random.Random, on_write: Callable[[Process, Sequence[Operation]], None]) -> None:
+    def __init__(self, draws: random.Random, on_write: Callable[[Process, Sequence[Put]], None]) -> None:
         self.draws = draws
         self.revision = 1
         self.keys: dict[str, KeyValue] = {}
@@ -96,20 +94,14 @@ class SimulatedEtcd:
                 return (0 if found is None else found.create_revision) == compare.expected
             case "mod":
                 return (0 if found is None else found.mod_revision) == compare.expected
-            case "value":
-                return found is not None and found.value == compare.expected
 
-    def apply(self, operations: Sequence[Operation]) -> None:
-        for operation in operations:
-            if isinstance(operation, Put) and operation.lease_id and operation.lease_id not in self.leases:
-                raise EtcdLeaseNotFound(str(operation.lease_id))
-        self.revision += bool(operations)
-        for operation in operations:
-            match operation:
-                case Put(key, value, lease_id):
-                    self._put(key, value, lease_id)
-                case Delete(key) if key in self.keys:
-                    self._delete(key)
+    def apply(self, puts: Sequence[Put]) -> None:
+        for put in puts:
+            if put.lease_id and put.lease_id not in self.leases:
+                raise EtcdLeaseNotFound(str(put.lease_id))
+        self.revision += bool(puts)
+        for put in puts:
+            self._put(put.key, put.value, put.lease_id)
 
     def _put(self, key: str, value: bytes, lease_id: int) -> None:
         known = self.keys.get(key)
@@ -159,14 +151,12 @@ class SimulatedClient(EtcdClient):
         await self._answer()
         return found, revision
 
-    async def transaction(
-        self, compares: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation] = ()
-    ) -> TransactionResult:
+    async def transaction(self, compares: Sequence[Compare], puts: Sequence[Put]) -> TransactionResult:
         await self._reach()
         succeeded = all(self._etcd.holds(compare) for compare in compares)
-        operations = success if succeeded else failure
-        self._etcd.on_write(self._process, operations)
-        self._etcd.apply(operations)
+        written = puts if succeeded else ()
+        self._etcd.on_write(self._process, written)
+        self._etcd.apply(written)
         result = TransactionResult(succeeded, self._etcd.revision)
         await self._answer()
         return result
