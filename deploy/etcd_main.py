@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from deploy.etcd_server import EtcdNotInstalled, find_etcd
+from deploy.etcd_server import EtcdNotInstalled, etcd_command
 
 
 def main() -> int:
@@ -18,14 +18,11 @@ def main() -> int:
     arguments = parser.parse_args()
     client, peer = (f"http://127.0.0.1:{arguments.client_port + offset}" for offset in (0, 1))
     try:
-        binary = find_etcd()
+        command = etcd_command(arguments.data_dir, client, peer)
     except EtcdNotInstalled as error:
         print(f"dejavu: error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    options = [f"--data-dir={arguments.data_dir}", "--name=dejavu", "--log-level=error", "--logger=zap"]
-    options += [f"--listen-client-urls={client}", f"--advertise-client-urls={client}"]
-    options += [f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"]
-    os.execv(binary, [binary, *options, f"--initial-cluster=dejavu={peer}"])
+    os.execv(command[0], command)
 
 
 if __name__ == "__main__":

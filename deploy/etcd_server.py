@@ -54,6 +54,25 @@ def find_etcd() -> str:
     )
 
 
+def etcd_command(data_dir: Path, client_url: str, peer_url: str) -> list[str]:
+    """The command line of a node that is alone. Raises `EtcdNotInstalled`."""
+    return [
+        find_etcd(),
+        f"--data-dir={data_dir}",
+        "--name=dejavu",
+        f"--listen-client-urls={client_url}",
+        f"--advertise-client-urls={client_url}",
+        f"--listen-peer-urls={peer_url}",
+        f"--initial-advertise-peer-urls={peer_url}",
+        f"--initial-cluster=dejavu={peer_url}",
+        # it needs no patience with others: ready sooner, and leases of 1 s are possible
+        "--heartbeat-interval=50",
+        "--election-timeout=300",
+        "--log-level=error",
+        "--logger=zap",
+    ]
+
+
 class EtcdServer:
     """`start()`, then `url`; `stop()` or `kill()`, then `start()` again on the same port and data.
 
@@ -87,7 +106,7 @@ class EtcdServer:
     def spawn(self) -> None:
         """Starts etcd. Raises `EtcdNotInstalled`."""
         self._data_dir.mkdir(parents=True, exist_ok=True)
-        command = self._command()
+        command = etcd_command(self._data_dir / "data", self.url, f"http://127.0.0.1:{self._peer_port}")
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid()), *command]
         with self._log.open("ab") as log:
@@ -126,24 +145,6 @@ class EtcdServer:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
-
-    def _command(self) -> list[str]:
-        peer_url = f"http://127.0.0.1:{self._peer_port}"
-        return [
-            find_etcd(),
-            f"--data-dir={self._data_dir / 'data'}",
-            "--name=dejavu",
-            f"--listen-client-urls={self.url}",
-            f"--advertise-client-urls={self.url}",
-            f"--listen-peer-urls={peer_url}",
-            f"--initial-advertise-peer-urls={peer_url}",
-            f"--initial-cluster=dejavu={peer_url}",
-            # one node needs no patience with others: ready sooner, and leases of 1 s are possible
-            "--heartbeat-interval=50",
-            "--election-timeout=300",
-            "--log-level=error",
-            "--logger=zap",
-        ]
 
     def is_healthy(self) -> bool:
         """Whether it answers within a second."""

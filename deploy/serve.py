@@ -20,6 +20,7 @@ from common.model.spec import ModelSpec, load_spec
 from common.service import DRAIN_SIGNAL
 from common.text import TextCodec
 from dejavu import AsyncClient
+from dejavu.endpoints import ENDPOINTS_FILE
 from dejavu.errors import ConfigurationError, DejavuError
 from dejavu.keys import make_keys
 from deploy.children import DirectSpawner, Nursery, Spawner
@@ -167,7 +168,7 @@ def endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]:
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         make_keys(state_dir)
-        file = state_dir / "endpoints"
+        file = state_dir / ENDPOINTS_FILE
         file.touch(mode=0o600)
         ours = "".join(f"{endpoint}\n" for endpoint in endpoints)
         file.write_text(ours)

@@ -68,7 +68,8 @@ class Supervisor:
             async with asyncio.TaskGroup() as tasks:
                 for command in self._commands:
                     tasks.create_task(self._keep(command))
-                tasks.create_task(self._unblock())
+                if self._unblocked:
+                    tasks.create_task(self._unblock())
         except* ServiceGaveUp as group:
             raise group.exceptions[0] from None
 
