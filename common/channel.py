@@ -15,7 +15,7 @@ from typing import Any
 import aiozmq
 import zmq
 
-from common.keys import SERVICES, protect_server, protect_service
+from common.keys import HANDSHAKE_MS, SERVICES, protect_server, protect_service
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ HEARTBEAT_INTERVAL_MS = 1000
 HEARTBEAT_TIMEOUT_MS = 5000
 LINGER_MS = 200
 
-Frames = Sequence[bytes | memoryview]
 OnMessage = Callable[[bytes, list[memoryview]], None]
 
 
@@ -76,7 +75,7 @@ def _new_socket(kind: int, max_message_bytes: int) -> _ZeroCopySocket:
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 1000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     return socket
 
 

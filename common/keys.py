@@ -11,6 +11,8 @@ from zmq.auth.thread import ThreadAuthenticator
 from dejavu.keys import CLIENT, SERVICE_SECRET, is_private, protect_client, read_key
 
 CLIENTS, SERVICES = "clients", "services"
+HANDSHAKE_MS = 1000
+"""Who says nothing sensible for so long is cut off."""
 _IDENTITIES = {CLIENTS: CLIENT, SERVICES: SERVICE_SECRET}
 
 

@@ -39,9 +39,9 @@ class SpanBinding(msgspec.Struct, frozen=True, array_like=True):
         return int.from_bytes(digest.digest(), "little")
 
 
-def hash_tokens(token_ids: bytes, previous: bytes = b"") -> bytes:
-    """Hash of token ids (int32, little-endian), continued from the hash of those before."""
-    return hashlib.blake2b(token_ids, key=previous, digest_size=16).digest()
+def hash_tokens(token_ids: bytes) -> bytes:
+    """Hash of token ids (int32, little-endian)."""
+    return hashlib.blake2b(token_ids, digest_size=16).digest()
 
 
 def span_checksum(

@@ -9,8 +9,8 @@ import zlib
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from common.kv.checksum import Digests, word_factors
 from common.kv.errors import LinkDamaged
 from common.kv.geometry import CopyPlan, Int64
 from common.kv.layout import PoolLayout
@@ -22,7 +22,6 @@ CHUNK_BYTES = 256 << 10
 """So much is read, checked and written at once."""
 _MAGIC = b"dejavukv"
 _PREFIX = struct.Struct("<8sII")
-Digests = npt.NDArray[np.uint64]
 
 
 class FileHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -112,10 +111,5 @@ def by_chunk(offsets: Int64, plan: CopyPlan) -> list[tuple[int, CopyPlan]]:
     ]
 
 
-def _odd_numbers(count: int) -> Digests:
-    with np.errstate(over="ignore"):
-        return (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
-
-
-_FACTORS = _odd_numbers(CHUNK_BYTES // 8)
+_FACTORS = word_factors(CHUNK_BYTES // 8)
 _LAST_FACTOR = 0xD1B54A32D192ED03

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
+from common.kv.checksum import Digests
 from common.kv.copies import copy_pieces
 from common.kv.errors import LinkDamaged, LinkFull, LinkLost, LinkRefused
 from common.kv.file_format import (
     CHUNK_BYTES,
     FORMAT_VERSION,
     PAGE_BYTES,
-    Digests,
     FileHeader,
     FileTrailer,
     by_chunk,

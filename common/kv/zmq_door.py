@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import zmq
 
-from common.keys import protect_server
+from common.keys import HANDSHAKE_MS, protect_server
 from common.kv.copies import check_pieces
 from common.kv.fence import Authority, Fence
 from common.kv.offer import GrantOffer, Hello, Leave, NixlMemory, Refusal, Welcome, judge
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 _MESSAGE: msgspec.msgpack.Decoder[Hello | Leave | Write | Read] = msgspec.msgpack.Decoder(Hello | Leave | Write | Read)
 _MAX_WRITERS = 1024
 _MAX_MESSAGES_AT_ONCE = 16
-_HANDSHAKE_MS = 1000
-"""Who says nothing sensible for so long is cut off."""
 
 
 class ZmqDoor:
@@ -54,7 +52,7 @@ class ZmqDoor:
         # so it has to be more than twice what is answered at once. Who does not read its answers is not waited for
         self.socket.setsockopt(zmq.SNDHWM, 4 * _MAX_MESSAGES_AT_ONCE)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
-        self.socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        self.socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         address = f"tcp://{host}:{port or '*'}"
         protect_server(self.socket, address)
         try:
