@@ -97,8 +97,7 @@ class PromptDriver(Driver):
 
     def _answer(self, asker: Sender, awaited: EndAwaited) -> None:
         """Tells a token driver what has ended without its knowledge."""
-        handoffs = [(sequence_id, attempt) for sequence_id, attempt in awaited.handoffs]
-        unknown, unconfirmed = self.scheduler.disown(handoffs, (awaited.pipeline, awaited.pipeline_epoch))
+        unknown, unconfirmed = self.scheduler.disown(awaited.handoffs, (awaited.pipeline, awaited.pipeline_epoch))
         for key in unknown:
             self._tell_end(asker.name, awaited.pipeline_epoch, key, unconfirmed)
 

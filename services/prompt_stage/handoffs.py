@@ -85,9 +85,9 @@ class Handoffs:
     def _way(self, record: PipelineRecord) -> tuple[str, list[GrantOffer], Authority]:
         """Raises `ProtocolError`."""
         stages = record.stages if record.successor is None else ()
-        offers = [self._offer(str(stage.detail.get("kv_offer", ""))) for stage in stages]
+        offers = [GrantOffer.decode(str(stage.detail.get("kv_offer", ""))) for stage in stages]
         authority = {record.pipeline: record.epoch, self._pipeline: self._epoch, self._incarnation: 0}
-        return _destination(record.pipeline, record.epoch), offers, authority
+        return _destination(record.pipeline, record.epoch), [restricted(o, self._link) for o in offers], authority
 
     def epoch_of(self, pipeline: str) -> int:
         """The epoch that we have links for; those of older ones are closed."""
@@ -168,10 +168,6 @@ class Handoffs:
             arrival.checksum,
         )
         self._send(record.stages[arrival.stage_index].name, arrived)
-
-    def _offer(self, text: str) -> GrantOffer:
-        offer = GrantOffer.decode(text)
-        return restricted(offer, self._link)
 
     def _links_to(self, record: PipelineRecord) -> list[str]:
         names = self._writer.links(_destination(record.pipeline, record.epoch))
