@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.process import die_with_parent
+from dejavu import AsyncClient
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
@@ -115,3 +116,9 @@ def descendants(pid: int) -> set[int]:
         found.update(below)
         todo += below
     return found
+
+
+async def pid_of(client: AsyncClient, name: str) -> int:
+    """`name` "leader" is the leading router's."""
+    services = (await client.status())["services"]
+    return next(int(service["pid"]) for service in services if name in (service["name"], service["state"]))

@@ -17,8 +17,7 @@ from dejavu.wire import PING_INTERVAL_S
 from services.router.clients import SILENCE_LIMIT_S
 from services.router.requests import LONG_TEXT_CHARS
 from tests.cluster.reference import assert_greedy
-from tests.cluster.system import TINY, System, running
-from tests.cluster.test_kills import pid_of
+from tests.cluster.system import TINY, System, pid_of, running
 from tests.cluster.test_serving import FLOAT32, GREEDY, prompts, settled_status
 
 pytestmark = pytest.mark.cluster

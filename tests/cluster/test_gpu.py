@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 
@@ -11,8 +10,8 @@ import torch
 
 from dejavu import AsyncClient
 from tests.cluster.reference import assert_greedy, assert_seeded
-from tests.cluster.system import TINY, running
-from tests.cluster.test_kills import NUM_TOKENS, pid_of, stream
+from tests.cluster.streams import Streams, check
+from tests.cluster.system import TINY, pid_of, running
 from tests.cluster.test_serving import GREEDY, generate_all, prompts, settled_status
 from tests.cluster.test_swapping import SEEDED, token_stages
 from tests.unit.kv.sharing import can_share_gpu_memory
@@ -74,17 +73,12 @@ async def test_kv_comes_back_from_the_store(more: tuple[str, ...]) -> None:
     work = prompts(22, [10, 40, 70, 33])
     with running(*ON_GPU, *more, "--token-stages", "2", "--standbys", "1") as system:
         async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-            for _ in work:
-                await started.get()
+            streams = await Streams.begin(client, work)
             os.kill(await pid_of(client, "token-0-stage-1"), signal.SIGKILL)
-            answers = await asyncio.gather(*streams)
+            answers = await streams.ended()
             counters = (await client.status())["counters"]
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
     assert counters["recoveries"] >= len(work)
     assert counters["recomputed_tokens"] <= 32 * len(work)
 

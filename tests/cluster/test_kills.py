@@ -11,31 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dejavu import AsyncClient, SamplingParams
+from dejavu import AsyncClient
 from dejavu.errors import InvalidParameter
-from tests.cluster.reference import assert_greedy
-from tests.cluster.system import TINY, System, running
+from tests.cluster.streams import LONG, Streams, check
+from tests.cluster.system import System, pid_of, running
 from tests.cluster.test_serving import FLOAT32, generate_all, prompts, settled_status
 
 pytestmark = pytest.mark.cluster
-
-NUM_TOKENS = 250
-LONG = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
-
-
-async def stream(client: AsyncClient, prompt: list[int], started: asyncio.Queue[int]) -> list[int]:
-    tokens: list[int] = []
-    async for token in client.stream(prompt, LONG):
-        tokens.append(token.id)
-        if len(tokens) in (5, 60):
-            started.put_nowait(1)
-    return tokens
-
-
-async def pid_of(client: AsyncClient, name: str) -> int:
-    """`name` "leader" is the leading router's."""
-    services = (await client.status())["services"]
-    return next(int(service["pid"]) for service in services if name in (service["name"], service["state"]))
 
 
 async def gone(pid: int) -> None:
@@ -49,16 +31,11 @@ async def test_streams_survive_the_only_router_standing_still() -> None:
     work = prompts(22, [10, 40])
     with running(*FLOAT32) as system:
         async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-            for _ in work:
-                await started.get()
+            streams = await Streams.begin(client, work)
             os.kill(await pid_of(client, "router-0"), signal.SIGSTOP)
-            answers = await asyncio.gather(*streams)
+            answers = await streams.ended()
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +50,14 @@ async def test_kv_comes_back_from_the_store(victim: str, number: int, layout: tu
     work = prompts(22, [10, 40, 70, 33])
     with running(*FLOAT32, *layout) as system:
         async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-            for _ in work:
-                await started.get()
+            streams = await Streams.begin(client, work)
             pid = await pid_of(client, victim)
             killed_at_s = time.monotonic()
             os.kill(pid, number)
-            answers = await asyncio.gather(*streams)
+            answers = await streams.ended()
             status = await client.status()
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
     counters = status["counters"]
     assert counters["recoveries"] == len(work)
     # a healthy system lags by a token or two, a starved one by more
@@ -100,17 +72,12 @@ async def test_streams_outlive_their_router() -> None:
     work = prompts(25, [10, 40, 70, 33])
     with running(*FLOAT32, "--routers", "2", "--token-pipelines", "2") as system:
         async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-            for _ in work:
-                await started.get()
+            streams = await Streams.begin(client, work)
             os.kill(await pid_of(client, "leader"), signal.SIGKILL)
-            answers = await asyncio.gather(*streams)
+            answers = await streams.ended()
             status = await client.status()
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
     counters = status["counters"]
     assert counters.get("recoveries", 0) == counters.get("recomputed_tokens", 0) == 0
 
@@ -120,19 +87,14 @@ async def test_a_dead_store_disturbs_nobody() -> None:
     work = prompts(23, [10, 40, 70])
     with running(*FLOAT32, "--cache-stores", "2", "--standbys", "1") as system:
         async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-            for _ in work:
-                await started.get()
+            streams = await Streams.begin(client, work)
             os.kill(await pid_of(client, "cache-store-0"), signal.SIGKILL)
-            for _ in work:
-                await started.get()
+            await streams.get_on()
             os.kill(await pid_of(client, "token-0-stage-0"), signal.SIGKILL)
-            answers = await asyncio.gather(*streams)
+            answers = await streams.ended()
             status = await client.status()
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
     assert status["counters"]["recoveries"] == len(work)
 
 
@@ -141,22 +103,18 @@ async def test_services_are_replaced_one_by_one_without_a_failed_request() -> No
     work = prompts(24, [10, 40, 70])
     with running(*FLOAT32, "--routers", "2", "--cache-stores", "2", "--standbys", "1") as system:
         async with AsyncClient(system.endpoint) as client, AsyncClient(system.endpoint) as operator:
-            streams = []
+            begun = []
             for name in ("token-0-stage-0", "prompt-0-stage-0", "cache-store-1", "router-0"):
-                started: asyncio.Queue[int] = asyncio.Queue()
-                streams += [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-                for _ in work:
-                    await started.get()
+                begun.append(await Streams.begin(client, work))
                 pid = await pid_of(operator, name)
                 await operator.drain(name)
                 await gone(pid)
             with pytest.raises(InvalidParameter, match="no service of this name"):
                 await operator.drain("nobody")
-            answers = await asyncio.gather(*streams)
+            answers = [await streams.ended() for streams in begun]
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers[: len(work)], strict=True):
-        assert_greedy(TINY, prompt, tokens)
-    assert answers == answers[: len(work)] * 4
+    check(work, answers[0])
+    assert answers == [answers[0]] * len(begun)
 
 
 async def test_the_only_router_finds_every_sequence_where_it_was() -> None:
@@ -164,17 +122,13 @@ async def test_the_only_router_finds_every_sequence_where_it_was() -> None:
     work = prompts(26, [10, 40, 70, 33, 20, 50])
     with running(*FLOAT32, "--colocated", "--token-pipelines", "2", "--cache-stores", "0") as system:
         async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-            for _ in range(2 * len(work)):
-                await started.get()
+            streams = await Streams.begin(client, work)
+            await streams.get_on()
             os.kill(await pid_of(client, "router-0"), signal.SIGKILL)
-            answers = await asyncio.gather(*streams)
+            answers = await streams.ended()
             assert (await client.status())["counters"]["recomputed_tokens"] == 0
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
 
 
 async def test_streams_leave_a_pipeline_that_does_not_come_back() -> None:
@@ -182,20 +136,15 @@ async def test_streams_leave_a_pipeline_that_does_not_come_back() -> None:
     work = prompts(27, [10, 40, 70, 33])
     with running(*FLOAT32, "--colocated", "--token-pipelines", "2", "--no-kill") as system:
         async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-            for _ in work:
-                await started.get()
+            streams = await Streams.begin(client, work)
             stopped = await pid_of(client, "token-1-stage-0")
             os.kill(stopped, signal.SIGSTOP)
             try:
-                answers = await asyncio.gather(*streams)
+                answers = await streams.ended()
             finally:
                 os.kill(stopped, signal.SIGCONT)
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
 
 
 async def test_prompts_leave_a_pipeline_that_does_not_come_back() -> None:
@@ -210,8 +159,7 @@ async def test_prompts_leave_a_pipeline_that_does_not_come_back() -> None:
             finally:
                 os.kill(stopped, signal.SIGCONT)
         await settled_status(system.endpoint)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
 
 
 @pytest.fixture(scope="module")
@@ -226,16 +174,11 @@ def system() -> Iterator[System]:
 async def test_streams_survive_a_kill(victim: str, system: System) -> None:
     work = prompts(21, [10, 40, 70, 33])
     async with AsyncClient(system.endpoint) as client:
-        started: asyncio.Queue[int] = asyncio.Queue()
-        streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
-        for _ in work:
-            await started.get()
+        streams = await Streams.begin(client, work)
         pid = await pid_of(client, victim)
         os.kill(pid, signal.SIGKILL)
         more = asyncio.ensure_future(client.generate(work[0], LONG))
-        answers = [*await asyncio.gather(*streams), (await more).token_ids]
+        answers = [*await streams.ended(), (await more).token_ids]
         assert await pid_of(client, victim) != pid
     await settled_status(system.endpoint)
-    for prompt, tokens in zip([*work, work[0]], answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
+    check([*work, work[0]], answers)

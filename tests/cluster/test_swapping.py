@@ -11,8 +11,8 @@ import pytest
 
 from dejavu import AsyncClient, SamplingParams
 from tests.cluster.reference import assert_greedy, assert_seeded
-from tests.cluster.system import TINY, running
-from tests.cluster.test_kills import LONG, NUM_TOKENS, pid_of, stream
+from tests.cluster.streams import LONG, Streams, check
+from tests.cluster.system import TINY, pid_of, running
 from tests.cluster.test_serving import FLOAT32, generate_all, prompts, settled_status
 
 pytestmark = pytest.mark.cluster
@@ -77,19 +77,15 @@ async def test_a_stage_killed_while_swapping() -> None:
     work = prompts(33, [10, 40, 70, 33, 90, 20])
     with running(*ON, "--token-stages", "3", "--kv-memory", "1536K") as system:
         async with AsyncClient(system.endpoint) as client:
-            started: asyncio.Queue[int] = asyncio.Queue()
-            streams = [asyncio.ensure_future(stream(client, prompt, started)) for prompt in work]
+            streams = Streams(client, work)
             cancelled = asyncio.ensure_future(client.generate(prompts(34, [60])[0], LONG))
-            for _ in work:
-                await started.get()
+            await streams.get_on()
             cancelled.cancel()
             os.kill(await pid_of(client, "token-0-stage-1"), signal.SIGKILL)
-            answers = await asyncio.gather(*streams)
+            answers = await streams.ended()
         status = await settled_status(system.endpoint)
     assert status["counters"]["recoveries"] >= len(work)
-    for prompt, tokens in zip(work, answers, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        assert_greedy(TINY, prompt, tokens)
+    check(work, answers)
 
 
 async def test_ten_times_more_than_the_device_holds() -> None:
