@@ -242,6 +242,17 @@ def test_what_is_lost_on_the_way_is_missed(seed: int) -> None:
     simulate(seed, loss=0.05)
 
 
+def submit(world: Fleet, count: int, *, num_prompt: int) -> None:
+    for index in range(count):
+        world.submit(f"r{index}", num_prompt, 8)
+
+
+def finish(world: Fleet) -> None:
+    """All requests end as they should."""
+    _settle(world)
+    check_end(world)
+
+
 def lose_nth(world: Fleet, kind: type[Message], nth: int) -> list[Message]:
     """The `nth` of these messages goes nowhere. What was sent of them so far."""
     sent: list[Message] = []
@@ -262,11 +273,9 @@ def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> Non
     """While everybody lives."""
     world = Fleet(nth, num_token=1, num_prompt=1)
     sent = lose_nth(world, kind, nth)
-    for index in range(6):
-        world.submit(f"r{index}", 10, 8)
-    _settle(world)
+    submit(world, 6, num_prompt=10)
+    finish(world)
     assert len(sent) >= nth, "none was lost"
-    check_end(world)
 
 
 @pytest.mark.parametrize("nth", [1, 20])
@@ -274,12 +283,10 @@ def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> Non
 def test_a_step_is_lost_between_two_stages(kind: type[Message], nth: int) -> None:
     """While everybody lives: its driver is replaced, and no stream is lost."""
     world = Fleet(nth, num_token=1, num_prompt=1, cuts=CUTS)
-    lost = lose_nth(world, kind, nth)
-    for index in range(6):
-        world.submit(f"r{index}", 10, 8)
-    _settle(world)
-    assert len(lost) >= nth, "none was lost"
-    check_end(world)
+    sent = lose_nth(world, kind, nth)
+    submit(world, 6, num_prompt=10)
+    finish(world)
+    assert len(sent) >= nth, "none was lost"
 
 
 def test_many_requests_move() -> None:
@@ -313,25 +320,22 @@ def test_a_prompt_pipeline_is_asked_once_it_is_known_who_drives_it(seed: int) ->
     world = Fleet(seed, num_token=1, num_prompt=1)
     world.renames = True
     _settle(world)
-    for index in range(4):
-        world.submit(f"r{index}", 40, 8)
+    submit(world, 4, num_prompt=40)
     [token], [prompt] = world.stages(FleetTokenStage), world.stages(FleetPromptStage)
     while not prompt.flying:
         world.happen(world.draws)
     lose_stage(world, prompt, lives_on=False)
     _settle(world, deaf=token)
     assert not all(client.outcome for client in world.clients.values()), "nobody was to be asked yet"
-    _settle(world)
-    check_end(world)
+    finish(world)
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_grant_waits_for_the_first_prompt_pipeline(seed: int) -> None:
     world = Fleet(seed, num_token=1, num_prompt=0)
-    world.submit("r", 40, 8)
+    submit(world, 1, num_prompt=40)
     _settle(world)
-    assert not world.clients["r"].outcome
+    assert not world.clients["r0"].outcome
     world.start_stage("prompt-0", "prompt_stage")
     world.agenda.append(world.publish)
-    _settle(world)
-    check_end(world)
+    finish(world)
