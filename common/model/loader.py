@@ -142,6 +142,7 @@ def _stage_config(spec: ModelSpec, layers: tuple[int, int]) -> Any:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[layers[0] : layers[1]]
     config.use_cache = False
+    config.output_hidden_states = False
     config.return_dict = True
     return config
 

@@ -1,12 +1,12 @@
 """Whether the tensors of a checkpoint are those that its config.json asks for (no torch: before anything is started).
 
 A table says what each family's files hold, by name below the base model. `?` marks what some checkpoints of the family
-do without. A size that a config leaves to the family is not judged here: the stages do that, which build the model.
+do without, unless their config sets the flag behind it (where the family has that flag). A size that a config leaves to
+the family is not judged here: the stages do that, which build the model.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,29 +15,30 @@ from typing import Any
 
 from common.model.headers import StoredTensor
 from common.model.names import LAYER_KEY, PREFIXES, rename
+from common.model.values import kinds_of
 from dejavu.errors import ConfigurationError
 
 _LLAMA = """
     embed_tokens.weight                           vocab hidden
     layers.*.input_layernorm.weight               hidden
     layers.*.self_attn.q_proj.weight              query hidden
-    layers.*.self_attn.q_proj.bias?               query
+    layers.*.self_attn.q_proj.bias?attention_bias query
     layers.*.self_attn.k_proj.weight              key hidden
-    layers.*.self_attn.k_proj.bias?               key
+    layers.*.self_attn.k_proj.bias?attention_bias key
     layers.*.self_attn.v_proj.weight              key hidden
-    layers.*.self_attn.v_proj.bias?               key
+    layers.*.self_attn.v_proj.bias?attention_bias key
     layers.*.self_attn.o_proj.weight              hidden query
-    layers.*.self_attn.o_proj.bias?               hidden
+    layers.*.self_attn.o_proj.bias?attention_bias hidden
     layers.*.post_attention_layernorm.weight      hidden
     norm.weight                                   hidden
 """
 _GATED = """
     layers.*.mlp.gate_proj.weight                 inner hidden
-    layers.*.mlp.gate_proj.bias?                  inner
+    layers.*.mlp.gate_proj.bias?mlp_bias          inner
     layers.*.mlp.up_proj.weight                   inner hidden
-    layers.*.mlp.up_proj.bias?                    inner
+    layers.*.mlp.up_proj.bias?mlp_bias            inner
     layers.*.mlp.down_proj.weight                 hidden inner
-    layers.*.mlp.down_proj.bias?                  hidden
+    layers.*.mlp.down_proj.bias?mlp_bias          hidden
 """
 _EXPERTS = """
     layers.*.mlp.gate.weight                      experts hidden
@@ -95,9 +96,9 @@ _GPT_NEOX = """
     layers.*.post_attention_layernorm.weight      hidden
     layers.*.post_attention_layernorm.bias        hidden
     layers.*.attention.query_key_value.weight     3*hidden hidden
-    layers.*.attention.query_key_value.bias?      3*hidden
+    layers.*.attention.query_key_value.bias?attention_bias 3*hidden
     layers.*.attention.dense.weight               hidden hidden
-    layers.*.attention.dense.bias?                hidden
+    layers.*.attention.dense.bias?attention_bias  hidden
     layers.*.mlp.dense_h_to_4h.weight             inner hidden
     layers.*.mlp.dense_h_to_4h.bias               inner
     layers.*.mlp.dense_4h_to_h.weight             hidden inner
@@ -111,19 +112,19 @@ _OPT = """
     decoder.project_in.weight?                    hidden embedding
     decoder.project_out.weight?                   embedding hidden
     decoder.layers.*.self_attn.q_proj.weight      hidden hidden
-    decoder.layers.*.self_attn.q_proj.bias?       hidden
+    decoder.layers.*.self_attn.q_proj.bias?enable_bias hidden
     decoder.layers.*.self_attn.k_proj.weight      hidden hidden
-    decoder.layers.*.self_attn.k_proj.bias?       hidden
+    decoder.layers.*.self_attn.k_proj.bias?enable_bias hidden
     decoder.layers.*.self_attn.v_proj.weight      hidden hidden
-    decoder.layers.*.self_attn.v_proj.bias?       hidden
+    decoder.layers.*.self_attn.v_proj.bias?enable_bias hidden
     decoder.layers.*.self_attn.out_proj.weight    hidden hidden
-    decoder.layers.*.self_attn.out_proj.bias?     hidden
+    decoder.layers.*.self_attn.out_proj.bias?enable_bias hidden
     decoder.layers.*.self_attn_layer_norm.weight? hidden
     decoder.layers.*.self_attn_layer_norm.bias?   hidden
     decoder.layers.*.fc1.weight                   inner hidden
-    decoder.layers.*.fc1.bias?                    inner
+    decoder.layers.*.fc1.bias?enable_bias         inner
     decoder.layers.*.fc2.weight                   hidden inner
-    decoder.layers.*.fc2.bias?                    hidden
+    decoder.layers.*.fc2.bias?enable_bias         hidden
     decoder.layers.*.final_layer_norm.weight?     hidden
     decoder.layers.*.final_layer_norm.bias?       hidden
     decoder.final_layer_norm.weight?              hidden
@@ -141,8 +142,6 @@ _TABLES = {
     "qwen3": _LLAMA + _GATED + _HEAD_NORMS,
 }
 _HEAD = "lm_head.weight"
-_GUESSED = {"num_key_value_heads": ("mistral", "mixtral", "qwen2", "qwen3"), "head_dim": ("qwen3",)}
-"""Families that have a number of their own where the config says nothing."""
 _DTYPES = ("F32", "BF16", "F16", "F64")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
@@ -181,8 +180,10 @@ def check_tensors(
 
 def _table(architecture: str, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[list[str], bool]]]:
     """Each name with the sizes of its shape, and whether it must be there."""
-    for name, *shape in filter(None, map(str.split, _TABLES[architecture].splitlines())):
-        yield name.removesuffix("?"), (shape, not name.endswith("?"))
+    flags = {name for name, kind, _ in kinds_of(architecture) if kind == "flag" and config.get(name) is True}
+    for entry, *shape in filter(None, map(str.split, _TABLES[architecture].splitlines())):
+        name, is_optional, flag = entry.partition("?")
+        yield name, (shape, not is_optional or flag in flags)
     width = "embedding" if architecture == "opt" else "hidden"
     yield _HEAD, (["vocab", width], config.get("tie_word_embeddings") is False)
 
@@ -194,11 +195,7 @@ def _known_sizes(architecture: str, config: Mapping[str, Any], sizes: ModelSizes
         value = next((config[name] for name in names if config.get(name) is not None), None)
         return value if type(value) is int else None
 
-    def is_guessed(name: str) -> bool:
-        return name not in config and architecture in _GUESSED[name]
-
     hidden = sizes.hidden_size
-    head = None if is_guessed("head_dim") else sizes.head_dim
     inner = said("intermediate_size", "n_inner", "ffn_dim")
     if architecture == "bloom" or (architecture == "gpt2" and inner is None):
         inner = 4 * hidden
@@ -206,21 +203,16 @@ def _known_sizes(architecture: str, config: Mapping[str, Any], sizes: ModelSizes
         "vocab": sizes.vocab_size,
         "hidden": hidden,
         "3*hidden": 3 * hidden,
-        "head": head,
-        "query": _product(sizes.num_heads, head),
-        "key": None if is_guessed("num_key_value_heads") else _product(sizes.num_kv_heads, head),
+        "head": sizes.head_dim,
+        "query": sizes.num_heads * sizes.head_dim,
+        "key": sizes.num_kv_heads * sizes.head_dim,
         "inner": inner,
-        "2*inner": _product(2, inner),
+        "2*inner": None if inner is None else 2 * inner,
         "experts": said("num_local_experts"),
         "embedding": said("word_embed_proj_dim"),
         # OPT's first two rows are for padding
         "positions": sizes.max_context_tokens + 2 * (architecture == "opt"),
     }
-
-
-def _product(*factors: int | None) -> int | None:
-    known = [factor for factor in factors if factor is not None]
-    return math.prod(known) if len(known) == len(factors) else None
 
 
 def _pattern(name: str) -> str:

@@ -110,8 +110,8 @@ class _Counts:
 
     def of(self, *names: str, default: int | None = None) -> int:
         """The first that is there. Raises `ConfigurationError`."""
-        name = next((name for name in names if self.config.get(name) is not None), names[0])
-        size = self.config[name] if self.config.get(name) is not None else default
+        name = next((name for name in names if self.config.get(name) is not None), " or ".join(names))
+        size = default if self.config.get(name) is None else self.config[name]
         if type(size) is not int or size < 1:
             raise ConfigurationError(f"{self.file}: {name} is {size!r}, no whole number above 0", field="model")
         return size
@@ -129,6 +129,10 @@ def sizes_of(config: dict[str, Any], config_file: Path) -> ModelSizes:
         raise ConfigurationError(
             f"{config_file}: num_key_value_heads is {num_kv_heads}, which {num_heads} heads cannot share evenly",
             field="model",
+        )
+    if config.get("model_type") in (*_EVEN_HEADS, "llama") and hidden_size % num_heads:
+        raise ConfigurationError(
+            f"{config_file}: {num_heads} heads cannot share the hidden size of {hidden_size} evenly", field="model"
         )
     if config.get("model_type") in _EVEN_HEADS:
         _check_heads(config, {"num_key_value_heads": num_heads, "head_dim": hidden_size // num_heads}, config_file)

@@ -16,7 +16,7 @@ from common.model.names import PREFIXES
 from common.model.shapes import check_tensors
 from common.model.spec import load_spec, sizes_of
 from dejavu.errors import ConfigurationError
-from tests.unit.model.checkpoints import CONFIGS, save_checkpoint
+from tests.unit.model.checkpoints import CONFIGS, change_config, save_checkpoint
 
 _SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 VARIANTS: dict[str, Any] = {
@@ -92,4 +92,23 @@ def test_a_config_of_another_model_is_refused(name: str, field: str, tensor: str
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {field: 2 * config[field]}))
     with pytest.raises(ConfigurationError, match=rf"\.safetensors: .*{tensor}.* where config\.json asks for "):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "missing"),
+    [
+        ("llama", "attention_bias", "self_attn.q_proj.bias"),
+        ("llama", "mlp_bias", "mlp.gate_proj.bias"),
+        ("qwen3", "attention_bias", "self_attn.q_proj.bias"),
+        ("mistral", "attention_bias", None),
+    ],
+)
+def test_biases_that_the_config_asks_for_are_missed(name: str, flag: str, missing: str | None, tmp_path: Path) -> None:
+    save_checkpoint(name, tmp_path)
+    change_config(tmp_path, **{flag: True})
+    if missing is None:  # the flag means nothing to the family
+        load_spec(tmp_path)
+        return
+    with pytest.raises(ConfigurationError, match=re.escape(f"no safetensors file has layers.0.{missing}")):
         load_spec(tmp_path)
