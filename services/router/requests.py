@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Protocol
 
 import msgspec
@@ -24,6 +25,7 @@ from common.text import TextCodec
 from dejavu.errors import DejavuError, InvalidParameter, PromptTooLong, RequestConflict
 from dejavu.wire import Accepted, Ended, RouterMessage, Submit, TokenFrame, Tokens, WireError
 from services.router.admission import HEAD_CHARS_PER_TOKEN, check_form, check_head, check_load, check_tokens
+from services.router.inheritance import Inheritance
 from services.router.ledger import Choice, Delivery, Ledger, Request, TokenGap, new_request
 from services.router.placement import PipelineView, place, prompt_capacity
 from services.router.status import Journal
@@ -32,13 +34,8 @@ logger = logging.getLogger(__name__)
 
 LONG_TEXT_CHARS = 4096
 """Text beyond this is tokenised off the event loop."""
-
-
-MAX_HOMES = 65_536
 MOVE_S = 2.0
 """So long sequences wait for a pipeline that has lost a stage: weights may take minutes to load."""
-MAX_REPORT_S = 1.0
-"""So long a new leader waits to hear which sequences of its predecessor token pipelines have."""
 
 
 class Wires(Protocol):
@@ -64,12 +61,7 @@ class Requests:
         self._incarnation = incarnation
         self._leads_since = self._num_accepted = self._num_placed = 0
         self._unplaced: dict[str, tuple[Request, Choice]] = {}
-        self._homes: dict[str, str] = {}
-        """token pipelines of the sequences (by replica key) that a dead router has left behind"""
-        self._reports: dict[str, str] = {}
-        """the router whose sequences each token pipeline has last reported"""
-        self._awaited: set[str] = set()
-        """token pipelines that may have sequences of the leader before us and have not said which"""
+        self._inheritance = Inheritance()
 
     # ------------------------------------------------------------ from clients
 
@@ -187,7 +179,7 @@ class Requests:
     def _pipeline_over(self, name: str) -> None:
         """Its sequences go on elsewhere, with the delivered tokens forced. Its prompts: token drivers see to that."""
         self.pipelines.pop(name, None)
-        self._await_less({name})
+        self._await_less([name])
         for request in self.ledger:
             for choice in request.choices:
                 if choice.prompt_pipeline == name:
@@ -210,7 +202,7 @@ class Requests:
         """A stage of the pipeline is gone: nothing is placed on it until its next epoch."""
         if name in self.pipelines:
             self.pipelines[name].is_ready = False
-            self._await_less({name})
+            self._await_less([name])
 
     def move_from(self, name: str) -> None:
         """A pipeline that has lost a stage is not back: its sequences go on where there is another."""
@@ -220,12 +212,9 @@ class Requests:
                     self._place(request, choice)
 
     def orphans_found(self, orphans: Orphans) -> None:
-        """A token pipeline has sequences of a dead router. The oldest that nobody has asked for are forgotten."""
-        self._homes.update(dict.fromkeys(orphans.keys, orphans.pipeline))
-        for key in list(self._homes)[: max(0, len(self._homes) - MAX_HOMES)]:
-            del self._homes[key]
-        self._reports[orphans.pipeline] = orphans.router
-        self._await_less({orphans.pipeline})
+        """A token pipeline has sequences of a dead router."""
+        self._inheritance.reported(orphans)
+        self._await_less([orphans.pipeline])
 
     def lead(self, since: int) -> None:
         """We lead since this etcd revision."""
@@ -234,20 +223,15 @@ class Requests:
     def succeed(self, router: str) -> None:
         """We lead after `router`. Requests that it had begun are placed when every token pipeline has said which of
         them it has, also one of which we have heard nothing yet, or after `stop_awaiting`."""
-        self._awaited = {
-            view.name
-            for view in self.pipelines.values()
-            if view.role == "token_stage"
-            and (view.is_ready or not view.epoch)
-            and self._reports.get(view.name) != router
-        }
+        able = [v for v in self.pipelines.values() if v.role == "token_stage" and (v.is_ready or not v.epoch)]
+        self._inheritance.await_from((view.name for view in able), router)
 
     def stop_awaiting(self) -> bool:
         """Whoever has not said by now what it has is waited for no longer. False: nobody could be placed anyway, the
         time has not begun."""
-        if self._awaited and not self._token_pipelines(are_ready=True):
+        if self._inheritance.awaited and not self._token_pipelines(are_ready=True):
             return False
-        self._await_less(set(self._awaited))
+        self._await_less(self._inheritance.awaited)
         return True
 
     def _token_pipelines(self, *, are_ready: bool) -> list[PipelineView]:
@@ -259,11 +243,10 @@ class Requests:
         num_tokens = len(request.prompt_ids) + request.params.max_tokens
         return any(view.capacity_tokens >= num_tokens for view in self._token_pipelines(are_ready=True))
 
-    def _await_less(self, pipelines: set[str]) -> None:
-        if self._awaited and not self._awaited - pipelines:
-            self._awaited.clear()
-            self._place_unplaced()
-        self._awaited -= pipelines
+    def _await_less(self, pipelines: Collection[str]) -> None:
+        if self._inheritance.await_less(pipelines):
+            for request, choice in list(self._unplaced.values()):
+                self._place(request, choice)
 
     def tokens_produced(self, produced: TokensProduced) -> None:
         """Relays tokens to their clients, one message a client."""
@@ -309,8 +292,9 @@ class Requests:
     def _place(self, request: Request, choice: Choice) -> None:
         known = choice.prompt_pipeline or request.choices[0].prompt_pipeline
         self._unload(choice)
-        home = self._homes.get(replica_key(choice.sequence_id), "")
-        may_live = bool(choice.delivered and self._awaited) and not home
+        key = replica_key(choice.sequence_id)
+        home = self._inheritance.home(key)
+        may_live = bool(choice.delivered and self._inheritance.awaited) and not home
         num_tokens = len(request.prompt_ids) + request.params.max_tokens
         num_known = len(request.prompt_ids) + len(choice.delivered)
         placement = place(self.pipelines.values(), num_known, home, known, num_tokens)
@@ -319,7 +303,7 @@ class Requests:
             self._unplaced[choice.sequence_id] = (request, choice)
             return
         self._unplaced.pop(choice.sequence_id, None)
-        self._homes.pop(replica_key(choice.sequence_id), None)
+        self._inheritance.placed(key)
         view = self.pipelines[placement.token_pipeline]
         came_from, choice.home = choice.home, view.name
         self._num_placed += 1
@@ -341,10 +325,6 @@ class Requests:
                 (self._leads_since, self._num_placed),
             ),
         )
-
-    def _place_unplaced(self) -> None:
-        for request, choice in list(self._unplaced.values()):
-            self._place(request, choice)
 
     def _loads(self, request: Request, choice: Choice) -> list[tuple[str, int]]:
         loads = [(choice.pipeline, request.params.max_tokens)]

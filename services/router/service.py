@@ -31,8 +31,9 @@ from services.router.cluster import Cluster, Listener
 from services.router.commands import Commands
 from services.router.etcd_watch import watch_etcd
 from services.router.held import HOLD_S, Held
+from services.router.inheritance import MAX_REPORT_S
 from services.router.neighbours import Neighbours
-from services.router.requests import LONG_TEXT_CHARS, MAX_REPORT_S, MOVE_S, Requests
+from services.router.requests import LONG_TEXT_CHARS, MOVE_S, Requests
 from services.router.stats_queries import StatsQueries
 from services.router.status import Journal
 

@@ -122,7 +122,7 @@ def leave_retired(world: Fleet) -> None:
 def run_a_timer(world: Fleet) -> None:
     """Somebody is not waited for any longer: token pipelines that do not say what they have, or the next router."""
     timers = [stage.timers.later for stage in world.stages(FleetTokenStage) if stage.timers.later]
-    if world.leader.requests._awaited:
+    if world.leader.requests._inheritance.awaited:
         world.leader.requests.stop_awaiting()
     elif timers:
         world.draws.choice(timers).pop(0)()
@@ -135,7 +135,7 @@ def let_time_pass(world: Fleet) -> bool:
         stage.timers.later.clear()
     for timer in timers:
         timer()
-    awaited = bool(world.leader.requests._awaited)
+    awaited = world.leader.requests._inheritance.awaited
     world.leader.requests.stop_awaiting()
     was_cut_off = list(world.cut_off)
     for incarnation in was_cut_off:
