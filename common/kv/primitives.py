@@ -27,12 +27,12 @@ from common.kv.link import Link
 from common.kv.pool import KvPool
 from common.kv.quantise import convert
 from common.kv.staging import checking_stream
+from common.kv.token_ids import ID_BYTES
 from dejavu.errors import DejavuError
 
 MAX_IN_FLIGHT = 4
 """Pieces of one `stream_out` that are packed or under way at a time."""
 MAX_PIECE_BYTES = 64 << 20
-ID_BYTES = 4
 Result = TypeVar("Result")
 
 

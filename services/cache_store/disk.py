@@ -24,6 +24,7 @@ from common.kv.file_store import FileStore
 from common.kv.geometry import CopyPlan, plan_slots, span_slots
 from common.kv.layout import PoolLayout
 from common.kv.pool import KvPool
+from common.kv.token_ids import ID_BYTES
 from services.cache_store.segments import (
     Segment,
     SegmentNote,
@@ -34,7 +35,7 @@ from services.cache_store.segments import (
     segment_name,
     sequence_key,
 )
-from services.cache_store.shelf import ID_BYTES, Replica, Shelf
+from services.cache_store.shelf import Replica, Shelf
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from common.kv.geometry import Int64, plan_slots, span_slots
 from common.kv.link import Link, close_reading, open_link
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
+from common.kv.token_ids import ID_BYTES
 from common.membership import PipelineRecord
 from common.replica_messages import HeldReplica, ReplicaItem
 from dejavu.errors import DejavuError
-from services.cache_store.shelf import ID_BYTES, Replica, Shelf
+from services.cache_store.shelf import Replica, Shelf
 
 logger = logging.getLogger(__name__)
 

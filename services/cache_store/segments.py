@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 
 from common.kv.checksum import hash_tokens
-from services.cache_store.shelf import ID_BYTES, Digests
+from common.kv.token_ids import ID_BYTES
+from services.cache_store.shelf import Digests
 
 MAX_SEGMENT_TOKENS = 1024
 

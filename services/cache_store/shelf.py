@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from common.kv.blocks import BlockAllocator
+from common.kv.token_ids import ID_BYTES, num_common
 from common.replica_messages import NEVER, Placed, ReplicaItem
 
 Digests = npt.NDArray[np.uint64]
-ID_BYTES = 4
 USED_S = 60.0
 """A replica that somebody asked for stays at least so much longer: stages may be copying it."""
 COLD_S = 5.0
@@ -203,10 +203,7 @@ class Shelf:
         replica.used_at_s = now_s
         if replica.expires_at_s is not None:
             replica.expires_at_s += USED_S
-        limit = min(self._num_sure(key, replica), len(token_ids) // ID_BYTES)
-        ours = np.frombuffer(replica.token_ids, dtype="<i4", count=limit)
-        differing = np.flatnonzero(ours != np.frombuffer(token_ids, dtype="<i4", count=limit))
-        num_tokens = int(differing[0]) if len(differing) else limit
+        num_tokens = min(self._num_sure(key, replica), num_common(replica.token_ids, token_ids))
         return (replica, num_tokens) if num_tokens else None
 
     # ------------------------------------------------------------ the disk below

@@ -8,6 +8,7 @@ from typing import Any, assert_never
 
 from common.handoff_messages import EndAwaited, HandoffEnded, LetGo
 from common.kv.checksum import hash_tokens
+from common.kv.token_ids import ID_BYTES
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import CancelPrefill, FirstToken, Prefill, StageInboxMessage, StageReady, Step, StepDone
 from common.replica_messages import Pull, Pulled
@@ -111,7 +112,7 @@ class PromptDriver(Driver):
         held = prefill.held
         if held is None:
             return
-        token_hash = hash_tokens(prefill.token_ids[: 4 * held.num_tokens])
+        token_hash = hash_tokens(prefill.token_ids[: ID_BYTES * held.num_tokens])
         wanted = Pull(
             self.epoch, prefill.sequence_id, prefill.attempt, prefill.held_by, held.num_tokens, held.blocks,
             blocks, token_hash, held.checksums,

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import numpy as np
-
-ID_BYTES = 4
+from common.kv.token_ids import num_common
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +58,3 @@ class Retained:
     def _remove(self, kept: Kept) -> None:
         del self._kept[kept.lease]
         self.num_blocks -= len(kept.blocks)
-
-
-def num_common(one: bytes, other: bytes) -> int:
-    """How many tokens two sequences of packed ids begin with in common."""
-    limit = min(len(one), len(other)) // ID_BYTES
-    differing = np.flatnonzero(
-        np.frombuffer(one, dtype="<i4", count=limit) != np.frombuffer(other, dtype="<i4", count=limit)
-    )
-    return int(differing[0]) if len(differing) else limit

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from common.kv.blocks import BlockAllocator
+from common.kv.token_ids import ID_BYTES
 from common.messages import ChunkWork, Drawn, Prefill, SequenceOpen, Step
 from common.replica_messages import replica_key
 from common.stage.prefill_plan import PendingPrompt, plan_chunk
-from services.prompt_stage.retained import ID_BYTES, Kept, Retained
+from services.prompt_stage.retained import Kept, Retained
 
 MAX_DISOWNED = 4096
 
@@ -138,7 +139,7 @@ class PromptScheduler:
         """Queues a prompt (its tokens fit the pool: the router checked `capacity_tokens`)."""
         if (_asker(prefill), (prefill.sequence_id, prefill.attempt)) in self._disowned:
             return  # its blocks are somebody else's by now
-        sequence = PromptSequence(prefill, len(prefill.token_ids) // 4, self._num_arrivals)
+        sequence = PromptSequence(prefill, len(prefill.token_ids) // ID_BYTES, self._num_arrivals)
         self._num_arrivals += 1
         self._waiting[sequence.key] = sequence
         self._start_waiting()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, assert_never
 
 from common.handoff_messages import EndAwaited, FenceOff
+from common.kv.token_ids import ID_BYTES
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import (
     Admit,
@@ -284,7 +285,7 @@ class TokenDriver(Driver):
         if record is None:
             self._waiting.append(grant)
             return
-        num_tokens = len(admit.prompt) // 4 + len(grant.forced)
+        num_tokens = len(admit.prompt) // ID_BYTES + len(grant.forced)
         capacity = self._prompts.capacity_tokens(record.pipeline)
         if capacity is not None and num_tokens > capacity:
             self.scheduler.compute_here(grant.sequence_id)

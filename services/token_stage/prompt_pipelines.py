@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.handoff_messages import Handoff
+from common.kv.token_ids import ID_BYTES
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import Admit, PipelineReady, Prefill, pack_ids
 from services.token_stage.sequence import Grant
@@ -66,7 +67,7 @@ class PromptPipelines:
             grant.sequence_id,
             grant.attempt,
             admit.choice,
-            len(admit.prompt) // 4,
+            len(admit.prompt) // ID_BYTES,
             admit.prompt + pack_ids(grant.forced),
             admit.params,
             Handoff(*handoff, grant.blocks, start),

@@ -25,6 +25,7 @@ from common.kv.geometry import CopyPlan, span_slots
 from common.kv.layout import PoolLayout
 from common.kv.offer import GrantOffer
 from common.kv.pool import Bytes, KvPool
+from common.kv.token_ids import ID_BYTES
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import Message, pack_ids
 from common.model.spec import load_spec
@@ -32,7 +33,6 @@ from common.peers import Peers
 from common.replica_messages import Claimed, HeldReplica, Located, Replicated
 from services.cache_store import keeper as keeper_module
 from services.cache_store.service import CacheStore, StoreOptions
-from services.cache_store.shelf import ID_BYTES
 from tests.unit.simulated_disk import SimulatedDisk, put_in_place
 
 NUM_LAYERS = 2

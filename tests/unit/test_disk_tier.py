@@ -21,11 +21,12 @@ from common.kv.file_format import PAGE_BYTES
 from common.kv.geometry import span_slots
 from common.kv.layout import PoolLayout
 from common.kv.pool import KvPool
+from common.kv.token_ids import ID_BYTES
 from common.messages import pack_ids
 from common.replica_messages import ReplicaItem
 from services.cache_store.disk import DiskTier
 from services.cache_store.segments import MAX_SEGMENT_TOKENS, Segment, SegmentNote, chain, new_note, next_segment
-from services.cache_store.shelf import COLD_S, ID_BYTES, Digests, Shelf
+from services.cache_store.shelf import COLD_S, Digests, Shelf
 
 LAYOUT = PoolLayout(0, 3, 64, 8, 2, 8, "float32", "model")
 NUM_PLANES = 2 * LAYOUT.num_layers

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from common.handoff_messages import Handoff
+from common.kv.token_ids import num_common
 from common.messages import Drawn, Prefill, Step, pack_ids
 from dejavu.params import SamplingParams
-from services.prompt_stage.retained import Kept, Retained, num_common
+from services.prompt_stage.retained import Kept, Retained
 from services.prompt_stage.scheduler import DeliverFirst, PromptScheduler
 
 PROMPT = list(range(100, 140))
