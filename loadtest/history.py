@@ -54,7 +54,7 @@ def check(history: History) -> list[Anomaly]:
     """Everything that must not be."""
     return [
         *(anomaly for stream in history.streams for anomaly in check_stream(stream)),
-        *_leaks(history.after),
+        *leaks(history.after),
         *_recomputation(history),
         *_false_failovers(history),
         *_zombies(history),
@@ -87,7 +87,8 @@ def check_stream(stream: Stream) -> list[Anomaly]:
     return found
 
 
-def _leaks(after: Mapping[str, Any]) -> list[Anomaly]:
+def leaks(after: Mapping[str, Any]) -> list[Anomaly]:
+    """Blocks that are held though nothing is live."""
     found = []
     for service in after["services"]:
         blocks = service.get("kv_blocks")

@@ -2,12 +2,11 @@
 
 Each user sends prompts one after the other over its own connection. Besides whole requests ("generate"), the table
 shows the time to the first token ("TTFT") and the mean time per further token ("TPOT"), in milliseconds; response sizes
-count tokens. The endpoint comes from `--host tcp://...` or DEJAVU_ENDPOINT.
+count tokens. The system is the one at `--host tcp://...`, else where any client looks for it.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import secrets
 import time
@@ -20,11 +19,11 @@ from locust import User, constant, events, task
 from locust.exception import StopUser
 
 from dejavu import wire
+from dejavu.endpoints import find_endpoints
 from dejavu.errors import DejavuError, RequestFailed, Unavailable, error_from_wire
 from dejavu.keys import protect_client
 from dejavu.params import SamplingParams
 
-DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 CONNECT_LIMIT_MS = 3_000
 SILENCE_LIMIT_MS = 30_000
 PROMPTS = (
@@ -111,7 +110,7 @@ class StreamingUser(User):  # type: ignore[misc]
     wait_time = constant(0)
 
     def on_start(self) -> None:
-        endpoint = self.host or os.environ.get("DEJAVU_ENDPOINT", DEFAULT_ENDPOINT).split(",")[0]
+        endpoint = find_endpoints(self.host or None)[0]
         try:
             self._connection = ZmqConnection(endpoint)
         except Unavailable as error:

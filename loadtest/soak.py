@@ -21,7 +21,7 @@ from typing import Any
 
 from dejavu import AsyncClient
 from loadtest.drive import percentile
-from loadtest.history import ETCD, Stream, check_stream
+from loadtest.history import ETCD, Stream, check_stream, leaks
 from loadtest.machine import describe_machine
 from loadtest.streams import Work, expecting, follow, make_work, quiet, run_undisturbed
 from loadtest.system import running_system
@@ -152,11 +152,7 @@ def _wrong_status(before: Status, after: Status, since_s: float) -> list[str]:
     ]
     if after["counters"]["false_failovers"] or after["epoch"] != before["epoch"]:
         wrong.append(f"epoch {before['epoch']} became {after['epoch']}: {after['counters']}")
-    for service in after["services"]:
-        blocks = service.get("kv_blocks")
-        if blocks and (blocks["free"] != blocks["total"] or blocks["quarantined"]):
-            wrong.append(f"leaked: {service['name']} {blocks} with nothing live")
-    return wrong
+    return wrong + [str(anomaly) for anomaly in leaks(after)]
 
 
 def _grown(warm: Mapping[str, dict[str, int]], last: Mapping[str, dict[str, int]]) -> list[str]:

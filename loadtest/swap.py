@@ -64,7 +64,7 @@ def main() -> int:
     spec = load_spec(arguments.model, arguments.dtype)
     longest = max(split_layers(spec.num_layers, arguments.stages, None), key=lambda part: part[1] - part[0])
     layout = fitting_layout(spec, longest, BLOCK_SIZE, 1 << 40)
-    vocab_size = int(json.loads(Path(arguments.model, "config.json").read_text())["vocab_size"])
+    vocab_size = spec.vocab_size
     base = ["--model", arguments.model, "--dtype", arguments.dtype, "--token-stages", str(arguments.stages)]
     base += ["--colocated", "--cache-stores", str(arguments.cache_stores), "--device", arguments.device]
     document: dict[str, Any] = {
