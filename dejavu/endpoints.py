@@ -10,6 +10,7 @@ from pathlib import Path
 from dejavu.errors import ConfigurationError, InvalidParameter
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
+DEFAULT_STATE_DIR = "~/.local/state/dejavu"
 ENDPOINTS_FILE = "endpoints"
 _FORM = re.compile(r"tcp://\S+:(?P<port>\d{1,9})|ipc://\S+")
 
@@ -18,7 +19,7 @@ def state_dir(environment: Mapping[str, str] = os.environ) -> Path:
     """`DEJAVU_STATE_DIR`, or the directory that `dejavu serve` uses by default. Raises `ConfigurationError` where there
     is no home."""
     try:
-        return Path(environment.get("DEJAVU_STATE_DIR") or Path.home() / ".local" / "state" / "dejavu")
+        return Path(environment.get("DEJAVU_STATE_DIR") or DEFAULT_STATE_DIR).expanduser()
     except RuntimeError as error:
         raise ConfigurationError(f"{error} Set DEJAVU_STATE_DIR", field="state_dir") from error
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from common.kv.choice import LINK_NAMES
+from dejavu.endpoints import DEFAULT_STATE_DIR
 from dejavu.errors import ConfigurationError
 from dejavu.params import is_durability
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_STATE_DIR = Path(os.environ.get("DEJAVU_STATE_DIR") or "~/.local/state/dejavu")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 DEFAULT_KV_BYTES = 256 << 20
 MAX_OF_A_KIND = 1024
@@ -308,7 +308,7 @@ def _add_surroundings(add: Callable[..., Any]) -> None:
     add(
         "--state-dir",
         type=_text,
-        default=str(DEFAULT_STATE_DIR),
+        default=os.environ.get("DEJAVU_STATE_DIR") or DEFAULT_STATE_DIR,
         metavar="DIR",
         help="endpoints for clients on this machine",
     )

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dejavu.endpoints import DEFAULT_ENDPOINT, RouterList, find_endpoints
+from dejavu.endpoints import DEFAULT_ENDPOINT, DEFAULT_STATE_DIR, RouterList, find_endpoints, state_dir
 from dejavu.errors import ConfigurationError, InvalidParameter
+from deploy.options import expand_path
 
 
 def test_router_list_tries_the_preferred_first_then_in_turn() -> None:
@@ -36,6 +37,14 @@ def test_endpoints_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigurationError, match=f"state_dir: {file} cannot be read"):
         find_endpoints(None, {"DEJAVU_STATE_DIR": str(tmp_path)})
+
+
+def test_a_state_directory_below_the_home_is_where_serve_puts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert state_dir({"DEJAVU_STATE_DIR": "~/system"}) == expand_path("~/system", "state_dir") == tmp_path / "system"
+    assert state_dir({}) == expand_path(DEFAULT_STATE_DIR, "state_dir")
 
 
 @pytest.mark.parametrize(
