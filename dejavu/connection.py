@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 LINGER_MS = 500
 """How long a closed socket may still send what it has: the last `Cancel`."""
 TERMINATION_LIMIT_S = 2.0
+RECONNECT_MS = 24 * 3600 * 1000
+"""Never: a connection that is lost is given up at once. With -1, libzmq's word for it, a socket that has just lost its
+peer is sometimes not let go of."""
 MAX_WAITING_MESSAGES = 100_000
 """In either direction. Large, so that a user who blocks the event loop for some seconds loses no token."""
 
@@ -42,7 +45,7 @@ class Connection:
         self._is_stuck = False
         self._socket = context.socket(zmq.DEALER)
         self._socket.routing_id = secrets.token_hex(8).encode()
-        self._socket.reconnect_ivl = -1
+        self._socket.reconnect_ivl = RECONNECT_MS
         self._socket.maxmsgsize = wire.MAX_MESSAGE_BYTES
         self._socket.sndhwm = MAX_WAITING_MESSAGES
         self._socket.rcvhwm = MAX_WAITING_MESSAGES
@@ -93,8 +96,8 @@ class Connection:
 async def terminate(context: zmq.asyncio.Context) -> None:
     """Returns when the context's sockets, all closed, have sent what they may and its threads have ended.
 
-    After `TERMINATION_LIMIT_S` they are left behind: libzmq has been seen to wait for ever for sockets that had a
-    monitor (zeromq/libzmq#1279), and nobody's program should hang for that.
+    After `TERMINATION_LIMIT_S` they are left behind: libzmq has been seen to wait for ever (see `RECONNECT_MS`), and
+    nobody's program should hang for that.
     """
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
