@@ -16,7 +16,7 @@ from common.kv.device_copies import copy_on_device
 from common.kv.errors import LinkLost, LinkRefused, LinkTimeout
 from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan
-from common.kv.memory_door import Entrance, Watch, ended, enter, owner_pid
+from common.kv.memory_door import Entrance, Watch, ended, enter, entered, owner_pid
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.staging import mark_work, new_stream
@@ -42,12 +42,7 @@ class CudaIpcLink:
     async def open(cls, offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> CudaIpcLink:
         """Raises `ConnectionRefusedError` where nobody listens, the owner is this very process or its memory cannot be
         opened; `LinkRefused`, `LinkTimeout` or `LinkLost`."""
-        entering = asyncio.ensure_future(asyncio.to_thread(_enter, offer, pool, timeout_s, authority))
-        try:
-            entrance, memory = await asyncio.shield(entering)
-        except asyncio.CancelledError:
-            entering.add_done_callback(_abandon)
-            raise
+        entrance, memory = await entered(lambda: _enter(offer, pool, timeout_s, authority), _abandon)
         return cls(offer, entrance, memory, timeout_s)
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
@@ -118,8 +113,7 @@ def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authori
         raise
 
 
-def _abandon(entering: asyncio.Future[tuple[Entrance, OpenedMemory]]) -> None:
-    if not entering.cancelled() and entering.exception() is None:
-        entrance, memory = entering.result()
-        entrance.close()
-        memory.close()
+def _abandon(opened: tuple[Entrance, OpenedMemory]) -> None:
+    entrance, memory = opened
+    entrance.close()
+    memory.close()

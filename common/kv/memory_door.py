@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
@@ -23,6 +24,8 @@ from common.kv.errors import LinkLost, LinkRefused, LinkTimeout
 from common.kv.fence import Authority, Fence
 from common.kv.offer import HELLO, PROTOCOL_VERSION, CudaMemory, GrantOffer, Hello, Welcome, check_answer, judge
 from common.kv.pool import KvPool, retire
+
+Result = TypeVar("Result")
 
 _MAX_MESSAGE_BYTES = 64 << 10
 _MAX_WRITERS = 256
@@ -156,6 +159,21 @@ def enter(offer: GrantOffer, pool: KvPool, link: str, timeout_s: float, authorit
         connection.close()
         raise
     return Entrance(connection, welcome, fd)
+
+
+async def entered(work: Callable[[], Result], undo: Callable[[Result], None]) -> Result:
+    """What `work` brings, which blocks for a handshake; where nobody waits for it any more, `undo` gets that."""
+    entering = asyncio.ensure_future(asyncio.to_thread(work))
+
+    def give_back(done: asyncio.Future[Result]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            undo(done.result())
+
+    try:
+        return await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        entering.add_done_callback(give_back)
+        raise
 
 
 def owner_pid(connection: socket.socket) -> int:

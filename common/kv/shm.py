@@ -13,7 +13,7 @@ from common.kv.copies import copy_pieces
 from common.kv.errors import LinkRefused, LinkTimeout
 from common.kv.fence import Authority
 from common.kv.geometry import CopyPlan
-from common.kv.memory_door import Entrance, Watch, ended, enter
+from common.kv.memory_door import Entrance, Watch, ended, enter, entered
 from common.kv.offer import GrantOffer
 from common.kv.pool import Bytes, KvPool, map_present_memory
 
@@ -39,12 +39,7 @@ class ShmLink:
     ) -> ShmLink:
         """Raises `ConnectionRefusedError` where nobody listens (another host or network namespace),
         `LinkRefused`, `LinkTimeout` or `LinkLost`."""
-        entering = asyncio.ensure_future(asyncio.to_thread(_enter, offer, pool, timeout_s, authority))
-        try:
-            entrance, memory = await asyncio.shield(entering)
-        except asyncio.CancelledError:
-            entering.add_done_callback(_abandon)
-            raise
+        entrance, memory = await entered(lambda: _enter(offer, pool, timeout_s, authority), _abandon)
         return cls(offer, entrance, memory, executor, timeout_s)
 
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
@@ -110,6 +105,5 @@ def _map(fd: int | None, offer: GrantOffer) -> Bytes:
     return np.frombuffer(map_present_memory(fd, offer.layout.total_bytes), dtype=np.uint8)
 
 
-def _abandon(entering: asyncio.Future[tuple[Entrance, Bytes]]) -> None:
-    if not entering.cancelled() and entering.exception() is None:
-        entering.result()[0].connection.close()
+def _abandon(opened: tuple[Entrance, Bytes]) -> None:
+    opened[0].connection.close()
