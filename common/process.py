@@ -1,4 +1,5 @@
-"""What a process asks of its operating system: to die with its parent, to stay on some cores."""
+"""Processes as the operating system has them: what this one asks for (to die with its parent, to stay on some cores),
+what can be seen of others, and names that tell them apart for ever, as their numbers do not."""
 
 from __future__ import annotations
 
