@@ -53,13 +53,22 @@ def main(argv: Sequence[str]) -> int:
         spec = load_spec(_resolve_model(options.model), options.dtype)
         # a layout that cannot be is refused before anything is started
         plan_services(options, spec, Place("", "", "cpu", (0,) * options.routers, (0,)))
-        TextCodec.load(spec.model_dir)
+        check_tokenizer(spec.model_dir)
         device = _resolve_device(options.device)
         check_memory(options, device)
         return asyncio.run(_serve(options, spec, device))
     except (DejavuError, ServiceGaveUp) as error:
         print(f"dejavu: error: {error}", file=sys.stderr)  # noqa: T201
         return 1
+
+
+def check_tokenizer(model_dir: Path) -> None:
+    """A model may lack one, which whoever starts it should know. Raises `ConfigurationError` for one that is broken."""
+    if TextCodec.load(model_dir) is None:
+        logger.warning(
+            "%s has no tokenizer.json, nor vocab.json with merges.txt: only prompts of token ids can be served",
+            model_dir,
+        )
 
 
 async def _serve(options: ServeOptions, spec: ModelSpec, device: str) -> int:

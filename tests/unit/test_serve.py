@@ -9,7 +9,7 @@ import pytest
 
 from dejavu.errors import ConfigurationError
 from deploy.options import check_memory, parse_options
-from deploy.serve import endpoints_file, main
+from deploy.serve import check_tokenizer, endpoints_file, main
 
 
 def test_the_end_of_a_system_hides_no_other_that_began_later(tmp_path: Path) -> None:
@@ -94,3 +94,11 @@ def test_a_home_that_nobody_has_is_named(capsys: pytest.CaptureFixture[str]) -> 
     for model in ("~nobody-here/x", "x" * 5000):
         assert main(["--port", "0", "--model", model]) == 1
         assert capsys.readouterr().err.startswith(f"dejavu: error: model: {model}")
+
+
+def test_a_model_without_a_tokenizer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_tokenizer(tmp_path)
+    assert f"{tmp_path} has no tokenizer.json" in caplog.text
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigurationError, match="tokenizer"):
+        check_tokenizer(tmp_path)
