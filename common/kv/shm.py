@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
 from concurrent.futures import Executor, Future
 
 import numpy as np
@@ -81,7 +82,9 @@ class ShmLink:
                 await ended([copy])
 
     def _forget(self) -> None:
-        self._memory = np.empty(0, dtype=np.uint8)
+        held, self._memory = [self._memory], np.empty(0, dtype=np.uint8)
+        # who maps a dead process's memory last gives back all its pages: tens of milliseconds, not on the event loop
+        threading.Thread(target=held.clear, name="unmap").start()
 
 
 def _enter(offer: GrantOffer, pool: KvPool, timeout_s: float, authority: Authority) -> tuple[Entrance, Bytes]:
