@@ -92,6 +92,7 @@ class StageService(StageRole):
             await self.peers.connect(stage.name, stage.endpoint)
             # again, as an older publication may have led us back to an incarnation that was gone
             self._report_ready(stage)
+        await self._reconnect_spares(record)
         self.records[record.pipeline] = record
         if is_retired(self.options.pipeline, self.records):
             if not self.process.over.done():
@@ -102,6 +103,16 @@ class StageService(StageRole):
         if self.driver is not None:
             self.driver.pipeline_published(record)
             self.driver.pump()
+
+    async def _reconnect_spares(self, record: PipelineRecord) -> None:
+        """Who has a place no more is connected as the member it is: the publication before may have been late, and its
+        stage of that name dead."""
+        published = () if record.successor is not None else {stage.name for stage in record.stages}
+        before = self.records.get(record.pipeline)
+        for stage in () if before is None else before.stages:
+            member = self.members.get(stage.name)
+            if member is not None and stage.name not in published:
+                await self.peers.connect(member.name, member.endpoint)
 
     # ------------------------------------------------------------ epochs
 

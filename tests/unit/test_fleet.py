@@ -233,6 +233,10 @@ def test_who_comes_back_does_not_count_on_copies_that_another_pipeline_has_repla
     simulate(862)
 
 
+def test_a_late_publication_that_names_the_dead_does_not_cut_off_who_has_their_name() -> None:
+    simulate(839, is_cut=True)
+
+
 def test_a_late_copy_from_a_pipeline_that_a_sequence_has_left_replaces_nothing() -> None:
     simulate(1617)
 
