@@ -164,7 +164,8 @@ class StageReady(msgspec.Struct, frozen=True, array_like=True, tag="stage_ready"
 class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
     """Router to token driver: queue this sequence. `forced` are output ids that are known already;
     `prompt_pipeline` is where its prompt should be computed ('' in a colocated pipeline). `came_from` is the token
-    pipeline that this router had given it to before. `placed` is later than that of any pipeline that had it before."""
+    pipeline that this router had given it to before. `placed` is later than that of any pipeline that had it before.
+    `follows` is since which etcd revision the router led that led before this one; 0: that is not known."""
 
     epoch: int
     sequence_id: str
@@ -175,6 +176,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
     prompt_pipeline: str
     came_from: str = ""
     placed: Placed = NEVER
+    follows: int = 0
 
 
 class CancelSequence(msgspec.Struct, frozen=True, array_like=True, tag="cancel_sequence"):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from common.etcd.election import NOBODY, LeaderChanged
 from common.etcd.errors import EtcdUnavailable
 from common.membership import (
     Election,
@@ -39,13 +40,13 @@ CONFIRM_LIMIT_S = 0.15
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
     """What a router wants to hear: `on_record(record)` of every publication, `on_lost(pipeline)` of a pipeline that has
-    lost a stage, `on_lead(router, since)` that we lead after `router` ('': after nobody else) since that revision of
-    etcd, `on_leader()` that somebody else leads, or nobody, or we; and what it tells: `is_ready(pipeline)`, whether it
-    works again."""
+    lost a stage, `on_lead(before, since)` that we lead after `before` (nobody, maybe) since that revision of etcd,
+    `on_leader()` that somebody else leads, or nobody, or we; and what it tells: `is_ready(pipeline)`, whether it works
+    again."""
 
     on_record: Callable[[PipelineRecord], None]
     on_lost: Callable[[str], None]
-    on_lead: Callable[[str, int], None]
+    on_lead: Callable[[LeaderChanged, int], None]
     on_leader: Callable[[], None]
     is_ready: Callable[[str], bool]
 
@@ -79,7 +80,7 @@ class Cluster:
         self._may_kill = may_kill
         self._listener = listener
         # the last other process that led; until we know of one, it may be the one that had our name
-        self._predecessor = name
+        self._predecessor = LeaderChanged(name, "", 0, is_me=False)
         self._changed = asyncio.Event()
         self._draining: set[str] = set()  # incarnations that are to be replaced
         self._broken: set[str] = set()  # pipelines that have lost a stage since they were published
@@ -152,7 +153,7 @@ class Cluster:
             if leader.is_me:
                 self._listener.on_lead(self._predecessor, leader.fencing_revision)
             if leader.is_me or leader.name:
-                self._predecessor = "" if leader.is_me else leader.name
+                self._predecessor = NOBODY if leader.is_me else leader
             self.leader = leader.name
             self.is_leader = leader.is_me
             self._journal.note("leader", leader.name)

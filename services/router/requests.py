@@ -59,7 +59,7 @@ class Requests:
         self._wires = wires
         self._journal = journal
         self._incarnation = incarnation
-        self._leads_since = self._num_accepted = self._num_placed = 0
+        self._leads_since = self._follows = self._num_accepted = self._num_placed = 0
         self._unplaced: dict[str, tuple[Request, Choice]] = {}
         self._inheritance = Inheritance()
 
@@ -216,9 +216,9 @@ class Requests:
         self._inheritance.reported(orphans)
         self._await_less([orphans.pipeline])
 
-    def lead(self, since: int) -> None:
-        """We lead since this etcd revision."""
-        self._leads_since = since
+    def lead(self, since: int, follows: int = 0) -> None:
+        """We lead since this etcd revision, and the router before us has led since `follows`; 0: that is not known."""
+        self._leads_since, self._follows = since, follows
 
     def succeed(self, router: str) -> None:
         """We lead after `router`. Requests that it had begun are placed when every token pipeline has said which of
@@ -323,6 +323,7 @@ class Requests:
                 placement.prompt_pipeline,
                 came_from,
                 (self._leads_since, self._num_placed),
+                self._follows,
             ),
         )
 

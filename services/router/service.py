@@ -14,6 +14,7 @@ import msgspec
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
+from common.etcd.election import LeaderChanged
 from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
 from common.membership import Election, MemberRecord, Membership, PipelineRecord
@@ -192,10 +193,10 @@ class RouterService:
     def _start_to_drain(self) -> None:
         self._is_draining = True
 
-    def _lead(self, after: str, since: int) -> None:
-        self._requests.lead(since)
-        if after:
-            self._requests.succeed(after)
+    def _lead(self, before: LeaderChanged, since: int) -> None:
+        self._requests.lead(since, before.fencing_revision)
+        if before.name:
+            self._requests.succeed(before.name)
             asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
 
     def _leader_changed(self) -> None:

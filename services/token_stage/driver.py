@@ -160,7 +160,7 @@ class TokenDriver(Driver):
             return
         prompt, forced = unpack_ids(admit.prompt), unpack_ids(admit.forced)
         was_elsewhere = admit.came_from not in ("", self.record.pipeline)
-        self.scheduler.placed_again(admit.sequence_id, admit.placed, was_elsewhere=was_elsewhere)
+        self.scheduler.placed_again(admit.sequence_id, admit.placed, admit.follows, was_elsewhere=was_elsewhere)
         sequence_id, actions = self.scheduler.adopt(admit.sequence_id, prompt, forced, admit.params) or (
             admit.sequence_id,
             self.scheduler.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params, admit.placed),

@@ -77,12 +77,14 @@ class Requested(Intake):
         sequence = self._by_key.get(replica_key(sequence_id))
         return sequence is not None and placed < sequence.placed
 
-    def placed_again(self, sequence_id: str, placed: Placed, *, was_elsewhere: bool) -> None:
-        """It may still live here. Another pipeline that had it meanwhile may have put its copy in ours' place."""
+    def placed_again(self, sequence_id: str, placed: Placed, follows: int = 0, *, was_elsewhere: bool) -> None:
+        """It may still live here. Another pipeline that had it meanwhile may have put its copy in ours' place: one that
+        this router had given it to (`was_elsewhere`), or one of a router that led after the one that gave it to us and
+        before the one that has led since `follows`."""
         sequence = self._by_key.get(replica_key(sequence_id))
         if sequence is not None:
-            sequence.placed = placed
-            if was_elsewhere:
+            led_since, sequence.placed = sequence.placed[0], placed
+            if was_elsewhere or (follows and led_since not in (follows, placed[0])):
                 self.replication.distrust(sequence)
 
     def cancel(self, sequence_id: str) -> list[Action]:

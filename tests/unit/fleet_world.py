@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from common.kv.lane import HandoffSpan
 from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord, SnapshotEnd
-from common.messages import Admit, Message, encode, pack_ids
-from common.replica_messages import Replicate, replica_key
+from common.messages import Admit, Message, decode_stage_inbox, encode, pack_ids
+from common.replica_messages import Replicate, Replicated, replica_key
 from common.stage.options import StageOptions
 from dejavu.params import SamplingParams
 from dejavu.wire import Ended, RouterMessage, Submit, Tokens
@@ -199,10 +199,11 @@ class Fleet:
         self._publish(PipelineRecord(record.pipeline, record.role, 0, record.stages, stage.options.other_pipeline))
 
     def lead(self, router: FleetRouter, after: str) -> None:
+        follows = self.leader.requests._leads_since if after else 0
         self.leader = router
         router.cluster.is_leader = True
         self.revision += 1
-        router.requests.lead(self.revision)
+        router.requests.lead(self.revision, follows)
         if after:
             router.requests.succeed(after)
         for name, client in self.clients.items():
@@ -315,9 +316,16 @@ class Fleet:
         kept = [store.shelf.locate(key, pack_ids(tokens), 0.0) for store in self.stores]
         is_safe = any(found is not None and found[1] >= len(tokens) - sequence.max_lag for found in kept)
         is_refused = any(key in store.refused for store in scheduler.replication._stores.values())
+        is_refused |= any(key in refusal.failed for refusal in self._refusals(stage))
         if any(stage.members.get(name) != self.members.get(name) for name in scheduler.replication._stores):
             return  # it has not heard of a store's death yet
         assert is_safe or is_refused or not scheduler.replication.num_stores, "a token was shown that is not safe"
+
+    def _refusals(self, stage: FleetTokenStage) -> list[Replicated]:
+        """What stores have said, and the stage has not heard yet."""
+        frames = [frame for (_, to), sent in self.wire.items() if to == stage.incarnation for _, frame in sent]
+        messages = [decode_stage_inbox(frame) for frame in frames]
+        return [message for message in messages if isinstance(message, Replicated)]
 
     # ------------------------------------------------------------ clients
 

@@ -233,6 +233,10 @@ def test_who_comes_back_does_not_count_on_copies_that_another_pipeline_has_repla
     simulate(862)
 
 
+def test_what_a_leader_in_between_gave_to_another_pipeline_is_copied_again() -> None:
+    simulate(678, is_cut=True)
+
+
 def test_a_late_publication_that_names_the_dead_does_not_cut_off_who_has_their_name() -> None:
     simulate(839, is_cut=True)
 
