@@ -166,6 +166,8 @@ class Replication:
         """What stores have of it may be somebody else's: they are to copy it again, from its beginning."""
         key = replica_key(sequence.sequence_id)
         for store in self._stores.values():
+            if store.may_have(key):
+                store.keys.add(key)  # whosever it is, it is to be forgotten at the end
             store.acknowledged.pop(key, None)
             store.ids.pop(key, None)
             if store.reading is not None and key in store.reading:

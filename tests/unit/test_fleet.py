@@ -234,7 +234,8 @@ def test_who_comes_back_does_not_count_on_copies_that_another_pipeline_has_repla
 
 
 def test_what_a_leader_in_between_gave_to_another_pipeline_is_copied_again() -> None:
-    simulate(678, is_cut=True)
+    for seed in (21, 678):
+        simulate(seed, is_cut=True)
 
 
 def test_a_late_publication_that_names_the_dead_does_not_cut_off_who_has_their_name() -> None:
