@@ -28,7 +28,7 @@ import pytest
 from loadtest.machine import describe_machine
 
 SEEDS_PER_PIECE = 25
-FOR_PYTEST = ["-q", "-m", "seeds", "--tb=native", "-p", "no:cacheprovider"]
+FOR_PYTEST = ["-q", "-m", "seeds", "--tb=native", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
 FOR_PYTEST += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
 TAKES_LONG = ("services.prompt_stage.service", "services.token_stage.service", "services.router.service")
 REPLAY = re.compile(r"^\S*python -m pytest .* --seed \d+$", re.MULTILINE)
