@@ -33,6 +33,7 @@ FOR_PYTEST += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteW
 TAKES_LONG = ("services.prompt_stage.service", "services.token_stage.service", "services.router.service")
 REPLAY = re.compile(r"^\S*python -m pytest .* --seed \d+$", re.MULTILINE)
 """As tests/conftest.py says it."""
+SUMMARY = re.compile(r"\d+ (passed|failed|deselected|errors?)\b.* in [\d.]+s")
 
 
 @dataclass
@@ -78,7 +79,9 @@ def end(piece: Piece, status: int, said: IO[bytes]) -> None:
     said.seek(0)
     output = said.read().decode(errors="replace")
     said.close()
-    piece.summary = (output.strip().splitlines() or ["no output"])[-1].strip("= ")
+    lines = output.strip().splitlines() or ["no output"]
+    # what is collected at its end may say something after pytest
+    piece.summary = next(filter(SUMMARY.search, reversed(lines)), lines[-1]).strip("= ")
     piece.duration_s = round(time.monotonic() - piece.started_s, 1)
     piece.replays = REPLAY.findall(output)
     if status != 0:
