@@ -72,13 +72,23 @@ class EndAwaited(msgspec.Struct, frozen=True, array_like=True, tag="end_awaited"
 
 
 class LetGo(msgspec.Struct, frozen=True, array_like=True, tag="let_go"):
-    """Prompt stage to its driver: nothing reads the blocks of this closed prompt any more. `unconfirmed` is as in
-    `HandoffEnded`."""
+    """Prompt stage to its driver: nothing reads the blocks any more of this closed prompt, which a token pipeline had
+    asked for in its epoch `asked_in`. `unconfirmed` is as in `HandoffEnded`."""
 
     epoch: int
     sequence_id: str
     attempt: int
+    asked_in: int
+    stage_index: int
     unconfirmed: dict[str, int] = {}
+
+
+class LetGoAwaited(msgspec.Struct, frozen=True, array_like=True, tag="let_go_awaited"):
+    """Prompt driver to each of its stages, now and then: as far as we have heard you have not said `LetGo` of these
+    prompts, (sequence, attempt, `asked_in`). What has been said is said again."""
+
+    epoch: int
+    prompts: list[tuple[str, int, int]]
 
 
 class FenceOff(msgspec.Struct, frozen=True, array_like=True, tag="fence_off"):

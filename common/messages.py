@@ -26,12 +26,12 @@ from common.handoff_messages import (
     KvArrived,
     KvConfirmed,
     LetGo,
+    LetGoAwaited,
 )
 from common.replica_messages import (
     NEVER,
     Claim,
     Claimed,
-    Forget,
     HeldReplica,
     Locate,
     Located,
@@ -75,7 +75,7 @@ class Drawn(msgspec.Struct, frozen=True, array_like=True):
 
 class PipelineReady(msgspec.Struct, frozen=True, array_like=True, tag="pipeline_ready"):
     """A pipeline's driver reports to routers (a prompt pipeline's also to token drivers) that all its stages run
-    this epoch, and how much KV fits."""
+    this epoch, and how much KV fits; and again, as long as they are all there."""
 
     pipeline: str
     epoch: int
@@ -146,8 +146,9 @@ class StatsQuery(msgspec.Struct, frozen=True, array_like=True, tag="stats_query"
 
 
 class StageReady(msgspec.Struct, frozen=True, array_like=True, tag="stage_ready"):
-    """A stage tells its pipeline's driver that it runs this epoch with `num_blocks` KV blocks. With a host tier these
-    lie there, the device holds `num_device_blocks` of them, and to bring one in takes about `block_copy_s`."""
+    """A stage tells its pipeline's driver, again and again, that it runs this epoch with `num_blocks` KV blocks. With a
+    host tier these lie there, the device holds `num_device_blocks` of them, and to bring one in takes about
+    `block_copy_s`."""
 
     epoch: int
     stage_index: int
@@ -288,6 +289,7 @@ StageInboxMessage = (
     | HandoffEnded
     | EndAwaited
     | LetGo
+    | LetGoAwaited
     | FenceOff
     | FencedOff
     | Step
@@ -300,7 +302,7 @@ StageInboxMessage = (
     | Pulled
 )
 
-StoreInboxMessage = Stop | StatsQuery | Claim | Replicate | Forget | Locate
+StoreInboxMessage = Stop | StatsQuery | Claim | Replicate | Locate
 
 Message = RouterInboxMessage | StageInboxMessage | StoreInboxMessage
 

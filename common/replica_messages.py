@@ -56,21 +56,15 @@ class Claim(msgspec.Struct, frozen=True, array_like=True, tag="claim"):
 
 
 class Replicate(msgspec.Struct, frozen=True, array_like=True, tag="replicate"):
-    """Token driver: copy these from the pipeline's pools. Nobody writes there until it is answered, or the store is
-    taken for dead. `batch` rises; a store is sent the next one when it has answered the one before."""
+    """Token driver: drop the replicas `over`, whose sequences have ended, then copy `items` from the pipeline's pools.
+    Nobody writes there until it is answered, or the store is taken for dead. `batch` rises; a store is sent the next
+    one when it has answered the one before."""
 
     pipeline: str
     epoch: int
     batch: int
     items: list[ReplicaItem]
-
-
-class Forget(msgspec.Struct, frozen=True, array_like=True, tag="forget"):
-    """Token driver: these sequences have ended."""
-
-    pipeline: str
-    epoch: int
-    keys: list[str]
+    over: list[str] = []
 
 
 class Locate(msgspec.Struct, frozen=True, array_like=True, tag="locate"):
@@ -117,7 +111,8 @@ class Located(msgspec.Struct, frozen=True, array_like=True, tag="located"):
 
 class Pull(msgspec.Struct, frozen=True, array_like=True, tag="pull"):
     """Driver to each stage of its pipeline: copy your layers of tokens [0, num_tokens) from `store_blocks` of a store's
-    pool into `blocks` of yours. `checksums` are those of these layers."""
+    pool into `blocks` of yours. `checksums` are those of these layers. It is sent again, under the same `number`, until
+    it is answered; a stage copies once."""
 
     epoch: int
     sequence_id: str
@@ -128,6 +123,7 @@ class Pull(msgspec.Struct, frozen=True, array_like=True, tag="pull"):
     blocks: list[int]
     token_hash: bytes
     checksums: list[int]
+    number: int = 0
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True, tag="pulled"):
@@ -137,3 +133,5 @@ class Pulled(msgspec.Struct, frozen=True, array_like=True, tag="pulled"):
     sequence_id: str
     attempt: int
     intact: bool
+    stage_index: int = 0
+    number: int = 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import StageInboxMessage, StageReady, Step, StepDone
+from common.replica_messages import Pull, Pulled
+from common.stage.repeats import PullRequests
 from common.stage.role import Sender
 from common.stage.trips import Trips
 
@@ -26,6 +28,7 @@ class Driver(abc.ABC):
         self.epoch = record.epoch
         self.capacity_tokens = min(each.num_sequence_blocks for each in ready) * stage.options.block_size
         self._trips = Trips()
+        self._pull_requests = PullRequests(record)
         self._is_over = False
 
     def begin(self) -> None:  # noqa: B027 - there may be nothing to do
@@ -46,6 +49,22 @@ class Driver(abc.ABC):
     @abc.abstractmethod
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
         """Any message that the stage does not take itself."""
+
+    def remind(self) -> None:
+        """Every `REPEAT_S`: whoever has not answered is asked again."""
+        self._tell_stages(self._pull_requests.unanswered())
+
+    def pull(self, wanted: Pull) -> None:
+        """Has every stage copy its layers; `checksums` are those of all layers."""
+        self._tell_stages(self._pull_requests.ask(wanted))
+
+    def is_news(self, pulled: Pulled) -> bool:
+        """Whether the stage has not given this answer before."""
+        return self._pull_requests.answered(pulled)
+
+    def _tell_stages(self, messages: Iterable[tuple[str, StageInboxMessage]]) -> None:
+        for name, message in messages:
+            self.stage.tell_stage(name, message)
 
     @abc.abstractmethod
     def stats(self) -> dict[str, Any]:
@@ -79,12 +98,16 @@ class Driver(abc.ABC):
     def overdue_s(self, now_s: float) -> float:
         """By how much a step is late though all stages are there; 0: none is."""
         overdue_s = self._trips.overdue_s(now_s)
+        return overdue_s if self.is_whole else 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all stages are there, as far as we have heard."""
         members = self.stage.members
-        is_whole = all(
+        return all(
             stage.name in members and members[stage.name].incarnation == stage.incarnation
             for stage in self.record.stages
         )
-        return overdue_s if is_whole else 0.0
 
     def later(self, delay_s: float, work: Callable[..., None], *arguments: object) -> None:
         """Calls `work` after a while, and `pump`, if the epoch is not over by then."""

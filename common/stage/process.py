@@ -13,6 +13,7 @@ from common.fault_hooks import STUCK_STEP, install_fault_hook, stall
 from common.loop_monitor import LoopMonitor
 from common.membership import Membership, PipelineRecord, SnapshotEnd
 from common.peers import beat
+from common.stage.repeats import REPEAT_S
 from common.stage.setup import stage_record
 from common.succession import is_retired
 
@@ -90,6 +91,7 @@ class StageProcess:
             self._tasks.create_task(self._watch_pipelines(membership, stage)),
             self._tasks.create_task(self.monitor.watch()),
             self._tasks.create_task(self._beat(membership, stage)),
+            self._tasks.create_task(self._remind(stage)),
             stopped := self._tasks.create_task(self._stop.wait()),
         ]
         ends: list[asyncio.Future[Any]] = [stopped, self._crashed]
@@ -108,6 +110,11 @@ class StageProcess:
             return stage.overdue_s(hears_of_deaths=membership.standing() is not None)
 
         await beat(stage.peers, stage.routers, stage.options.name, stage.incarnation, overdue_s)
+
+    async def _remind(self, stage: StageService) -> None:
+        while True:
+            await asyncio.sleep(REPEAT_S)
+            stage.remind()
 
     async def _watch_members(self, membership: Membership, stage: StageService) -> None:
         async for event in membership.watch():

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
-
-import msgspec
 
 from common.kv.arrival import pool_checksum
 from common.kv.checksum import SpanBinding
@@ -19,21 +17,24 @@ from common.kv.link import Link, close_reading, open_link
 from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.staging import copy_in, landing_pool
-from common.membership import MemberRecord, PipelineRecord
+from common.membership import MemberRecord
 from common.replica_messages import Pull, Pulled, replica_key
+from common.stage.repeats import Answers
 from dejavu.errors import ProtocolError
 
 logger = logging.getLogger(__name__)
 
 
 class Pulls:
-    """Pulls into one pool. Copies and checks run in `executor`; `on_done` is called on the event loop, once
-    for each."""
+    """Pulls into one pool, which is stage `stage_index`'s. Copies and checks run in `executor`; `on_done` is called on
+    the event loop."""
 
-    def __init__(self, pool: KvPool, executor: Executor, on_done: Callable[[Pulled], None]) -> None:
+    def __init__(self, pool: KvPool, executor: Executor, stage_index: int, on_done: Callable[[Pulled], None]) -> None:
         self.received_bytes = 0
         self._pool = pool
         self._executor = executor
+        self._stage_index = stage_index
+        self._answers = Answers[Pulled]()
         self._on_done = on_done
         self._offers: dict[str, GrantOffer] = {}
         self._links: dict[str, Link] = {}
@@ -58,7 +59,13 @@ class Pulls:
             await close_reading(link, name)
 
     def start(self, pull: Pull) -> None:
-        """Begins a pull."""
+        """Begins a pull; one that was asked for before is not begun twice, but answered again when it is over."""
+        key = pull.epoch, pull.number
+        if not self._answers.begin(key):
+            answer = self._answers.of(key)
+            if answer is not None:
+                self._on_done(answer)
+            return
         task = asyncio.get_running_loop().create_task(self._run(pull))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -83,7 +90,9 @@ class Pulls:
             # the driver waits for an answer, whatever it is
             logger.exception("pulling %s from %s", pull.sequence_id, pull.store)
             intact = False
-        self._on_done(Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact))
+        answer = Pulled(pull.epoch, pull.sequence_id, pull.attempt, intact, self._stage_index, pull.number)
+        self._answers.give((pull.epoch, pull.number), answer)
+        self._on_done(answer)
 
     async def _copy(self, pull: Pull) -> bool:
         link, offer = await self._link(pull.store)
@@ -124,13 +133,6 @@ class Pulls:
             if store not in self._links:
                 self._links[store] = await open_link(offer, self._pool, executor=self._executor)
             return self._links[store], offer
-
-
-def shares(pull: Pull, record: PipelineRecord) -> Iterator[tuple[str, Pull]]:
-    """Each stage's part of a pull whose `checksums` are those of all layers: (stage's name, its pull)."""
-    for stage in record.stages:
-        if stage.layers is not None:
-            yield stage.name, msgspec.structs.replace(pull, checksums=pull.checksums[slice(*stage.layers)])
 
 
 def _layer_checksums(pool: KvPool, blocks: Sequence[int], pull: Pull) -> list[int]:

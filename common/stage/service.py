@@ -57,6 +57,8 @@ class StageService(StageRole):
         self.record: PipelineRecord | None = None
         self.driver: Driver | None = None
         self._readiness = Readiness(options.num_stages)
+        self._ready_in = 0
+        """the epoch that we have said we run"""
         self._counters = Counter(refused_frames=0, bad_frames=0)
 
     # ------------------------------------------------------------ who else is there
@@ -132,6 +134,7 @@ class StageService(StageRole):
         # ... then nothing that steps have begun
         await self.quiesce()
         if self.epoch == record.epoch:
+            self._ready_in = record.epoch
             self._report_stage_ready(record)
 
     def _set_epoch(self, epoch: int, record: PipelineRecord | None) -> None:
@@ -170,13 +173,26 @@ class StageService(StageRole):
     def _stage_ready(self, ready: StageReady) -> None:
         self._readiness.add(ready)
         stages = self._readiness.all_of(self.epoch)
-        if ready.epoch != self.epoch or stages is None or self.record is None:
+        if ready.epoch != self.epoch or stages is None or self.record is None or self.driver is not None:
             return
         self.driver = self.new_driver(self.record, stages)
         self.driver.begin()
         self.driver.pump()
         for member in self.members.values():
             self._report_ready(member)
+
+    def remind(self) -> None:
+        """Every `REPEAT_S`: what others may not have heard, as it was lost with a connection, they are told again."""
+        if self.record is not None and self._ready_in == self.epoch and not self.options.is_driver:
+            self._report_stage_ready(self.record)
+        driver = self.driver
+        if driver is None:
+            return
+        if driver.is_whole:
+            for member in self.members.values():
+                self._report_ready(member)
+        driver.remind()
+        driver.pump()
 
     def _report_ready(self, member: MemberRecord) -> None:
         """Routers place work on pipelines that are ready; token drivers send prompts to them."""

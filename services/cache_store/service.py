@@ -23,7 +23,7 @@ from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
 from common.process import own_incarnation
-from common.replica_messages import Claim, Claimed, Forget, Locate, Located, Replicate, Replicated, replica_key
+from common.replica_messages import Claim, Claimed, Locate, Located, Replicate, Replicated, replica_key
 from common.service import own_record
 from services.cache_store.disk import DiskTier
 from services.cache_store.keeper import Keeper
@@ -200,10 +200,6 @@ class CacheStore:
                         self._locate(sender, message)
                     else:
                         self._recalls.put_nowait((sender, message))  # nobody else waits for the disk
-                case Forget(pipeline, epoch, keys):
-                    if self._accepts(pipeline, epoch):
-                        for key in keys:
-                            self._shelf.ended(pipeline, key)
 
     async def _replicate(self, sender: str, asked: Replicate) -> None:
         pipeline, epoch, batch = asked.pipeline, asked.epoch, asked.batch
@@ -211,6 +207,8 @@ class CacheStore:
         if answer is None or (answer.epoch, answer.batch) != (epoch, batch):  # else it, or our answer, had been lost
             if not self._counted(self._shelf.begin(pipeline, epoch, batch, asked.items)):
                 return
+            for key in asked.over:
+                self._shelf.ended(pipeline, key)
             failed = await self._keeper.keep(pipeline, asked.items)
             self._counters["batches"] += 1
             answer = self._answers[pipeline] = Replicated(self._options.name, epoch, batch, failed)

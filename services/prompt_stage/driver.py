@@ -6,14 +6,13 @@ import logging
 from collections.abc import Iterable
 from typing import Any, assert_never
 
-from common.handoff_messages import EndAwaited, HandoffEnded, LetGo
+from common.handoff_messages import EndAwaited, HandoffEnded, LetGo, LetGoAwaited
 from common.kv.checksum import hash_tokens
 from common.kv.token_ids import ID_BYTES
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import CancelPrefill, FirstToken, Prefill, StageInboxMessage, StageReady, Step, StepDone
 from common.replica_messages import Pull, Pulled
 from common.stage.driver import Driver
-from common.stage.pulls import shares
 from common.stage.role import Sender
 from common.stage.service import StageService
 from services.prompt_stage.scheduler import Action, DeliverFirst, Key, NeverStarted, PromptScheduler, PullHeld
@@ -46,6 +45,13 @@ class PromptDriver(Driver):
         super().pump()
         self._carry_out(self.scheduler.take_pulls())
 
+    def remind(self) -> None:
+        super().remind()
+        for index, stage in enumerate(self.record.stages):
+            prompts = self.scheduler.not_let_go(index)
+            if prompts:
+                self.stage.tell_stage(stage.name, LetGoAwaited(self.epoch, prompts))
+
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
         match message:
             case Prefill():
@@ -56,11 +62,11 @@ class PromptDriver(Driver):
             case EndAwaited():
                 if self.stage.accepts(message.epoch):
                     self._answer(sender, message)
-            case LetGo(epoch, sequence_id, attempt, unconfirmed):
+            case LetGo(epoch, sequence_id, attempt, asked_in, stage_index, unconfirmed):
                 if self.stage.accepts(epoch):
-                    self.scheduler.let_go(sequence_id, attempt, unconfirmed)
+                    self.scheduler.let_go((sequence_id, attempt, asked_in), stage_index, unconfirmed)
             case Pulled(epoch, sequence_id, attempt, intact):
-                if self.stage.accepts(epoch):
+                if self.stage.accepts(epoch) and self.is_news(message):
                     self._carry_out(self.scheduler.pulled(sequence_id, attempt, intact))
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
@@ -117,8 +123,7 @@ class PromptDriver(Driver):
             self.epoch, prefill.sequence_id, prefill.attempt, prefill.held_by, held.num_tokens, held.blocks,
             blocks, token_hash, held.checksums,
         )  # fmt: skip
-        for name, pull in shares(wanted, self.record):
-            self.stage.tell_stage(name, pull)
+        self.pull(wanted)
 
     def stats(self) -> dict[str, Any]:
         scheduler = self.scheduler

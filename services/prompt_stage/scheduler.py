@@ -20,6 +20,8 @@ from services.prompt_stage.retained import Kept, Retained
 MAX_DISOWNED = 4096
 
 Key = tuple[str, int]
+FullKey = tuple[str, int, int]
+"""A key, and the epoch of the token pipeline that has asked."""
 Asker = tuple[str, int]
 """A token pipeline at one of its epochs."""
 
@@ -39,7 +41,7 @@ class PromptSequence:
     num_in_flight: int = 0
     num_pulls: int = 0
     """stages that are copying the beginning out of a store"""
-    num_readers: int = 0
+    readers: set[int] = field(default_factory=set)
     """stages that may still be handing off, once it is closed"""
     is_open: bool = False
     is_cancelled: bool = False
@@ -53,6 +55,11 @@ class PromptSequence:
     @property
     def key(self) -> Key:
         return self.prefill.sequence_id, self.prefill.attempt
+
+    @property
+    def full_key(self) -> FullKey:
+        """What no other prompt of ours is ever called."""
+        return *self.key, self.prefill.handoff.epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +314,7 @@ class PromptScheduler:
         if not sequence.is_open:
             self._give_back(sequence)
             return [NeverStarted(sequence.prefill)]
-        sequence.num_readers = self._num_stages
+        sequence.readers.update(range(self._num_stages))
         self._closed[sequence.key] = sequence
         self._closes.append(sequence.prefill.sequence_id)
         return []
@@ -324,16 +331,20 @@ class PromptScheduler:
             self._disowned.popitem(last=False)
         return unknown, dict(self._unconfirmed)
 
-    def let_go(self, sequence_id: str, attempt: int, unconfirmed: Mapping[str, int] | None = None) -> None:
+    def not_let_go(self, stage_index: int) -> list[FullKey]:
+        """The closed prompts that this stage may still be handing off, as far as we have heard."""
+        return [sequence.full_key for sequence in self._closed.values() if stage_index in sequence.readers]
+
+    def let_go(self, prompt: FullKey, stage_index: int, unconfirmed: Mapping[str, int] | None = None) -> None:
         """A stage has nothing left to hand off of a prompt that it was told to close; what may still be under way is
-        `unconfirmed`."""
+        `unconfirmed`. It may say so more than once."""
         for name, oldest in (unconfirmed or {}).items():
             self._unconfirmed[name] = max(oldest, self._unconfirmed.get(name, 0))
-        sequence = self._closed.get((sequence_id, attempt))
-        if sequence is None:
+        sequence = self._closed.get(prompt[:2])
+        if sequence is None or sequence.full_key != prompt or stage_index not in sequence.readers:
             return
-        sequence.num_readers -= 1
-        if not sequence.num_readers:
+        sequence.readers.remove(stage_index)
+        if not sequence.readers:
             del self._closed[sequence.key]
             self._give_back(sequence)
             self._start_waiting()

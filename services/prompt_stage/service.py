@@ -6,7 +6,7 @@ import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from common.handoff_messages import LetGo
+from common.handoff_messages import LetGo, LetGoAwaited
 from common.kv.errors import LinkError
 from common.kv.stream import HandoffSpan
 from common.membership import MemberRecord, PipelineRecord
@@ -16,6 +16,7 @@ from common.replica_messages import Claim, Claimed, Pull
 from common.stage.options import StageOptions
 from common.stage.process import StageProcess
 from common.stage.pulls import Pulls
+from common.stage.repeats import Answers
 from common.stage.role import Sender
 from common.stage.service import StageService
 from common.stage.worker import StageSequence, StageWorker
@@ -33,6 +34,7 @@ class PromptStage(StageService):
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="pull")
         self._claims: dict[Claim, str] = {}
         """not answered yet, and by whom"""
+        self._let_go = Answers[LetGo]()
 
     def new_driver(self, record: PipelineRecord, ready: list[StageReady]) -> PromptDriver:
         return PromptDriver(self, record, ready)
@@ -48,7 +50,7 @@ class PromptStage(StageService):
             self.peers.send,
         )
         await self._handoffs.start(pool)
-        self._pulls = Pulls(pool, self._copier, self.tell_driver)
+        self._pulls = Pulls(pool, self._copier, options.stage_index, self.tell_driver)
         return {}
 
     async def close_pool(self) -> None:
@@ -64,6 +66,9 @@ class PromptStage(StageService):
             case Pull():
                 if self.accepts(message.epoch):
                     self._pulls.start(message)
+            case LetGoAwaited():
+                if self.accepts(message.epoch):
+                    self._let_go_again(message)
             case _:
                 return False
         return True
@@ -137,7 +142,18 @@ class PromptStage(StageService):
         self._handoffs.ended(opened, error)
         if epoch == self.epoch:
             unconfirmed = {} if error is None else dict(error.unconfirmed)
-            self.tell_driver(LetGo(epoch, opened.sequence_id, opened.attempt, unconfirmed))
+            asked_in = 0 if opened.handoff is None else opened.handoff.epoch
+            prompt = opened.sequence_id, opened.attempt, asked_in
+            let_go = LetGo(epoch, *prompt, self.options.stage_index, unconfirmed)
+            self._let_go.give((epoch, prompt), let_go)
+            self.tell_driver(let_go)
+
+    def _let_go_again(self, awaited: LetGoAwaited) -> None:
+        """The others are told of when they have been let go."""
+        for prompt in awaited.prompts:
+            let_go = self._let_go.of((awaited.epoch, prompt))
+            if let_go is not None:
+                self.tell_driver(let_go)
 
     def stats(self) -> dict[str, Any]:
         return super().stats() | self._handoffs.stats()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class PipelineView:
-    """What a router knows of a pipeline. `load_tokens` are the tokens it was given and has not finished."""
+    """What a router knows of a pipeline. `load_tokens` are the tokens it was given and has not finished; `epoch` is the
+    last one in which it was ready, `lost_epoch` the last one of which a stage is dead."""
 
     name: str
     role: str
@@ -18,6 +19,8 @@ class PipelineView:
     capacity_tokens: int = 0
     driver: str = ""
     load_tokens: int = 0
+    published_epoch: int = 0
+    lost_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

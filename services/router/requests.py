@@ -155,7 +155,9 @@ class Requests:
 
     def pipeline_ready(self, view: PipelineView, ready: PipelineReady) -> None:
         """A pipeline runs a (new) epoch. What was running on its older epoch starts again by the normal path,
-        with the delivered tokens forced."""
+        with the delivered tokens forced. It says so again and again, perhaps also when we know better."""
+        if ready.epoch <= view.lost_epoch or (view.is_ready and ready.epoch == view.epoch):
+            return
         view.is_ready, view.epoch, view.capacity_tokens = True, ready.epoch, ready.capacity_tokens
         logger.info("%s is ready: epoch %d, %d tokens", view.name, ready.epoch, ready.capacity_tokens)
         self._journal.note("ready", view.name, epoch=ready.epoch)
@@ -173,6 +175,7 @@ class Requests:
         view = self.pipelines.setdefault(record.pipeline, PipelineView(record.pipeline, record.role))
         if record.epoch > view.epoch:
             view.is_ready = False
+        view.published_epoch = record.epoch
         view.driver = record.stages[0].name
         view.is_colocated = bool(record.stages[0].detail.get("colocated"))
 
@@ -201,7 +204,8 @@ class Requests:
     def pipeline_lost(self, name: str) -> None:
         """A stage of the pipeline is gone: nothing is placed on it until its next epoch."""
         if name in self.pipelines:
-            self.pipelines[name].is_ready = False
+            view = self.pipelines[name]
+            view.is_ready, view.lost_epoch = False, view.published_epoch
             self._await_less([name])
 
     def move_from(self, name: str) -> None:

@@ -27,15 +27,14 @@ from common.messages import (
     TokensProduced,
     unpack_ids,
 )
-from common.replica_messages import replica_key
+from common.replica_messages import Pulled, replica_key
 from common.stage.driver import Driver
-from common.stage.pulls import shares
 from common.stage.role import Sender
 from common.stage.service import StageService
 from services.token_stage.audience import Audience, Listener
 from services.token_stage.events import Event, take
 from services.token_stage.prompt_pipelines import LEAVE_S, PromptPipelines
-from services.token_stage.replication import REPEAT_S, Replication
+from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, AskStore, Fail, Grant, Produce, PullReplica, StopPrefill
 from services.token_stage.swapping import device_tier
@@ -89,10 +88,11 @@ class TokenDriver(Driver):
     def begin(self) -> None:
         for record in self.stage.records.values():
             self._fence_off_older(record)
-        self._remind()
+        self.remind()
 
-    def _remind(self) -> None:
-        """What nobody answers is sent again, also while nothing else happens."""
+    def remind(self) -> None:
+        """Also while nothing else happens."""
+        super().remind()
         self._carry_out(self.scheduler.ask_again())
         self._carry_out(self.scheduler.give_up_stalled(self.stage.process.loop.time()))
         self.scheduler.replication.claim_again()
@@ -101,7 +101,6 @@ class TokenDriver(Driver):
             oldest = self.scheduler.fences.unanswered(index)
             if oldest:
                 self.stage.tell_stage(stage.name, FenceOff(self.epoch, oldest))
-        self.later(REPEAT_S, self._remind)
 
     def _ask_writers(self) -> None:
         """What the end of a hand-off is waited for, and that nobody wants others any more."""
@@ -149,7 +148,7 @@ class TokenDriver(Driver):
                 if ours is not None:
                     self._cancel(ours)
             case _ if isinstance(message, Event):
-                if self.stage.accepts(message.epoch):
+                if self.stage.accepts(message.epoch) and (not isinstance(message, Pulled) or self.is_news(message)):
                     self._carry_out(take(self.scheduler, message))
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
@@ -309,8 +308,7 @@ class TokenDriver(Driver):
         """Has every stage copy its layers; each answers with `Pulled`."""
         sequence = self.scheduler.restoring(sequence_id)
         if sequence is not None and sequence.replica is not None:
-            for name, pull in shares(sequence.pull(self.epoch, sequence.replica), self.record):
-                self.stage.tell_stage(name, pull)
+            self.pull(sequence.pull(self.epoch, sequence.replica))
 
     # ------------------------------------------------------------ status
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection
+
+from common.stage.repeats import REPEAT_S
 
 
 class Guests:
@@ -18,9 +21,19 @@ class Guests:
         self._inside.discard(name)
         self._changed.set()
 
-    async def gone(self, names: Collection[str]) -> None:
-        """Returns when all of these, who are inside now, have left."""
+    async def gone(self, names: Collection[str], ask: Callable[[str], object]) -> None:
+        """Asks all of these, who are inside now, to leave. Returns when they have; until then they are asked again, as
+        they, or we, may not have heard."""
         self._inside.update(names)
         while self._inside:
-            self._changed.clear()
-            await self._changed.wait()
+            for name in sorted(self._inside):
+                ask(name)
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Until all have left, or for so long that they are asked again."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPEAT_S):
+                while self._inside:
+                    self._changed.clear()
+                    await self._changed.wait()

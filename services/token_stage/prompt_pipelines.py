@@ -20,9 +20,14 @@ class PromptPipelines:
     def __init__(self) -> None:
         self._ready: dict[str, PipelineReady] = {}
         """what each last said of itself"""
+        self._left: dict[str, int] = {}
+        """in which epoch each was last left, whatever it says of that"""
 
     def reported(self, ready: PipelineReady) -> None:
-        self._ready[ready.pipeline] = ready
+        """It says so again and again: of its epochs the newest counts."""
+        known = self._ready.get(ready.pipeline)
+        if ready.epoch > self._left.get(ready.pipeline, 0) and (known is None or ready.epoch >= known.epoch):
+            self._ready[ready.pipeline] = ready
 
     def pick(self, wanted: str, records: Mapping[str, PipelineRecord]) -> PipelineRecord | None:
         """One that works, of these the one that the router chose, if there is any."""
@@ -43,6 +48,7 @@ class PromptPipelines:
         record = records.get(str(lost.pipeline))
         if record is None or all(stage.incarnation != lost.incarnation for stage in record.stages):
             return None
+        self._left[record.pipeline] = record.epoch
         if self.epoch(record):
             del self._ready[record.pipeline]
         has_other = any(r.role == "prompt_stage" and r.successor is None and self.epoch(r) for r in records.values())

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.messages import pack_ids
-from common.replica_messages import Claim, Forget, Locate, ReplicaItem, Replicate, replica_key
+from common.replica_messages import Claim, Locate, ReplicaItem, Replicate, replica_key
+from common.stage.repeats import REPEAT_S
 from services.token_stage.sequence import Sequence
 
 MAX_BATCH_TOKENS = 1024
@@ -22,10 +23,8 @@ MAX_BATCH_TOKENS = 1024
 FEW_TOKENS = 32
 RETRY_BATCHES = 64
 MIN_NEWS_TOKENS = 2
-REPEAT_S = 2.0
-"""What was not answered for so long is sent again: on the way to a store, or from it, it may have been lost."""
 
-ToStore = tuple[str, Claim | Replicate | Forget | Locate]
+ToStore = tuple[str, Claim | Replicate | Locate]
 
 
 @dataclass(slots=True)
@@ -47,10 +46,17 @@ class _Store:
     asked_at_s: float = 0.0
     refused: dict[str, int] = field(default_factory=dict)
     """key -> number of the batch that may try it again"""
-    forget: list[str] = field(default_factory=list)
+    over: list[str] = field(default_factory=list)
+    """what it has and nobody wants any more"""
+    dropping: list[str] = field(default_factory=list)
+    """... of which the batch under way tells it"""
 
     def may_have(self, key: str) -> bool:
         return key in self.keys or key in self.acknowledged or key in (self.reading or ())
+
+    def drops(self, key: str) -> bool:
+        """Whether it loses soon what it had of an earlier sequence."""
+        return key in self.over or key in self.dropping
 
     def all_keys(self) -> set[str]:
         return self.keys | self.acknowledged.keys() | (self.reading or {}).keys()
@@ -79,7 +85,7 @@ class Replication:
     def store_joined(self, name: str, *, was_there: bool) -> None:
         """A store is there; `was_there` before this epoch began, so that it may still read for an older one."""
         had = self._absent.pop(name, {})
-        self._stores[name] = _Store(forget=[key for key, has_ended in had.items() if has_ended])
+        self._stores[name] = _Store(over=[key for key, has_ended in had.items() if has_ended])
         self._claims.append(name)
         if was_there:
             self._unanswered.add(name)
@@ -105,7 +111,7 @@ class Replication:
         store = self._stores.pop(name, None)
         if store is None:
             return []
-        self._absent[name] = dict.fromkeys(store.all_keys(), False) | dict.fromkeys(store.forget, True)
+        self._absent[name] = dict.fromkeys(store.all_keys(), False) | dict.fromkeys(store.over + store.dropping, True)
         for sequence in self._sequences.values():
             self._note_behind(sequence)  # another store takes its place
         return self._end_reading(store)
@@ -188,7 +194,7 @@ class Replication:
             if may_have and is_superseded:
                 store.keys.add(key)
             elif may_have:
-                store.forget.append(key)
+                store.over.append(key)
         for had in self._absent.values():
             if key in had and not is_superseded:
                 had[key] = True
@@ -210,7 +216,7 @@ class Replication:
         if not self._may_restore:
             return None
         key = replica_key(sequence.sequence_id)
-        ranked = self._ranked(key)
+        ranked = [name for name in self._ranked(key) if not self._stores[name].drops(key)]
         knowing = [n for n in ranked if key in self._stores[n].keys or self._stores[n].acknowledged.get(key)]
         return next(iter(knowing or (ranked if is_continued else [])), None)
 
@@ -233,11 +239,6 @@ class Replication:
                 messages.append((name, store.asked))
             if not store.is_claimed:
                 continue
-            # what it is reading, for all that we know, it forgets afterwards
-            forget = [key for key in store.forget if key not in (store.reading or ())]
-            if forget:
-                messages.append((name, Forget(self._pipeline, self._epoch, forget)))
-                store.forget = [key for key in store.forget if key in (store.reading or ())]
             batch = self._next_batch(store)
             if batch is not None:
                 store.asked, store.asked_at_s = batch, now_s
@@ -249,8 +250,19 @@ class Replication:
         return store, Locate(self._pipeline, self._epoch, sequence.sequence_id, sequence.attempt, ids, sequence.placed)
 
     def _next_batch(self, store: _Store) -> Replicate | None:
-        if store.reading is not None or not any(self._is_due(store, *each) for each in store.behind.items()):
+        is_due = bool(store.over) or any(self._is_due(store, *each) for each in store.behind.items())
+        if store.reading is not None or not is_due:
             return None
+        items, reading = self._take_behind(store)
+        self._num_batches += 1
+        if not (items or store.over):
+            return None
+        store.reading, store.batch = reading, self._num_batches
+        store.over, store.dropping = [], store.over
+        return Replicate(self._pipeline, self._epoch, self._num_batches, items, store.dropping)
+
+    def _take_behind(self, store: _Store) -> tuple[list[ReplicaItem], dict[str, tuple[Sequence, int, int]]]:
+        """What the next batch is to copy, and how much of each sequence is safe after it."""
         items: list[ReplicaItem] = []
         reading: dict[str, tuple[Sequence, int, int]] = {}
         room = MAX_BATCH_TOKENS
@@ -271,11 +283,7 @@ class Replication:
             reading[key] = (sequence, start + count, len(sequence.tokens))
             sequence.num_reads += 1
             room -= count
-        self._num_batches += 1
-        if not items:
-            return None
-        store.reading, store.batch = reading, self._num_batches
-        return Replicate(self._pipeline, self._epoch, self._num_batches, items)
+        return items, reading
 
     def _waiting(self, store: _Store) -> list[tuple[str, Sequence]]:
         """Streams that decode before whole prompts, which would hold them up for little."""
@@ -307,6 +315,7 @@ class Replication:
     def _end_reading(self, store: _Store) -> list[Sequence]:
         sequences = [] if store.reading is None else [sequence for sequence, *_ in store.reading.values()]
         store.reading = store.asked = None
+        store.dropping = []
         for sequence in sequences:
             sequence.num_reads -= 1
         return sequences

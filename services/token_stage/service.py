@@ -42,7 +42,7 @@ class TokenStage(StageService):
         pool = self.engine.tiers.pool
         server = await PoolServer.start(pool, self.options.host, self.incarnation)
         self._door = Door(server, self.options.stage_index, self.process.stop)
-        self._pulls = Pulls(pool, self._verifier, self.tell_driver)
+        self._pulls = Pulls(pool, self._verifier, self.options.stage_index, self.tell_driver)
         self._arrivals = Arrivals(pool, self._verifier, self.tell_driver)
         return {"kv_offer": self._door.offer}
 
@@ -91,9 +91,8 @@ class TokenStage(StageService):
         await self._pulls.idle()
         await self._door.begin_epoch(record.pipeline, record.epoch)
         stores = [member.name for member in self.members.values() if member.role == "cache_store"]
-        for name in stores:
-            self.peers.send(name, Claim(record.pipeline, record.epoch))
-        await self._guests.gone(stores)
+        claim = Claim(record.pipeline, record.epoch)
+        await self._guests.gone(stores, lambda name: self.peers.send(name, claim))
 
     async def member_joined(self, record: MemberRecord) -> None:
         if record.role == "cache_store":

@@ -19,6 +19,7 @@ from common.kv.layout import PoolLayout
 from common.kv.offer import GrantOffer
 from common.membership import MemberRecord
 from common.replica_messages import Pull, Pulled
+from common.stage.repeats import Answers
 from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, slots
 
 if TYPE_CHECKING:
@@ -60,9 +61,13 @@ class FleetPulls:
         self._stage = stage
         self.waiting: deque[Pull] = deque()
         self.received_bytes = 0
+        self._answers = Answers[Pulled]()
 
     def start(self, pull: Pull) -> None:
-        self.waiting.append(pull)
+        if self._answers.begin((pull.epoch, pull.number)):
+            self.waiting.append(pull)
+        elif (answer := self._answers.of((pull.epoch, pull.number))) is not None:
+            self._stage.tell_driver(answer)
 
     async def idle(self) -> None:
         self.waiting.clear()
@@ -87,7 +92,10 @@ class FleetPulls:
                 pool.update(zip(places, values, strict=True))
             is_intact = found == pull.checksums
         self._stage.world.num_restored += is_intact
-        self._stage.tell_driver(Pulled(pull.epoch, pull.sequence_id, pull.attempt, is_intact))
+        index = self._stage.options.stage_index
+        answer = Pulled(pull.epoch, pull.sequence_id, pull.attempt, is_intact, index, pull.number)
+        self._answers.give((pull.epoch, pull.number), answer)
+        self._stage.tell_driver(answer)
 
 
 @dataclass(frozen=True)

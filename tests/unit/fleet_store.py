@@ -13,7 +13,6 @@ from common.messages import decode_store_inbox
 from common.replica_messages import (
     Claim,
     Claimed,
-    Forget,
     HeldReplica,
     Locate,
     Located,
@@ -43,6 +42,8 @@ class FleetStore:
         self.pool: list[dict[int, int]] = [{} for _ in range(NUM_LAYERS)]
         self.inbox: deque[tuple[str, Any]] = deque()
         self.records: dict[str, PipelineRecord] = {}
+        self.answers: dict[str, Replicated] = {}
+        """to the last batch of every pipeline"""
         self.sources: dict[str, list[FleetTokenStage | None]] = {}
         """the stages that each pipeline is read from"""
 
@@ -87,16 +88,17 @@ class FleetStore:
         self.sources[claim.pipeline] = [self.world.token_stage(stage.incarnation) for stage in stages]
         self.peers.send(sender, Claimed(self.name, claim.pipeline, claim.epoch, keys))
 
-    def _serve(self, sender: str, message: Replicate | Forget | Locate) -> None:
+    def _serve(self, sender: str, message: Replicate | Locate) -> None:
         match message:
-            case Replicate(pipeline, epoch, batch, items):
-                if not self.shelf.begin(pipeline, epoch, batch, items):
-                    return
-                failed = [item.key for item in items if not self._keep(pipeline, item)]
-                self.peers.send(sender, Replicated(self.name, epoch, batch, failed))
-            case Forget(pipeline, _, keys):
-                for key in keys:
-                    self.shelf.ended(pipeline, key)
+            case Replicate(pipeline, epoch, batch, items, over):
+                if self.shelf.begin(pipeline, epoch, batch, items):
+                    for key in over:
+                        self.shelf.ended(pipeline, key)
+                    failed = [item.key for item in items if not self._keep(pipeline, item)]
+                    self.answers[pipeline] = Replicated(self.name, epoch, batch, failed)
+                answer = self.answers.get(pipeline)
+                if answer is not None and (answer.epoch, answer.batch) == (epoch, batch):
+                    self.peers.send(sender, answer)
             case Locate(pipeline, epoch, sequence_id, attempt, ids, placed):
                 self.shelf.take_over(pipeline, replica_key(sequence_id), placed)
                 found = self.shelf.locate(replica_key(sequence_id), ids, 0.0)

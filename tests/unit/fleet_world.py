@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from common.kv.lane import HandoffSpan
 from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord, SnapshotEnd
-from common.messages import Admit, Message, decode_stage_inbox, encode, pack_ids
+from common.messages import Admit, Message, PipelineReady, StageReady, decode_stage_inbox, encode, pack_ids
 from common.replica_messages import Replicate, Replicated, replica_key
 from common.stage.options import StageOptions
 from dejavu.params import SamplingParams
@@ -54,6 +54,8 @@ class Fleet:
         self.now_s = 0.0
         self.loses: Callable[[Message], bool] = lambda message: False
         """whether a message goes nowhere, with the connection that it was on"""
+        self.num_news = 0
+        """messages so far that somebody waits for"""
         self.revision = self.num_started = self.num_restored = self.num_moved = 0
         self.processes: dict[str, Process] = {}
         self.members: dict[str, MemberRecord] = {}
@@ -218,15 +220,16 @@ class Fleet:
 
     # ------------------------------------------------------------ what is on its way
 
-    def remind(self, after_s: float) -> bool:
-        """Token drivers ask for what they miss; False: they miss nothing, however long they wait."""
+    def remind(self, after_s: float) -> None:
+        """Stages say and ask again what others may not have heard."""
         self.now_s += after_s
-        for stage in self.stages(FleetTokenStage):
-            if stage.driver is not None:
-                stage.driver._unless_over(stage.driver._remind)
-        return any(self.wire.values()) or any(process.ways() for process in self.processes.values())
+        for process in [*self.processes.values(), *self.cut_off.values()]:
+            if isinstance(process, Stage):
+                process.remind()
 
     def send(self, sender: str, to: str, message: Message) -> None:
+        # that all is well is said for ever
+        self.num_news += not isinstance(message, StageReady | PipelineReady)
         if (to in self.processes or to in self.cut_off) and not self.loses(message):
             self.wire.setdefault((sender, to), deque()).append((sender, encode(message)))
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from common.messages import Drawn, Step, pack_ids
-from common.replica_messages import Claim, Forget, HeldReplica, Locate, ReplicaItem, Replicate, replica_key
+from common.replica_messages import Claim, HeldReplica, Locate, ReplicaItem, Replicate, replica_key
 from dejavu.params import SamplingParams
 from services.cache_store.shelf import Shelf
 from services.token_stage.replication import Replication, ToStore
@@ -27,7 +27,7 @@ class Store:
     def __init__(self, num_blocks: int) -> None:
         self.shelf = Shelf(num_blocks, STORE_BLOCK_SIZE)
         self.pool: dict[int, int] = {}
-        self.inbox: deque[Claim | Replicate | Forget | Locate] = deque()
+        self.inbox: deque[Claim | Replicate | Locate] = deque()
         self.answer: tuple[int, int, list[str]] = (0, 0, [])
         """to the last batch: its epoch and number, and what could not be kept"""
 
@@ -272,7 +272,7 @@ class World:
     def to_store(self, message: ToStore) -> None:
         name, about = message
         if name in self.stores.keys() - self.forsaken:
-            if isinstance(about, Forget) or self.draws.random() >= self.loss:
+            if self.draws.random() >= self.loss:
                 self.stores[name].inbox.append(about)
             if isinstance(about, Replicate):
                 self.answers[about.epoch, name, about.batch] = [item.key for item in about.items]
@@ -287,16 +287,15 @@ class World:
         elif store.shelf.accepts("token-0", message.epoch):
             self._serve(name, store, message)
 
-    def _serve(self, name: str, store: Store, message: Replicate | Forget | Locate) -> None:
+    def _serve(self, name: str, store: Store, message: Replicate | Locate) -> None:
         match message:
-            case Replicate(pipeline, epoch, batch, items):
+            case Replicate(pipeline, epoch, batch, items, over):
                 if store.shelf.begin(pipeline, epoch, batch, items):
+                    for key in over:
+                        store.shelf.ended(pipeline, key)
                     store.answer = (epoch, batch, [item.key for item in items if not self._keep(store, item)])
                 if store.answer[:2] == (epoch, batch):
                     self._answer("replicated", (epoch, name, batch, store.answer[2]))
-            case Forget(_, _, keys):
-                for key in keys:
-                    store.shelf.ended("token-0", key)
             case Locate(_, epoch, sequence_id, attempt, ids, _):
                 found = store.shelf.locate(replica_key(sequence_id), ids, 0.0)
                 held = None if found is None else HeldReplica(found[1], list(found[0].blocks), [0] * NUM_STAGES)

@@ -93,9 +93,9 @@ def test_a_process_is_known_by_its_first_incarnation() -> None:
 
 
 async def test_a_pool_is_given_up_when_all_guests_are_out() -> None:
-    guests = Guests()
-    await guests.gone([])
-    leaving = asyncio.create_task(guests.gone(["store", "prompt"]))
+    guests, asked = Guests(), list[str]()
+    await guests.gone([], asked.append)
+    leaving = asyncio.create_task(guests.gone(["store", "prompt"], asked.append))
     for name in ("store", "store", "nobody"):
         await asyncio.sleep(0)
         guests.left(name)
@@ -103,3 +103,17 @@ async def test_a_pool_is_given_up_when_all_guests_are_out() -> None:
     assert not leaving.done()
     guests.left("prompt")
     await leaving
+    assert asked == ["prompt", "store"]
+
+
+async def test_guests_are_asked_until_they_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.token_stage.guests.REPEAT_S", 0.0)
+    guests, asked = Guests(), list[str]()
+
+    def ask(name: str) -> None:
+        asked.append(name)
+        if len(asked) == 3:
+            guests.left(name)
+
+    await guests.gone(["store"], ask)
+    assert asked == ["store"] * 3

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -99,7 +100,7 @@ async def pull(ends: Ends, held: HeldReplica, index: int) -> tuple[KvPool, bool]
     pool = KvPool.create(ends.stages[index].layout, name="fresh")
     done: list[bool] = []
     with ThreadPoolExecutor(1) as executor:
-        pulls = Pulls(pool, executor, lambda pulled: done.append(pulled.intact))
+        pulls = Pulls(pool, executor, 0, lambda pulled: done.append(pulled.intact))
         await pulls.store_joined(ends.store)
         pulls.start(a_pull(pool, held))
         await pulls.aclose()
@@ -168,15 +169,18 @@ async def test_what_cannot_be_pulled_now_can_be_pulled_later() -> None:
         done: list[bool] = []
         pool = KvPool.create(found.stages[0].layout, name="fresh")
         with ThreadPoolExecutor(1) as executor:
-            pulls = Pulls(pool, executor, lambda pulled: done.append(pulled.intact))
+            pulls = Pulls(pool, executor, 0, lambda pulled: done.append(pulled.intact))
             await pulls.store_joined(found.store)
-            for is_broken in (False, True, False):
+            for number, is_broken in enumerate((False, True, False)):
                 if is_broken:
                     await pulls._links["store"].aclose()
-                pulls.start(a_pull(pool, held))
+                asked = msgspec.structs.replace(a_pull(pool, held), number=number)
+                pulls.start(asked)
                 await pulls.idle()
             await pulls.aclose()
-        assert done == [True, False, True]
+            assert done == [True, False, True]
+            pulls.start(asked)
+        assert done == [True, False, True, True], "an answer that was lost is given again, and nothing copied"
 
 
 async def test_a_stage_that_does_not_answer_is_not_waited_for_once_its_epoch_is_over() -> None:

@@ -120,9 +120,11 @@ def test_a_prompt_pipeline_says_what_it_does_not_know() -> None:
     assert step is not None and scheduler.disown([("a", 2)], ASKER) == ([], {})
     scheduler.step_done(step.step, [Drawn(5)])
     scheduler.next_step()
-    scheduler.let_go("a", 2, {"link": 4})
+    scheduler.let_go(("a", 2, 3), 0, {"link": 4})
     assert scheduler.disown([("a", 2)], ASKER) == ([], {"link": 4}), "a stage may still write"
-    scheduler.let_go("a", 2, {"link": 3, "other": 1})
+    scheduler.let_go(("a", 2, 3), 0, {"link": 4})
+    assert scheduler.not_let_go(0) == [] and scheduler.not_let_go(1) == [("a", 2, 3)], "it is asked again"
+    scheduler.let_go(("a", 2, 3), 1, {"link": 3, "other": 1})
     assert scheduler.disown([("a", 2)], ASKER) == ([("a", 2)], {"link": 4, "other": 1})
 
 

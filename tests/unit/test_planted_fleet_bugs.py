@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from common.stage.driver import Driver
+from common.stage.repeats import PullRequests
 from services.cache_store.shelf import Shelf
+from services.prompt_stage.scheduler import PromptScheduler
 from services.router.ledger import Choice, Request
 from services.router.requests import Requests
 from services.token_stage.driver import TokenDriver
@@ -21,6 +24,11 @@ FLEET = test_fleet.simulate
 
 def lossy_fleet(seed: int) -> object:
     return test_fleet.simulate(seed, loss=0.05)
+
+
+def lossy_fleet_of_stages(seed: int) -> object:
+    """What a pipeline's only stage is told does not leave its process, and is not lost."""
+    return test_fleet.simulate(seed, loss=0.05, is_cut=True)
 
 
 def keeps_its_epoch(old: Any, self: Requests, request: Request, choice: Choice) -> None:
@@ -66,6 +74,17 @@ BUGS = [
         lossy_fleet,
         instead(TokenScheduler, "awaited", lambda self: {}),
     ),
+    Bug(
+        "a pull that went nowhere is not repeated",
+        lossy_fleet_of_stages,
+        instead(PullRequests, "unanswered", lambda self: []),
+    ),
+    Bug(
+        "nobody asks whether a prompt was let go",
+        lossy_fleet_of_stages,
+        instead(PromptScheduler, "not_let_go", lambda *args: []),
+    ),
+    Bug("that a pipeline is ready is said once", lossy_fleet, instead(Driver, "is_whole", False)),
     Bug("KV is waited for for ever", lossy_fleet, instead(TokenScheduler, "give_up_stalled", lambda *args: [])),
 ]
 

@@ -63,6 +63,8 @@ def test_who_is_not_back_is_left_for_another_that_works() -> None:
     prompts.reported(PipelineReady("prompt-1", 4, 100))
     assert prompts.leave(stage, {"prompt-0": dead, "prompt-1": RECORD}) is dead
     assert prompts.pick("prompt-0", {"prompt-0": dead, "prompt-1": RECORD}) is RECORD
+    prompts.reported(PipelineReady("prompt-0", 3, 100))
+    assert prompts.epoch(dead) == 0, "its driver says again what is true no more"
     back = msgspec.structs.replace(dead, epoch=9, stages=(msgspec.structs.replace(stage, incarnation="2"),))
     prompts.reported(PipelineReady("prompt-0", 9, 100))
     assert prompts.leave(stage, {"prompt-0": back, "prompt-1": RECORD}) is None, "it is back"

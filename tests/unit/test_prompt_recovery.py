@@ -182,8 +182,8 @@ class TwoPipelines(World):
             prefill, blocks = self.prompt_table.pop(sequence_id)
             self.end_writing(prefill)
             computed = list(memoryview(prefill.token_ids).cast("i"))[: self.prompt_ends.pop(sequence_id)]
-            for _ in range(NUM_PROMPT_STAGES):
-                self.wire.append(("let_go", (self.epoch, self.prompt_epoch, prefill, blocks, computed)))
+            for stage in range(NUM_PROMPT_STAGES):
+                self.wire.append(("let_go", (self.epoch, self.prompt_epoch, prefill, stage, blocks, computed)))
         opened_now = {opened.sequence_id for opened in step.opens}
         for opened in step.opens:
             prefill = self.prefills[opened.sequence_id]
@@ -222,11 +222,11 @@ class TwoPipelines(World):
             ended = (prefill.sequence_id, prefill.attempt, stage, NUM_PROMPT_STAGES, bool(lost), lost)
             self.wire.append(("handoff_ended", (prefill.handoff.epoch, *ended)))
 
-    def let_go(self, prefill: Prefill, blocks: list[int], computed: list[int]) -> None:
+    def let_go(self, prefill: Prefill, stage: int, blocks: list[int], computed: list[int]) -> None:
         """The last of what a stage hands off is read only now."""
         places = slots(blocks, 0, len(computed), BLOCK_SIZE)
         assert [self.prompt_pool[place] for place in places] == kv_of(computed, len(computed))
-        self.prompt.let_go(prefill.sequence_id, prefill.attempt)
+        self.prompt.let_go((prefill.sequence_id, prefill.attempt, prefill.handoff.epoch), stage)
 
     def prompt_actions(self, actions: Iterable[PromptAction]) -> None:
         for action in actions:

@@ -124,6 +124,18 @@ def test_new_requests_and_lost_pipelines_do_not_wait() -> None:
     ]
 
 
+def test_a_pipeline_without_one_of_its_stages_is_not_ready_whatever_its_driver_repeats() -> None:
+    requests, _ = router_with_two_pipelines()
+    view = requests.pipelines["token-0"]
+    for epoch in (8, 9):
+        requests.pipeline_published(pipeline("token-0", epoch))
+        requests.pipeline_ready(view, PipelineReady("token-0", epoch, 1000))
+        assert requests.is_ready("token-0")
+        requests.pipeline_lost("token-0")
+        requests.pipeline_ready(view, PipelineReady("token-0", epoch, 1000))
+        assert not requests.is_ready("token-0")
+
+
 def test_a_silent_pipeline_is_not_waited_for_for_ever() -> None:
     requests, sent = router_with_two_pipelines()
     requests.succeed("router-0")

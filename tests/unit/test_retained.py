@@ -29,9 +29,9 @@ def run(prompts: PromptScheduler) -> tuple[list[Step], list[DeliverFirst]]:
         steps.append(step)
         drawn = [Drawn(7) for chunk in step.chunks if chunk.draws]
         first += [action for action in prompts.step_done(step.step, drawn) if isinstance(action, DeliverFirst)]
-        for sequence_id, attempt in list(prompts._closed):
-            if sequence_id in step.closes:
-                prompts.let_go(sequence_id, attempt)
+        for sequence in list(prompts._closed.values()):
+            if sequence.prefill.sequence_id in step.closes:
+                prompts.let_go(sequence.full_key, 0)
     return steps, first
 
 

@@ -126,7 +126,7 @@ class Pipelines:
             if pipeline == "prompt":
                 key = self.opened.pop(name)
                 self.wire += [("handoff_ended", (*key, stage, 2, False)) for stage in range(2)]
-                self.wire += [("let_go", key) for _ in range(2)]
+                self.wire += [("let_go", ((*key, 1), stage)) for stage in range(2)]
         for opened in step.opens:
             assert opened.sequence_id not in table
             table[opened.sequence_id] = list(memoryview(opened.token_ids).cast("i"))
