@@ -117,10 +117,11 @@ class Replication:
         return self._end_reading(store)
 
     def claimed(self, name: str, keys: Iterable[str]) -> None:
-        """Nothing of older epochs is touched by `name`; `keys` are the replicas that it has if it is a store."""
+        """Nothing of older epochs is touched by `name`; `keys` are the replicas that it has if it is a store. Whoever
+        was asked twice answers twice: by then a batch may be under way, and the store may have more."""
         self._unanswered.discard(name)
         store = self._stores.get(name)
-        if store is None:
+        if store is None or store.is_claimed:
             return
         store.is_claimed, store.asked = True, None
         store.keys = set(keys)

@@ -12,6 +12,8 @@ from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.kv.zmq_connection import ZmqConnection
 from common.messages import Drawn, Prefill, pack_ids
+from common.replica_messages import Claim, Replicate
+from common.stage.repeats import REPEAT_S
 from dejavu.params import SamplingParams
 from services.prompt_stage.scheduler import PromptScheduler
 from services.token_stage.door import Door
@@ -19,7 +21,7 @@ from services.token_stage.fences import Fences
 from services.token_stage.patience import STALLED_S
 from services.token_stage.replication import Replication
 from services.token_stage.scheduler import TokenScheduler
-from services.token_stage.sequence import Grant, StopPrefill
+from services.token_stage.sequence import Grant, Sequence, StopPrefill
 from services.token_stage.table import PipelineShape
 from tests.unit.kv.link_ends import TIMEOUT_S, random_pool
 from tests.unit.kv.reference import layout
@@ -170,3 +172,26 @@ async def test_a_fence_that_takes_long_is_raised_once() -> None:
         assert told[2:] == [FencedOff(3, 1, {"a": 5})], "an answer that was lost is given again"
     await writer.aclose()
     await door.aclose()
+
+
+def claimed_store(sequence: Sequence) -> tuple[Replication, Replicate]:
+    """Replicas of one sequence, and the first batch that their store is sent."""
+    replication = Replication("token-0", 3, 4)
+    replication.store_joined("store", was_there=False)
+    assert replication.flush() == replication.flush(REPEAT_S) == [("store", Claim("token-0", 3))]
+    replication.claimed("store", [])
+    replication.computed(sequence)
+    [(_, batch)] = replication.flush(REPEAT_S)
+    assert isinstance(batch, Replicate)
+    return replication, batch
+
+
+def decoding() -> Sequence:
+    return Sequence("a/0/x", 0, PARAMS, 10, list(range(1, 12)), arrival=0, blocks=[0, 1, 2], num_computed=10)
+
+
+def test_a_store_that_answers_a_claim_twice_is_still_asked_for_its_batch() -> None:
+    """It was asked twice; the batch was under way when its second answer came."""
+    replication, batch = claimed_store(decoding())
+    replication.claimed("store", [])
+    assert replication.flush(2 * REPEAT_S) == [("store", batch)]
