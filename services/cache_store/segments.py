@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from common.kv.checksum import hash_tokens
+from common.kv.checksum import Digests, hash_tokens
 from common.kv.token_ids import ID_BYTES
-from services.cache_store.shelf import Digests
 
 MAX_SEGMENT_TOKENS = 1024
 

@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from common.kv.blocks import BlockAllocator
+from common.kv.checksum import Digests
 from common.kv.token_ids import ID_BYTES, num_common
 from common.replica_messages import NEVER, Placed, ReplicaItem
 
-Digests = npt.NDArray[np.uint64]
 USED_S = 60.0
 """A replica that somebody asked for stays at least so much longer: stages may be copying it."""
 COLD_S = 5.0

@@ -14,10 +14,9 @@ import msgspec
 from common import messages
 from common.channel import Inbox
 from common.etcd.client import EtcdClient
-from common.etcd.election import LeaderChanged
 from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
-from common.membership import Election, MemberRecord, Membership, PipelineRecord
+from common.membership import Election, LeaderChanged, MemberRecord, Membership, PipelineRecord
 from common.messages import Beat, Orphans, PipelineReady, SequenceFailed, StatsReply, Stop, TokensProduced
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat

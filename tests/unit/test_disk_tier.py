@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.kv.checksum import Digests
 from common.kv.errors import LinkRefused
 from common.kv.file_format import PAGE_BYTES
 from common.kv.geometry import span_slots
@@ -26,7 +27,7 @@ from common.messages import pack_ids
 from common.replica_messages import ReplicaItem
 from services.cache_store.disk import DiskTier
 from services.cache_store.segments import MAX_SEGMENT_TOKENS, Segment, SegmentNote, chain, new_note, next_segment
-from services.cache_store.shelf import COLD_S, Digests, Shelf
+from services.cache_store.shelf import COLD_S, Shelf
 
 LAYOUT = PoolLayout(0, 3, 64, 8, 2, 8, "float32", "model")
 NUM_PLANES = 2 * LAYOUT.num_layers
