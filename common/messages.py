@@ -115,6 +115,15 @@ class Orphans(msgspec.Struct, frozen=True, array_like=True, tag="orphans"):
     keys: list[str]
 
 
+class SequencesUnknown(msgspec.Struct, frozen=True, array_like=True, tag="sequences_unknown"):
+    """Answers `TokensAwaited`: these the driver has never had, or they have ended, or it does not keep the tokens any
+    more that the router lacks."""
+
+    pipeline: str
+    epoch: int
+    sequence_ids: list[str]
+
+
 class StatsReply(msgspec.Struct, frozen=True, array_like=True, tag="stats_reply"):
     """A service's own figures for `status`: msgpack map of strings and numbers (nested maps allowed)."""
 
@@ -135,7 +144,9 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """The leading router to any service: end in order; somebody else does your work."""
 
 
-RouterInboxMessage = PipelineReady | TokensProduced | SequenceFailed | Orphans | StatsReply | Beat | Stop
+RouterInboxMessage = (
+    PipelineReady | TokensProduced | SequenceFailed | SequencesUnknown | Orphans | StatsReply | Beat | Stop
+)
 
 # ---------------------------------------------------------------- to a stage
 
@@ -182,6 +193,14 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
 
 class CancelSequence(msgspec.Struct, frozen=True, array_like=True, tag="cancel_sequence"):
     sequence_id: str
+
+
+class TokensAwaited(msgspec.Struct, frozen=True, array_like=True, tag="tokens_awaited"):
+    """Router to token driver, now and then: of these sequences (each with how many tokens it has, forced ones included)
+    nothing was heard for a while. What was produced since is said again; `SequencesUnknown` names the others."""
+
+    epoch: int
+    sequences: list[tuple[str, int]]
 
 
 class Prefill(msgspec.Struct, frozen=True, array_like=True, tag="prefill"):
@@ -280,6 +299,7 @@ StageInboxMessage = (
     | PipelineReady
     | StageReady
     | Admit
+    | TokensAwaited
     | CancelSequence
     | Prefill
     | CancelPrefill

@@ -41,7 +41,8 @@ class Commands:
 
     async def convert(self, convert: wire.Convert) -> wire.Converted:
         """Has the pipeline go on in the other role."""
-        views, longest = self._requests.pipelines.values(), self._requests.longest_tokens(convert.pipeline)
+        dispatch = self._requests.dispatch
+        views, longest = dispatch.pipelines.values(), dispatch.longest_tokens(convert.pipeline)
         try:
             end = end_of_pipeline(convert.pipeline, convert.role, self._cluster.records, views, longest)
             await self._cluster.convert(end)
@@ -59,7 +60,7 @@ class Commands:
             members.values(),
             self._cluster.records,
             self._cluster.leader,
-            self._requests.pipelines.values(),
+            self._requests.dispatch.pipelines.values(),
             replies,
             self._journal,
             {"requests": len(ledger), "sequences": ledger.num_sequences},

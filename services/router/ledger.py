@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from common.ends import finish_reason
 from common.messages import ProducedToken
+from common.replica_messages import replica_key
 from common.text import TextCodec, TextStream
 from dejavu.params import SamplingParams
 from dejavu.wire import TokenFrame
@@ -32,6 +33,8 @@ class Choice:
     frames: list[TokenFrame] = field(default_factory=list)
     """what was sent since this router knows the request; kept for a client that comes back"""
     is_done: bool = False
+    num_awaited: int | None = None
+    """so many tokens it had when its pipeline was last looked after; None: not since it was given to it"""
 
     def frames_from(self, index: int) -> list[TokenFrame]:
         """The kept frames of tokens `index` and later."""
@@ -65,7 +68,7 @@ class Delivery:
 
 
 class TokenGap(Exception):
-    """A token is missing before this one: a bug or a lost message; the request cannot go on."""
+    """A token is missing before this one: it was lost on the way."""
 
 
 class Ledger:
@@ -106,13 +109,21 @@ class Ledger:
         for choice in request.choices:
             del self._sequences[choice.sequence_id]
 
+    def rename(self, choice: Choice, term: str) -> None:
+        """Its sequence differs from what it was."""
+        entry = self._sequences.pop(choice.sequence_id)
+        choice.sequence_id = f"{replica_key(choice.sequence_id)}/{term}"
+        self._sequences[choice.sequence_id] = entry
+
     def of_client(self, client: bytes) -> list[Request]:
         return [request for request in self._requests.values() if request.client == client]
 
     def deliver(self, token: ProducedToken, epoch: int) -> Delivery:
         """Accounts for a token of a live sequence. Raises `TokenGap`."""
         request, choice = self._sequences[token.sequence_id]
-        if choice.is_done or token.index < len(choice.delivered):
+        if choice.is_done:
+            return Delivery(None, stop_sequence=token.finish_reason is None)
+        if token.index < len(choice.delivered):
             return Delivery(None)
         if token.index > len(choice.delivered):
             raise TokenGap(f"token {token.index} of {token.sequence_id} came after {len(choice.delivered)}")

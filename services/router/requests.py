@@ -1,67 +1,40 @@
-"""The router's work on requests: admission, placement, token relay, ends. All I/O goes through `Wires`."""
+"""The router's work on requests: admission, token relay, ends. All I/O goes through `Wires`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from typing import Protocol
 
 import msgspec
 
-from common.membership import PipelineRecord
-from common.messages import (
-    Admit,
-    CancelSequence,
-    Message,
-    Orphans,
-    PipelineReady,
-    SequenceFailed,
-    TokensProduced,
-    pack_ids,
-)
+from common.messages import SequenceFailed, TokensProduced
 from common.model.spec import ModelSpec
-from common.replica_messages import replica_key
 from common.text import TextCodec
 from dejavu.errors import DejavuError, InvalidParameter, PromptTooLong, RequestConflict
-from dejavu.wire import Accepted, Ended, RouterMessage, Submit, TokenFrame, Tokens, WireError
+from dejavu.wire import Accepted, Ended, Submit, TokenFrame, Tokens, WireError
 from services.router.admission import HEAD_CHARS_PER_TOKEN, check_form, check_head, check_load, check_tokens
-from services.router.inheritance import Inheritance
+from services.router.dispatch import Dispatch, Wires
 from services.router.ledger import Choice, Delivery, Ledger, Request, TokenGap, new_request
-from services.router.placement import PipelineView, place, prompt_capacity
+from services.router.placement import prompt_capacity
 from services.router.status import Journal
 
 logger = logging.getLogger(__name__)
 
 LONG_TEXT_CHARS = 4096
 """Text beyond this is tokenised off the event loop."""
-MOVE_S = 2.0
-"""So long sequences wait for a pipeline that has lost a stage: weights may take minutes to load."""
-
-
-class Wires(Protocol):
-    """How requests reach the outside."""
-
-    def to_client(self, client: bytes, message: RouterMessage) -> None: ...
-
-    def to_member(self, name: str, message: Message) -> bool: ...
 
 
 class Requests:
-    """Every live request of this router and the pipelines it can use."""
+    """Every live request of this router; `dispatch` knows which pipelines work on it."""
 
     def __init__(
         self, spec: ModelSpec, codec: TextCodec | None, wires: Wires, journal: Journal, incarnation: str
     ) -> None:
         self.ledger = Ledger()
-        self.pipelines: dict[str, PipelineView] = {}
+        self.dispatch = Dispatch(self.ledger, wires, journal, incarnation)
         self._spec = spec
         self._codec = codec
         self._wires = wires
         self._journal = journal
-        self._incarnation = incarnation
-        self._leads_since = self._follows = self._num_accepted = self._num_placed = 0
-        self._unplaced: dict[str, tuple[Request, Choice]] = {}
-        self._inheritance = Inheritance()
 
     # ------------------------------------------------------------ from clients
 
@@ -91,7 +64,7 @@ class Requests:
         if self._rejoin(client, submit):
             return
         check_tokens(prompt_ids, submit.delivered, submit.params, self._spec)
-        capacity = prompt_capacity(self.pipelines.values())
+        capacity = prompt_capacity(self.dispatch.pipelines.values())
         if capacity is not None and len(prompt_ids) > capacity:
             message = f"prompt has {len(prompt_ids)} tokens, a prompt pipeline holds {capacity} (raise --kv-memory)"
             raise PromptTooLong(message, field="prompt")
@@ -104,14 +77,13 @@ class Requests:
             self._codec,
             submit.delivered,
             self._spec.eos_token_ids,
-            f"{self._incarnation}.{self._num_accepted}",
+            self.dispatch.new_term(),
         )
-        self._num_accepted += 1
         self.ledger.open(request)
         self._wires.to_client(client, Accepted(request.request_id, len(prompt_ids)))
         for choice in request.choices:
             if not choice.is_done:
-                self._place(request, choice)
+                self.dispatch.place(request, choice)
         if all(choice.is_done for choice in request.choices):
             self._end(request, "finished")
 
@@ -153,105 +125,6 @@ class Requests:
 
     # ------------------------------------------------------------ from pipelines
 
-    def pipeline_ready(self, view: PipelineView, ready: PipelineReady) -> None:
-        """A pipeline runs a (new) epoch. What was running on its older epoch starts again by the normal path,
-        with the delivered tokens forced. It says so again and again, perhaps also when we know better."""
-        if ready.epoch <= view.lost_epoch or (view.is_ready and ready.epoch == view.epoch):
-            return
-        view.is_ready, view.epoch, view.capacity_tokens = True, ready.epoch, ready.capacity_tokens
-        logger.info("%s is ready: epoch %d, %d tokens", view.name, ready.epoch, ready.capacity_tokens)
-        self._journal.note("ready", view.name, epoch=ready.epoch)
-        for request in self.ledger:
-            for choice in request.choices:
-                stale = choice.pipeline == view.name and choice.epoch != view.epoch
-                if not choice.is_done and (stale or choice.sequence_id in self._unplaced):
-                    self._place(request, choice)
-
-    def pipeline_published(self, record: PipelineRecord) -> None:
-        """A pipeline has a new epoch, which nobody has reported ready yet, or is over."""
-        if record.successor is not None:
-            self._pipeline_over(record.pipeline)
-            return
-        view = self.pipelines.setdefault(record.pipeline, PipelineView(record.pipeline, record.role))
-        if record.epoch > view.epoch:
-            view.is_ready = False
-        view.published_epoch = record.epoch
-        view.driver = record.stages[0].name
-        view.is_colocated = bool(record.stages[0].detail.get("colocated"))
-
-    def _pipeline_over(self, name: str) -> None:
-        """Its sequences go on elsewhere, with the delivered tokens forced. Its prompts: token drivers see to that."""
-        self.pipelines.pop(name, None)
-        self._await_less([name])
-        for request in self.ledger:
-            for choice in request.choices:
-                if choice.prompt_pipeline == name:
-                    choice.prompt_pipeline = ""
-                if choice.pipeline == name and not choice.is_done:
-                    self._place(request, choice)
-
-    def is_ready(self, name: str) -> bool:
-        """Whether a pipeline works."""
-        return name in self.pipelines and self.pipelines[name].is_ready
-
-    def longest_tokens(self, name: str) -> int:
-        """What the longest live sequence of a token pipeline may need, or that of a prompt pipeline does."""
-        choices = [(request, choice) for request in self.ledger for choice in request.choices if not choice.is_done]
-        tokens = [len(r.prompt_ids) + r.params.max_tokens for r, c in choices if c.pipeline == name]
-        prompts = [len(r.prompt_ids) + len(c.delivered) for r, c in choices if c.prompt_pipeline == name]
-        return max([*tokens, *prompts], default=0)
-
-    def pipeline_lost(self, name: str) -> None:
-        """A stage of the pipeline is gone: nothing is placed on it until its next epoch."""
-        if name in self.pipelines:
-            view = self.pipelines[name]
-            view.is_ready, view.lost_epoch = False, view.published_epoch
-            self._await_less([name])
-
-    def move_from(self, name: str) -> None:
-        """A pipeline that has lost a stage is not back: its sequences go on where there is another."""
-        for request in () if self.is_ready(name) else self.ledger:
-            for choice in request.choices if self._has_room(request) else ():
-                if choice.pipeline == name and not choice.is_done:
-                    self._place(request, choice)
-
-    def orphans_found(self, orphans: Orphans) -> None:
-        """A token pipeline has sequences of a dead router."""
-        self._inheritance.reported(orphans)
-        self._await_less([orphans.pipeline])
-
-    def lead(self, since: int, follows: int = 0) -> None:
-        """We lead since this etcd revision, and the router before us has led since `follows`; 0: that is not known."""
-        self._leads_since, self._follows = since, follows
-
-    def succeed(self, router: str) -> None:
-        """We lead after `router`. Requests that it had begun are placed when every token pipeline has said which of
-        them it has, also one of which we have heard nothing yet, or after `stop_awaiting`."""
-        able = [v for v in self.pipelines.values() if v.role == "token_stage" and (v.is_ready or not v.epoch)]
-        self._inheritance.await_from((view.name for view in able), router)
-
-    def stop_awaiting(self) -> bool:
-        """Whoever has not said by now what it has is waited for no longer. False: nobody could be placed anyway, the
-        time has not begun."""
-        if self._inheritance.awaited and not self._token_pipelines(are_ready=True):
-            return False
-        self._await_less(self._inheritance.awaited)
-        return True
-
-    def _token_pipelines(self, *, are_ready: bool) -> list[PipelineView]:
-        views = self.pipelines.values()
-        return [view for view in views if view.role == "token_stage" and view.is_ready == are_ready]
-
-    def _has_room(self, request: Request) -> bool:
-        """Whether a token pipeline that works can hold each of its sequences."""
-        num_tokens = len(request.prompt_ids) + request.params.max_tokens
-        return any(view.capacity_tokens >= num_tokens for view in self._token_pipelines(are_ready=True))
-
-    def _await_less(self, pipelines: Collection[str]) -> None:
-        if self._inheritance.await_less(pipelines):
-            for request, choice in list(self._unplaced.values()):
-                self._place(request, choice)
-
     def tokens_produced(self, produced: TokensProduced) -> None:
         """Relays tokens to their clients, one message a client."""
         frames: dict[bytes, list[TokenFrame]] = {}
@@ -259,6 +132,8 @@ class Requests:
         for token in produced.tokens:
             entry = self.ledger.sequence(token.sequence_id)
             if entry is None:
+                if token.finish_reason is None:  # that nobody wants it may not have been heard
+                    self.dispatch.stop(produced.pipeline, token.sequence_id)
                 continue
             request, choice = entry
             if choice.pipeline != produced.pipeline or choice.epoch != produced.epoch:
@@ -266,10 +141,10 @@ class Requests:
                 continue
             try:
                 delivery = self.ledger.deliver(token, produced.epoch)
-            except TokenGap as gap:
-                self._end(request, "failed", WireError("request_failed", str(gap)))
+            except TokenGap:
+                self.dispatch.token_missing(choice)
                 continue
-            self._account(choice, delivery)
+            self._account(choice, produced.pipeline, delivery)
             if delivery.frame is not None:
                 frames.setdefault(request.client, []).append(delivery.frame)
             if delivery.request_done:
@@ -286,65 +161,11 @@ class Requests:
 
     # ------------------------------------------------------------ inside
 
-    def _account(self, choice: Choice, delivery: Delivery) -> None:
-        view = self.pipelines.get(choice.pipeline)
-        if delivery.stop_sequence and view is not None:
-            self._wires.to_member(view.driver, CancelSequence(choice.sequence_id))
+    def _account(self, choice: Choice, pipeline: str, delivery: Delivery) -> None:
+        if delivery.stop_sequence:
+            self.dispatch.stop(pipeline, choice.sequence_id)
         if delivery.frame is not None and choice.is_done:
-            self._unload(choice)
-
-    def _place(self, request: Request, choice: Choice) -> None:
-        known = choice.prompt_pipeline or request.choices[0].prompt_pipeline
-        self._unload(choice)
-        key = replica_key(choice.sequence_id)
-        home = self._inheritance.home(key)
-        may_live = bool(choice.delivered and self._inheritance.awaited) and not home
-        num_tokens = len(request.prompt_ids) + request.params.max_tokens
-        num_known = len(request.prompt_ids) + len(choice.delivered)
-        placement = place(self.pipelines.values(), num_known, home, known, num_tokens)
-        is_too_long = bool(choice.delivered) and not self._has_room(request) and self._token_pipelines(are_ready=False)
-        if placement is None or may_live or is_too_long:
-            self._unplaced[choice.sequence_id] = (request, choice)
-            return
-        self._unplaced.pop(choice.sequence_id, None)
-        self._inheritance.placed(key)
-        view = self.pipelines[placement.token_pipeline]
-        came_from, choice.home = choice.home, view.name
-        self._num_placed += 1
-        choice.pipeline, choice.epoch = view.name, view.epoch
-        choice.prompt_pipeline = placement.prompt_pipeline
-        for name, tokens in self._loads(request, choice):
-            self.pipelines[name].load_tokens += tokens
-        self._wires.to_member(
-            view.driver,
-            Admit(
-                view.epoch,
-                choice.sequence_id,
-                choice.choice,
-                pack_ids(request.prompt_ids),
-                pack_ids(choice.delivered),
-                request.params,
-                placement.prompt_pipeline,
-                came_from,
-                (self._leads_since, self._num_placed),
-                self._follows,
-            ),
-        )
-
-    def _loads(self, request: Request, choice: Choice) -> list[tuple[str, int]]:
-        loads = [(choice.pipeline, request.params.max_tokens)]
-        if choice.prompt_pipeline:
-            loads.append((choice.prompt_pipeline, len(request.prompt_ids)))
-        return loads
-
-    def _unload(self, choice: Choice) -> None:
-        entry = self.ledger.sequence(choice.sequence_id)
-        if entry is None or not choice.pipeline:
-            return
-        for name, tokens in self._loads(entry[0], choice):
-            if name in self.pipelines:
-                self.pipelines[name].load_tokens -= tokens
-        choice.pipeline, choice.prompt_pipeline = "", ""
+            self.dispatch.unload(choice)
 
     def _end(self, request: Request, outcome: str, error: WireError | None = None) -> None:
         self._close(request, outcome)
@@ -354,11 +175,7 @@ class Requests:
     def _close(self, request: Request, outcome: str) -> None:
         """Nobody works on it any more."""
         for choice in request.choices:
-            self._unplaced.pop(choice.sequence_id, None)
-            view = self.pipelines.get(choice.pipeline)
-            if not choice.is_done and view is not None:
-                self._wires.to_member(view.driver, CancelSequence(choice.sequence_id))
-            self._unload(choice)
+            self.dispatch.release(choice)
         self.ledger.close(request)
         self._journal.counters[f"requests_{outcome}"] += 1
 

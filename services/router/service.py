@@ -16,8 +16,17 @@ from common.channel import Inbox
 from common.etcd.client import EtcdClient
 from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
-from common.membership import Election, LeaderChanged, MemberRecord, Membership, PipelineRecord
-from common.messages import Beat, Orphans, PipelineReady, SequenceFailed, StatsReply, Stop, TokensProduced
+from common.membership import Election, LeaderChanged, MemberRecord, Membership
+from common.messages import (
+    Beat,
+    Orphans,
+    PipelineReady,
+    SequenceFailed,
+    SequencesUnknown,
+    StatsReply,
+    Stop,
+    TokensProduced,
+)
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
 from common.process import own_incarnation
@@ -29,11 +38,12 @@ from services.router.admission import malformed, outline
 from services.router.clients import RETURN_S, Clients
 from services.router.cluster import Cluster, Listener
 from services.router.commands import Commands
+from services.router.dispatch import ASK_AGAIN_S, MOVE_S
 from services.router.etcd_watch import watch_etcd
 from services.router.held import HOLD_S, Held
 from services.router.inheritance import MAX_REPORT_S
 from services.router.neighbours import Neighbours
-from services.router.requests import LONG_TEXT_CHARS, MOVE_S, Requests
+from services.router.requests import LONG_TEXT_CHARS, Requests
 from services.router.stats_queries import StatsQueries
 from services.router.status import Journal
 
@@ -72,11 +82,11 @@ class RouterService:
         self._journal = Journal()
         self._neighbours = Neighbours()
         self._requests = Requests(spec, codec, self, self._journal, self._incarnation)
+        self._dispatch = self._requests.dispatch
         self._clients = Clients()
         self._held = Held()
         self._tokenising: dict[tuple[bytes, str], asyncio.Task[None]] = {}
         """long prompts that are not in the ledger yet, by client and request"""
-        self._reports: dict[str, PipelineReady] = {}
         self._monitor = LoopMonitor()
         self._queries = StatsQueries(options.name, self._peers.send)
         self._is_live = False
@@ -153,12 +163,12 @@ class RouterService:
         self._join(etcd, membership)
         # whoever has sequences of a router before us is waited for
         for pipeline in (await membership.pipelines()).values():
-            self._requests.pipeline_published(pipeline)
+            self._dispatch.pipeline_published(pipeline)
         # from its registration on others tell it things once and never again
         self._is_live = True
         await membership.register(record)
         beating = beat(self._peers, self._cluster.other_routers, self._options.name, self._incarnation, lambda: 0.0)
-        watching = (watch_etcd(etcd, self._journal), self._watch_clients(), self._monitor.watch())
+        watching = (watch_etcd(etcd, self._journal), self._watch_clients(), self._ask_again(), self._monitor.watch())
         work = (self._cluster.run(), self._hear_clients(), beating, *watching)
         tasks = [self._tasks.create_task(each) for each in work]
         asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, self._start_to_drain)
@@ -177,11 +187,11 @@ class RouterService:
             self._journal,
             self._neighbours,
             Listener(
-                on_record=self._pipeline_published,
+                on_record=self._dispatch.pipeline_published,
                 on_lost=self._pipeline_lost,
                 on_lead=self._lead,
                 on_leader=self._leader_changed,
-                is_ready=self._requests.is_ready,
+                is_ready=self._dispatch.is_ready,
             ),
             may_kill=options.may_kill,
         )
@@ -193,9 +203,9 @@ class RouterService:
         self._is_draining = True
 
     def _lead(self, before: LeaderChanged, since: int) -> None:
-        self._requests.lead(since, before.fencing_revision)
+        self._dispatch.lead(since, before.fencing_revision)
         if before.name:
-            self._requests.succeed(before.name)
+            self._dispatch.succeed(before.name)
             asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
 
     def _leader_changed(self) -> None:
@@ -204,18 +214,12 @@ class RouterService:
                 self._submit(client, submit)
 
     def _stop_awaiting(self) -> None:
-        if not self._requests.stop_awaiting():
+        if not self._dispatch.stop_awaiting():
             asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
 
     def _pipeline_lost(self, name: str) -> None:
-        self._requests.pipeline_lost(name)
-        asyncio.get_running_loop().call_later(MOVE_S, self._requests.move_from, name)
-
-    def _pipeline_published(self, record: PipelineRecord) -> None:
-        self._requests.pipeline_published(record)
-        report = self._reports.pop(record.pipeline, None)
-        if report is not None:
-            self._pipeline_ready(report)
+        self._dispatch.pipeline_lost(name)
+        asyncio.get_running_loop().call_later(MOVE_S, self._dispatch.move_from, name)
 
     async def _hear_clients(self) -> None:
         """Who comes before is heard then, and is neither sent astray nor left without an answer."""
@@ -228,6 +232,11 @@ class RouterService:
             for client in self._clients.silent(time.monotonic()):
                 self._clients.gone(client, had_requests=bool(self._requests.ledger.of_client(client)))
                 self._give_up(client)
+
+    async def _ask_again(self) -> None:
+        while True:
+            await asyncio.sleep(ASK_AGAIN_S)
+            self._dispatch.ask_again()
 
     # ------------------------------------------------------------ clients
 
@@ -357,27 +366,19 @@ class RouterService:
             case Stop():
                 self._stop.set()
             case PipelineReady():
-                self._pipeline_ready(message)
+                self._dispatch.reported_ready(message)
             case Beat(name, incarnation, overdue_s):
                 self._cluster.watchdog.heard(name, incarnation, overdue_s, time.monotonic())
             case TokensProduced():
                 self._requests.tokens_produced(message)
             case Orphans():
-                self._requests.orphans_found(message)
+                self._dispatch.orphans_found(message)
             case SequenceFailed():
                 self._requests.sequence_failed(message)
+            case SequencesUnknown():
+                self._dispatch.sequences_unknown(message)
             case StatsReply():
                 self._queries.answered(message)
-
-    def _pipeline_ready(self, ready: PipelineReady) -> None:
-        """A driver reports as soon as it sees this router, which may be before this router sees the pipeline."""
-        record = self._cluster.records.get(ready.pipeline)
-        if record is None or ready.epoch > record.epoch:
-            self._reports[ready.pipeline] = ready
-        elif ready.epoch < record.epoch:
-            self._journal.counters["refused_frames"] += 1
-        else:
-            self._requests.pipeline_ready(self._requests.pipelines[ready.pipeline], ready)
 
     async def _drain(self, client: bytes, drain: wire.Drain) -> None:
         drained = await self._commands.drain(drain)

@@ -20,10 +20,12 @@ from common.messages import (
     PipelineReady,
     ProducedToken,
     SequenceFailed,
+    SequencesUnknown,
     StageInboxMessage,
     StageReady,
     Step,
     StepDone,
+    TokensAwaited,
     TokensProduced,
     unpack_ids,
 )
@@ -143,6 +145,9 @@ class TokenDriver(Driver):
                 # a dead one's successor may have given us the same sequence already: that one has a reader
                 if self.stage.accepts(message.epoch) and sender not in self._dead_routers:
                     self._admit(sender, message)
+            case TokensAwaited(epoch, sequences):
+                if self.stage.accepts(epoch) and sender not in self._dead_routers:
+                    self._tell_again(sender, sequences)
             case CancelSequence(sequence_id):
                 ours = self._audience.called(sequence_id)
                 if ours is not None:
@@ -166,6 +171,21 @@ class TokenDriver(Driver):
         )
         self._audience.enter(sequence_id, admit, router)
         self._carry_out(actions)
+
+    def _tell_again(self, router: Sender, sequences: list[tuple[str, int]]) -> None:
+        """What a router lacks of its sequences; of some it may have to tell us again."""
+        tokens: list[ProducedToken] = []
+        unknown: list[str] = []
+        for name, index in sequences:
+            ours = self._audience.called(name)
+            frames = None if ours is None else self.scheduler.frames_from(ours, index)
+            if frames is None:
+                unknown.append(name)
+            tokens += (ProducedToken(name, each.index, each.drawn, each.finish_reason) for each in frames or ())
+        if tokens:
+            self.stage.peers.send(router.name, TokensProduced(self.record.pipeline, self.epoch, tokens))
+        if unknown:
+            self.stage.peers.send(router.name, SequencesUnknown(self.record.pipeline, self.epoch, unknown))
 
     def _cancel(self, sequence_id: str) -> None:
         self._carry_out(self.scheduler.cancel(sequence_id))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from common.replica_messages import NEVER, Placed, replica_key
 from dejavu.params import SamplingParams
 from services.token_stage.intake import Intake
-from services.token_stage.sequence import Action, Fail, Phase, Sequence, max_lag, too_long
+from services.token_stage.sequence import Action, Fail, Phase, Produce, Sequence, max_lag, too_long
 
 
 class Requested(Intake):
@@ -71,6 +71,11 @@ class Requested(Intake):
         if sequence.phase is Phase.DECODING and not sequence.num_in_flight and not sequence.is_leaving:
             self._set_ready(sequence)
         return sequence.sequence_id, [*missing, *self._deliver(sequence), *self._grant_waiting()]
+
+    def frames_from(self, sequence_id: str, index: int) -> list[Produce] | None:
+        """What its router was sent from that token on; None: its router has to admit it again."""
+        sequence = self._sequences.get(sequence_id)
+        return None if sequence is None or sequence.is_orphan else sequence.frames_from(index)
 
     def is_outdated(self, sequence_id: str, placed: Placed) -> bool:
         """Whether its sequence was given to us later than that, by the successor of whoever says so."""

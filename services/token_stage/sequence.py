@@ -118,9 +118,13 @@ class Sequence:
         than is kept."""
         known = len(prompt) + len(forced)
         is_same = self.num_prompt == len(prompt) and self.tokens[:known] == prompt + forced and self.params == params
-        if not is_same or len(forced) < self.num_output - len(self.undelivered) - len(self.shown):
+        return self.frames_from(len(forced)) if is_same else None
+
+    def frames_from(self, index: int) -> list[Produce] | None:
+        """What was delivered from there on; None where that is more than is kept."""
+        if index < self.num_output - len(self.undelivered) - len(self.shown):
             return None
-        return [produced for produced in self.shown if produced.index >= len(forced)]
+        return [produced for produced in self.shown if produced.index >= index]
 
     def pull(self, epoch: int, held: HeldReplica) -> Pull:
         """Has stages copy what its store holds into its blocks."""

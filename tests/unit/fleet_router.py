@@ -23,7 +23,7 @@ class FleetRouter(RouterService):
     def __init__(self, world: Fleet, name: str, incarnation: str) -> None:
         super().__init__(RouterOptions(name, "", "c", "h", 0, "", "", may_kill=True), SPEC, None)
         self.world, self.name, self.incarnation = world, name, incarnation
-        self._incarnation = self.requests._incarnation = incarnation
+        self._incarnation = self._dispatch._incarnation = incarnation
         self._peers = FleetPeers(world, f"{name}.{incarnation}")
         self.cluster = self._cluster = cast(Any, SimpleNamespace(members={}, records={}, is_leader=False, leader=""))
         self._is_live = True
@@ -47,6 +47,9 @@ class FleetRouter(RouterService):
     def arrive(self, peer: str, frame: bytes) -> None:
         self._on_service_frames(peer.encode(), [memoryview(frame)])
 
+    def remind(self) -> None:
+        self._dispatch.ask_again()
+
     def can_hear(self, kind: str) -> bool:
         return True
 
@@ -58,7 +61,7 @@ class FleetRouter(RouterService):
             if event.successor is None:
                 drive(self._peers.connect(event.stages[0].name, event.stages[0].endpoint))
             self.cluster.records[event.pipeline] = event
-            self._pipeline_published(event)
+            self._dispatch.pipeline_published(event)
         elif isinstance(event, MemberJoined):
             drive(self._peers.connect(event.record.name, event.record.endpoint))
             self.cluster.members[event.record.name] = event.record
@@ -68,4 +71,4 @@ class FleetRouter(RouterService):
                 del self.cluster.members[record.name]
             self._peers.drop(record.name, record.endpoint)
             if record.pipeline is not None and not is_spare(record, self.cluster.records):
-                self.requests.pipeline_lost(record.pipeline)
+                self.requests.dispatch.pipeline_lost(record.pipeline)

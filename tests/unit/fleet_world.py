@@ -10,7 +10,16 @@ from typing import Any, cast
 
 from common.kv.lane import HandoffSpan
 from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord, SnapshotEnd
-from common.messages import Admit, Message, PipelineReady, StageReady, decode_stage_inbox, encode, pack_ids
+from common.messages import (
+    Admit,
+    Message,
+    PipelineReady,
+    StageReady,
+    TokensAwaited,
+    decode_stage_inbox,
+    encode,
+    pack_ids,
+)
 from common.replica_messages import Replicate, Replicated, replica_key
 from common.stage.options import StageOptions
 from dejavu.params import SamplingParams
@@ -201,13 +210,13 @@ class Fleet:
         self._publish(PipelineRecord(record.pipeline, record.role, 0, record.stages, stage.options.other_pipeline))
 
     def lead(self, router: FleetRouter, after: str) -> None:
-        follows = self.leader.requests._leads_since if after else 0
+        follows = self.leader.requests.dispatch._leads_since if after else 0
         self.leader = router
         router.cluster.is_leader = True
         self.revision += 1
-        router.requests.lead(self.revision, follows)
+        router.requests.dispatch.lead(self.revision, follows)
         if after:
-            router.requests.succeed(after)
+            router.requests.dispatch.succeed(after)
         for name, client in self.clients.items():
             if not client.outcome:
                 self.from_clients.append((router.incarnation, name))
@@ -221,15 +230,15 @@ class Fleet:
     # ------------------------------------------------------------ what is on its way
 
     def remind(self, after_s: float) -> None:
-        """Stages say and ask again what others may not have heard."""
+        """Stages and routers say and ask again what others may not have heard."""
         self.now_s += after_s
         for process in [*self.processes.values(), *self.cut_off.values()]:
-            if isinstance(process, Stage):
+            if not isinstance(process, FleetStore):
                 process.remind()
 
     def send(self, sender: str, to: str, message: Message) -> None:
-        # that all is well is said for ever
-        self.num_news += not isinstance(message, StageReady | PipelineReady)
+        # that all is well is said for ever, and how it is with those that wait is asked
+        self.num_news += not isinstance(message, StageReady | PipelineReady | TokensAwaited)
         if (to in self.processes or to in self.cut_off) and not self.loses(message):
             self.wire.setdefault((sender, to), deque()).append((sender, encode(message)))
 

@@ -20,7 +20,18 @@ from common.handoff_messages import (
     LetGo,
     LetGoAwaited,
 )
-from common.messages import CancelPrefill, FirstToken, PipelineReady, Prefill, StageReady
+from common.messages import (
+    Admit,
+    CancelPrefill,
+    CancelSequence,
+    FirstToken,
+    PipelineReady,
+    Prefill,
+    SequencesUnknown,
+    StageReady,
+    TokensAwaited,
+    TokensProduced,
+)
 from common.replica_messages import Claim, Claimed, Locate, Located, Pull, Pulled, Replicate, Replicated
 from common.succession import standing
 from tests.unit.fleet_links import NUM_BLOCKS
@@ -96,7 +107,7 @@ def retire(world: Fleet) -> None:
     kinds: list[type[Stage]] = [FleetTokenStage, FleetPromptStage]
     for kind in world.draws.sample(kinds, 2):
         drivers = published_drivers(world, kind)
-        able = [stage for stage in drivers if world.leader.requests.is_ready(stage.options.pipeline)]
+        able = [stage for stage in drivers if world.leader.requests.dispatch.is_ready(stage.options.pipeline)]
         if len(able) > 1:
             world.retire(world.draws.choice(able))
             return
@@ -134,8 +145,8 @@ def leave_retired(world: Fleet) -> None:
 def run_a_timer(world: Fleet) -> None:
     """Somebody is not waited for any longer: token pipelines that do not say what they have, or the next router."""
     timers = [stage.timers.later for stage in world.stages(FleetTokenStage) if stage.timers.later]
-    if world.leader.requests._inheritance.awaited:
-        world.leader.requests.stop_awaiting()
+    if world.leader.requests.dispatch._inheritance.awaited:
+        world.leader.requests.dispatch.stop_awaiting()
     elif timers:
         world.draws.choice(timers).pop(0)()
 
@@ -147,8 +158,8 @@ def let_time_pass(world: Fleet) -> bool:
         stage.timers.later.clear()
     for timer in timers:
         timer()
-    awaited = world.leader.requests._inheritance.awaited
-    world.leader.requests.stop_awaiting()
+    awaited = world.leader.requests.dispatch._inheritance.awaited
+    world.leader.requests.dispatch.stop_awaiting()
     was_cut_off = list(world.cut_off)
     for incarnation in was_cut_off:
         world.forget(incarnation)
@@ -183,7 +194,8 @@ FAULTS = [
 
 
 REPEATED = (
-    StageReady, PipelineReady, Prefill, CancelPrefill, FirstToken, KvArrived, KvConfirmed, HandoffEnded, EndAwaited,
+    Admit, TokensAwaited, TokensProduced, SequencesUnknown, CancelSequence, StageReady, PipelineReady, Prefill,
+    CancelPrefill, FirstToken, KvArrived, KvConfirmed, HandoffEnded, EndAwaited,
     FenceOff, FencedOff, LetGo, LetGoAwaited, Pull, Pulled, Claim, Claimed, Locate, Located, Replicate, Replicated,
 )  # fmt: skip
 """Whoever waits for one of these asks for it again."""
@@ -226,7 +238,7 @@ def check_end(world: Fleet) -> None:
         assert client.outcome == "finished", f"{name} never ended: {client.outcome}"
         assert all(len(ids) == client.params.max_tokens for ids in client.delivered)
     assert len(world.leader.requests.ledger) == 0
-    assert all(view.load_tokens == 0 for view in world.leader.requests.pipelines.values()), "load is left"
+    assert all(view.load_tokens == 0 for view in world.leader.requests.dispatch.pipelines.values()), "load is left"
     for stage in published_drivers(world, FleetTokenStage):
         assert stage.driver is not None, f"{stage.options.name} does not work"
         scheduler = stage.driver.scheduler

@@ -5,10 +5,22 @@ from __future__ import annotations
 import pytest
 
 from common.handoff_messages import HandoffEnded, KvArrived, LetGo
-from common.messages import FirstToken, Message, PipelineReady, Prefill, StageReady, Step, StepDone
+from common.messages import (
+    Admit,
+    CancelSequence,
+    FirstToken,
+    Message,
+    PipelineReady,
+    Prefill,
+    StageReady,
+    Step,
+    StepDone,
+    TokensProduced,
+)
 from common.replica_messages import Claim, Claimed, Locate, Located, Pull, Pulled, Replicate, Replicated
+from tests.unit.fleet_stages import FleetTokenStage
 from tests.unit.fleet_world import CUTS, Fleet
-from tests.unit.test_fleet import finish, settle, simulate, submit
+from tests.unit.test_fleet import check_end, finish, settle, simulate, submit
 
 UNEVEN = CUTS[1]
 
@@ -45,6 +57,30 @@ def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> Non
     submit(world, 6, num_prompt=10)
     finish(world)
     assert len(sent) >= nth, "none was lost"
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5, 20])
+@pytest.mark.parametrize("kind", [Admit, TokensProduced], ids=lambda kind: kind.__name__)
+def test_one_message_between_a_router_and_a_pipeline_is_lost(kind: type[Message], nth: int) -> None:
+    """Also of the end of a stream, of which the pipeline knows nothing any more."""
+    world = Fleet(nth, num_token=1, num_prompt=1)
+    sent = lose_nth(world, kind, nth)
+    submit(world, 20, num_prompt=10)
+    finish(world)
+    assert len(sent) >= nth, "none was lost"
+
+
+def test_what_nobody_wants_any_more_ends_though_word_of_that_is_lost() -> None:
+    world = Fleet(1, num_token=1, num_prompt=1)
+    sent = lose_nth(world, CancelSequence, 1)
+    world.submit("r", 10, 60)
+    settle(world, until=lambda: bool(world.clients["r"].delivered[0]))
+    world.leader.requests.cancel("r")
+    settle(world)
+    [token] = world.stages(FleetTokenStage)
+    assert len(sent) > 1 and not token.driver.scheduler._finished, "it went on to its end"
+    assert world.clients.pop("r").outcome == "cancelled"
+    check_end(world)
 
 
 @pytest.mark.parametrize("nth", range(1, 7))

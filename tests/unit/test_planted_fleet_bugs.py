@@ -10,8 +10,8 @@ from common.stage.driver import Driver
 from common.stage.repeats import PullRequests
 from services.cache_store.shelf import Shelf
 from services.prompt_stage.scheduler import PromptScheduler
+from services.router.dispatch import Dispatch
 from services.router.ledger import Choice, Request
-from services.router.requests import Requests
 from services.token_stage.driver import TokenDriver
 from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
@@ -31,14 +31,14 @@ def lossy_fleet_of_stages(seed: int) -> object:
     return test_fleet.simulate(seed, loss=0.05, is_cut=True)
 
 
-def keeps_its_epoch(old: Any, self: Requests, request: Request, choice: Choice) -> None:
+def keeps_its_epoch(old: Any, self: Dispatch, request: Request, choice: Choice, *where: Any) -> None:
     """Whoever was somewhere before is thought to be in that epoch still."""
     epoch = choice.epoch
-    old(self, request, choice)
+    old(self, request, choice, *where)
     choice.epoch = epoch or choice.epoch
 
 
-def stays_loaded(old: Any, self: Requests, choice: Choice) -> None:
+def stays_loaded(old: Any, self: Dispatch, choice: Choice) -> None:
     """A pipeline that a sequence leaves is thought to be busy with it for ever."""
     before = {name: view.load_tokens for name, view in self.pipelines.items()}
     was = choice.pipeline
@@ -53,9 +53,9 @@ def asks_who_is_over(self: PromptPipelines, wanted: str, records: Any) -> Any:
 
 
 BUGS = [
-    Bug("who moves keeps its old epoch", FLEET, around(Requests, "_place", keeps_its_epoch), 1),
+    Bug("who moves keeps its old epoch", FLEET, around(Dispatch, "_give", keeps_its_epoch), 1),
     Bug("blocks that nobody asks for are kept", FLEET, instead(TokenDriver, "_end_orphans", lambda *args: None), 5),
-    Bug("the load of a pipeline stays when its sequences leave", FLEET, around(Requests, "_unload", stays_loaded), 1),
+    Bug("the load of a pipeline stays when its sequences leave", FLEET, around(Dispatch, "unload", stays_loaded), 1),
     Bug("a prompt pipeline that is over is asked", FLEET, instead(PromptPipelines, "pick", asks_who_is_over), 2),
     Bug(
         "a pipeline that a sequence has left deletes its copy",
@@ -85,6 +85,12 @@ BUGS = [
         instead(PromptScheduler, "not_let_go", lambda *args: []),
     ),
     Bug("that a pipeline is ready is said once", lossy_fleet, instead(Driver, "is_whole", False)),
+    Bug("a router does not ask after quiet sequences", lossy_fleet, instead(Dispatch, "ask_again", lambda *args: None)),
+    Bug(
+        "what a pipeline has lost sight of is given up",
+        lossy_fleet,
+        instead(Dispatch, "sequences_unknown", lambda *args: None),
+    ),
     Bug("KV is waited for for ever", lossy_fleet, instead(TokenScheduler, "give_up_stalled", lambda *args: [])),
 ]
 

@@ -38,8 +38,8 @@ def router_with_two_pipelines() -> tuple[Requests, Sent]:
     requests = Requests(load_spec("models/tiny"), None, sent, Journal(), "me")
     for name in ("token-0", "token-1"):
         view = PipelineView(name, "token_stage", is_colocated=True, driver=f"{name}-stage-0")
-        requests.pipelines[name] = view
-        requests.pipeline_ready(view, PipelineReady(name, 7, 1000))
+        requests.dispatch.pipelines[name] = view
+        requests.dispatch.pipeline_ready(view, PipelineReady(name, 7, 1000))
     return requests, sent
 
 
@@ -57,11 +57,11 @@ def come_back(requests: Requests, request_id: str, delivered: list[int]) -> None
 
 def test_a_begun_request_goes_where_it_lives() -> None:
     requests, sent = router_with_two_pipelines()
-    requests.succeed("router-0")
+    requests.dispatch.succeed("router-0")
     come_back(requests, "r", [8, 9])
-    requests.orphans_found(Orphans("token-0", 7, "router-0", []))
+    requests.dispatch.orphans_found(Orphans("token-0", 7, "router-0", []))
     assert sent.admitted == [], "token-1 may have it"
-    requests.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
+    requests.dispatch.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
     assert [(name, admit.forced[:4]) for name, admit in sent.admitted] == [("token-1-stage-0", b"\x08\0\0\0")]
 
 
@@ -76,49 +76,51 @@ def test_a_text_that_cannot_fit_is_judged_by_its_beginning() -> None:
 
 def test_a_router_that_has_just_started_waits_for_pipelines_that_it_has_not_heard_yet() -> None:
     requests, sent = router_with_two_pipelines()
-    requests.pipelines["token-1"] = PipelineView("token-1", "token_stage", is_colocated=True, driver="token-1-stage-0")
-    requests.succeed("router-0")
-    requests.orphans_found(Orphans("token-0", 7, "router-0", []))
+    requests.dispatch.pipelines["token-1"] = PipelineView(
+        "token-1", "token_stage", is_colocated=True, driver="token-1-stage-0"
+    )
+    requests.dispatch.succeed("router-0")
+    requests.dispatch.orphans_found(Orphans("token-0", 7, "router-0", []))
     come_back(requests, "r", [8])
     assert sent.admitted == [], "token-1 may have it"
-    requests.pipeline_ready(requests.pipelines["token-1"], PipelineReady("token-1", 7, 1000))
-    requests.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
+    requests.dispatch.pipeline_ready(requests.dispatch.pipelines["token-1"], PipelineReady("token-1", 7, 1000))
+    requests.dispatch.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
     assert [name for name, _ in sent.admitted] == ["token-1-stage-0"]
 
 
 def test_where_a_request_lives_is_not_forgotten_while_no_prompt_pipeline_is_there() -> None:
     requests, sent = router_with_two_pipelines()
     for name in ("token-0", "token-1"):
-        requests.pipelines[name].is_colocated = False
-    requests.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
+        requests.dispatch.pipelines[name].is_colocated = False
+    requests.dispatch.orphans_found(Orphans("token-1", 7, "router-0", ["r/0"]))
     come_back(requests, "r", [8])
-    requests.pipeline_published(pipeline("prompt-0", 3))
-    requests.pipeline_ready(requests.pipelines["prompt-0"], PipelineReady("prompt-0", 3, 1000))
+    requests.dispatch.pipeline_published(pipeline("prompt-0", 3))
+    requests.dispatch.pipeline_ready(requests.dispatch.pipelines["prompt-0"], PipelineReady("prompt-0", 3, 1000))
     assert [name for name, _ in sent.admitted] == ["token-1-stage-0"]
 
 
 def test_a_prompt_goes_back_to_the_pipeline_that_has_computed_it() -> None:
     requests, sent = router_with_two_pipelines()
     for name in ("token-0", "token-1"):
-        requests.pipelines[name].is_colocated = False
+        requests.dispatch.pipelines[name].is_colocated = False
     for name in ("prompt-0", "prompt-1"):
-        requests.pipeline_published(pipeline(name, 3))
-        requests.pipeline_ready(requests.pipelines[name], PipelineReady(name, 3, 1000))
-    requests.pipelines["prompt-0"].load_tokens = 100
+        requests.dispatch.pipeline_published(pipeline(name, 3))
+        requests.dispatch.pipeline_ready(requests.dispatch.pipelines[name], PipelineReady(name, 3, 1000))
+    requests.dispatch.pipelines["prompt-0"].load_tokens = 100
     come_back(requests, "r", [])
-    requests.pipelines["prompt-0"].load_tokens = 0
-    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
+    requests.dispatch.pipelines["prompt-0"].load_tokens = 0
+    requests.dispatch.pipeline_ready(requests.dispatch.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
     assert [admit.prompt_pipeline for _, admit in sent.admitted] == ["prompt-1", "prompt-1"]
 
 
 def test_new_requests_and_lost_pipelines_do_not_wait() -> None:
     requests, sent = router_with_two_pipelines()
-    requests.orphans_found(Orphans("token-0", 7, "router-0", []))
-    requests.succeed("router-0")
+    requests.dispatch.orphans_found(Orphans("token-0", 7, "router-0", []))
+    requests.dispatch.succeed("router-0")
     come_back(requests, "new", [])
     come_back(requests, "begun", [8])
     assert [admit.sequence_id.split("/")[0] for _, admit in sent.admitted] == ["new"]
-    requests.pipeline_lost("token-1")
+    requests.dispatch.pipeline_lost("token-1")
     assert [(name, admit.sequence_id.split("/")[0]) for name, admit in sent.admitted[1:]] == [
         ("token-0-stage-0", "begun")
     ]
@@ -126,34 +128,34 @@ def test_new_requests_and_lost_pipelines_do_not_wait() -> None:
 
 def test_a_pipeline_without_one_of_its_stages_is_not_ready_whatever_its_driver_repeats() -> None:
     requests, _ = router_with_two_pipelines()
-    view = requests.pipelines["token-0"]
+    view = requests.dispatch.pipelines["token-0"]
     for epoch in (8, 9):
-        requests.pipeline_published(pipeline("token-0", epoch))
-        requests.pipeline_ready(view, PipelineReady("token-0", epoch, 1000))
-        assert requests.is_ready("token-0")
-        requests.pipeline_lost("token-0")
-        requests.pipeline_ready(view, PipelineReady("token-0", epoch, 1000))
-        assert not requests.is_ready("token-0")
+        requests.dispatch.pipeline_published(pipeline("token-0", epoch))
+        requests.dispatch.pipeline_ready(view, PipelineReady("token-0", epoch, 1000))
+        assert requests.dispatch.is_ready("token-0")
+        requests.dispatch.pipeline_lost("token-0")
+        requests.dispatch.pipeline_ready(view, PipelineReady("token-0", epoch, 1000))
+        assert not requests.dispatch.is_ready("token-0")
 
 
 def test_a_silent_pipeline_is_not_waited_for_for_ever() -> None:
     requests, sent = router_with_two_pipelines()
-    requests.succeed("router-0")
+    requests.dispatch.succeed("router-0")
     come_back(requests, "r", [8])
-    assert requests.stop_awaiting()
+    assert requests.dispatch.stop_awaiting()
     assert len(sent.admitted) == 1
 
 
 def test_the_time_to_wait_begins_when_somebody_could_be_placed() -> None:
     requests, sent = router_with_two_pipelines()
-    for view in requests.pipelines.values():
+    for view in requests.dispatch.pipelines.values():
         view.is_ready, view.epoch = False, 0
-    requests.succeed("router-0")
+    requests.dispatch.succeed("router-0")
     come_back(requests, "r", [8])
-    assert not requests.stop_awaiting()
-    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 7, 1000))
+    assert not requests.dispatch.stop_awaiting()
+    requests.dispatch.pipeline_ready(requests.dispatch.pipelines["token-0"], PipelineReady("token-0", 7, 1000))
     assert sent.admitted == [], "token-1 may have it"
-    assert requests.stop_awaiting() and len(sent.admitted) == 1
+    assert requests.dispatch.stop_awaiting() and len(sent.admitted) == 1
 
 
 def test_sequences_of_a_pipeline_that_is_over_go_on_elsewhere() -> None:
@@ -161,62 +163,62 @@ def test_sequences_of_a_pipeline_that_is_over_go_on_elsewhere() -> None:
     come_back(requests, "r", [8, 9])
     come_back(requests, "s", [])
     assert [name for name, _ in sent.admitted] == ["token-0-stage-0", "token-1-stage-0"]
-    assert requests.longest_tokens("token-0") == 3 + 16
-    requests.pipeline_published(pipeline("token-0", 8, successor="prompt-1"))
+    assert requests.dispatch.longest_tokens("token-0") == 3 + 16
+    requests.dispatch.pipeline_published(pipeline("token-0", 8, successor="prompt-1"))
     name, admit = sent.admitted[-1]
     assert (name, admit.sequence_id.split("/")[0], admit.forced) == ("token-1-stage-0", "r", b"\x08\0\0\0\x09\0\0\0")
-    assert not requests.is_ready("token-0") and len(sent.admitted) == 3
-    assert requests.pipelines["token-1"].load_tokens == 32
+    assert not requests.dispatch.is_ready("token-0") and len(sent.admitted) == 3
+    assert requests.dispatch.pipelines["token-1"].load_tokens == 32
 
 
 def test_sequences_do_not_wait_for_ever_for_a_pipeline_that_is_not_back() -> None:
     requests, sent = router_with_two_pipelines()
     come_back(requests, "r", [8])
     come_back(requests, "s", [])
-    requests.pipeline_lost("token-0")
-    requests.move_from("token-0")
+    requests.dispatch.pipeline_lost("token-0")
+    requests.dispatch.move_from("token-0")
     assert [name for name, _ in sent.admitted] == ["token-0-stage-0", "token-1-stage-0", "token-1-stage-0"]
-    requests.pipeline_lost("token-1")
-    requests.move_from("token-1")
+    requests.dispatch.pipeline_lost("token-1")
+    requests.dispatch.move_from("token-1")
     assert len(sent.admitted) == 3, "there is no other"
-    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
-    requests.move_from("token-0")
+    requests.dispatch.pipeline_ready(requests.dispatch.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
+    requests.dispatch.move_from("token-0")
     assert len(sent.admitted) == 3, "it is back"
-    requests.move_from("token-1")
+    requests.dispatch.move_from("token-1")
     assert [name for name, _ in sent.admitted[3:]] == ["token-0-stage-0"] * 2
 
 
 def test_what_has_begun_waits_for_a_pipeline_that_can_hold_it() -> None:
     """The other one would fail it."""
     requests, sent = router_with_two_pipelines()
-    requests.pipelines["token-1"].capacity_tokens = 10
+    requests.dispatch.pipelines["token-1"].capacity_tokens = 10
     come_back(requests, "r", [8])
-    requests.pipeline_lost("token-0")
-    requests.move_from("token-0")
+    requests.dispatch.pipeline_lost("token-0")
+    requests.dispatch.move_from("token-0")
     come_back(requests, "s", [8])
     assert [name for name, _ in sent.admitted] == ["token-0-stage-0"]
-    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
+    requests.dispatch.pipeline_ready(requests.dispatch.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
     assert [name for name, _ in sent.admitted] == ["token-0-stage-0"] * 3
 
 
 def test_a_prompt_pipeline_that_comes_back_begins_without_load() -> None:
     requests, sent = router_with_two_pipelines()
     for name in ("token-0", "token-1"):
-        requests.pipelines[name].is_colocated = False
-    requests.pipeline_published(pipeline("prompt-0", 3))
-    requests.pipeline_ready(requests.pipelines["prompt-0"], PipelineReady("prompt-0", 3, 1000))
+        requests.dispatch.pipelines[name].is_colocated = False
+    requests.dispatch.pipeline_published(pipeline("prompt-0", 3))
+    requests.dispatch.pipeline_ready(requests.dispatch.pipelines["prompt-0"], PipelineReady("prompt-0", 3, 1000))
     come_back(requests, "r", [])
-    assert requests.pipelines["prompt-0"].load_tokens == 3
-    requests.pipeline_published(pipeline("prompt-0", 5, successor="token-2"))
-    requests.pipeline_published(pipeline("prompt-0", 8))
+    assert requests.dispatch.pipelines["prompt-0"].load_tokens == 3
+    requests.dispatch.pipeline_published(pipeline("prompt-0", 5, successor="token-2"))
+    requests.dispatch.pipeline_published(pipeline("prompt-0", 8))
     requests.cancel("r")
-    assert requests.pipelines["prompt-0"].load_tokens == 0
+    assert requests.dispatch.pipelines["prompt-0"].load_tokens == 0
     assert len(sent.admitted) == 1, "its token driver sees to another prompt pipeline"
 
 
 def test_a_long_sequence_goes_where_it_fits() -> None:
     requests, sent = router_with_two_pipelines()
-    requests.pipelines["token-0"].capacity_tokens = 10
+    requests.dispatch.pipelines["token-0"].capacity_tokens = 10
     come_back(requests, "r", [])
     come_back(requests, "s", [])
     assert [name for name, _ in sent.admitted] == ["token-1-stage-0"] * 2
@@ -225,13 +227,13 @@ def test_a_long_sequence_goes_where_it_fits() -> None:
 def test_who_has_outgrown_every_prompt_pipeline_is_placed_all_the_same() -> None:
     requests, sent = router_with_two_pipelines()
     for name in ("token-0", "token-1"):
-        requests.pipelines[name].is_colocated = False
+        requests.dispatch.pipelines[name].is_colocated = False
     for name, capacity in (("prompt-0", 4), ("prompt-1", 3)):
-        requests.pipeline_published(pipeline(name, 3))
-        requests.pipeline_ready(requests.pipelines[name], PipelineReady(name, 3, capacity))
+        requests.dispatch.pipeline_published(pipeline(name, 3))
+        requests.dispatch.pipeline_ready(requests.dispatch.pipelines[name], PipelineReady(name, 3, capacity))
     come_back(requests, "r", [8])
     come_back(requests, "s", [8, 9])
-    requests.pipeline_ready(requests.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
+    requests.dispatch.pipeline_ready(requests.dispatch.pipelines["token-0"], PipelineReady("token-0", 8, 1000))
     admitted = [(admit.sequence_id.split("/")[0], admit.prompt_pipeline) for _, admit in sent.admitted]
     assert admitted == [("r", "prompt-0"), ("s", "prompt-1"), ("r", "prompt-0")]
 

@@ -89,7 +89,7 @@ class WholeSystem(TwoPipelines):
         self.router = Router(f"router-{self.num_routers}", self)
         if self.num_routers > 1:
             self.publish()
-            self.router.requests.succeed(dead)
+            self.router.requests.dispatch.succeed(dead)
             for name, client in self.clients.items():
                 if not client.outcome and self.draws.random() < 0.25:
                     client.outcome = "left"
@@ -115,7 +115,7 @@ class WholeSystem(TwoPipelines):
         for role, epoch in (("prompt", self.prompt_epoch), ("token", getattr(self, "epoch", 0))):
             name = f"{role}-0"
             stage = MemberRecord(name, f"{role}_stage", "1", 1, "h", "", name, 0, 1, (0, 1), "active", {})
-            self.router.requests.pipeline_published(PipelineRecord(name, f"{role}_stage", epoch, (stage,)))
+            self.router.requests.dispatch.pipeline_published(PipelineRecord(name, f"{role}_stage", epoch, (stage,)))
             self.to_router.append((self.router.name, PipelineReady(name, epoch, 4000)))
 
     # ------------------------------------------------------------ clients
@@ -215,11 +215,11 @@ class WholeSystem(TwoPipelines):
             return
         requests = self.router.requests
         if isinstance(message, PipelineReady):
-            view = requests.pipelines[message.pipeline]
+            view = requests.dispatch.pipelines[message.pipeline]
             if view.epoch <= message.epoch:
-                requests.pipeline_ready(view, message)
+                requests.dispatch.pipeline_ready(view, message)
         elif isinstance(message, Orphans):
-            requests.orphans_found(message)
+            requests.dispatch.orphans_found(message)
         elif isinstance(message, TokensProduced):
             num_before = len(self.to_clients)
             requests.tokens_produced(message)
@@ -232,7 +232,7 @@ class WholeSystem(TwoPipelines):
 
     def let_time_pass(self) -> None:
         """What waits for a clock happens: nobody is waited for any longer."""
-        self.router.requests.stop_awaiting()
+        self.router.requests.dispatch.stop_awaiting()
         for sequence_id in self.token.orphans():
             self.carry_out(self.token.cancel(sequence_id))
             self.audience.leave(sequence_id)
