@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from common.membership import MemberRecord, PipelineRecord
-from common.messages import Admit, Message, Orphans, PipelineReady
+from common.messages import (
+    Admit,
+    CancelSequence,
+    Drawn,
+    Message,
+    Orphans,
+    PipelineReady,
+    ProducedToken,
+    SequencesUnknown,
+    TokensAwaited,
+    TokensProduced,
+)
 from common.model.spec import load_spec
 from common.text import TextCodec
 from dejavu.errors import PromptTooLong
@@ -23,6 +34,7 @@ class Sent:
     def __init__(self) -> None:
         self.admitted: list[tuple[str, Admit]] = []
         self.told: list[RouterMessage] = []
+        self.said: list[tuple[str, TokensAwaited | CancelSequence]] = []
 
     def to_client(self, client: bytes, message: RouterMessage) -> None:
         self.told.append(message)
@@ -30,7 +42,14 @@ class Sent:
     def to_member(self, name: str, message: Message) -> bool:
         if isinstance(message, Admit):
             self.admitted.append((name, message))
+        elif isinstance(message, TokensAwaited | CancelSequence):
+            self.said.append((name, message))
         return True
+
+    def take(self) -> list[tuple[str, TokensAwaited | CancelSequence]]:
+        """What pipelines were told since the last time, but for admissions."""
+        said, self.said = self.said, []
+        return said
 
 
 def router_with_two_pipelines() -> tuple[Requests, Sent]:
@@ -260,3 +279,48 @@ def test_a_request_that_came_twice_while_it_was_tokenised_is_one() -> None:
     requests.accept(b"client", submit, [5, 6, 7])
     assert [type(message) for message in sent.told] == [Accepted, Accepted]
     assert len(sent.admitted) == 1
+
+
+def produce(requests: Requests, sequence_id: str, *indexes: int) -> None:
+    tokens = [ProducedToken(sequence_id, index, Drawn(9)) for index in indexes]
+    requests.tokens_produced(TokensProduced("token-0", 7, tokens))
+
+
+def test_a_missing_token_is_asked_for_at_once_and_then_from_time_to_time() -> None:
+    requests, sent = router_with_two_pipelines()
+    come_back(requests, "r", [])
+    sequence_id = sent.admitted[0][1].sequence_id
+    produce(requests, sequence_id, 0, 2, 3)
+    asked = [("token-0-stage-0", TokensAwaited(7, [(sequence_id, 1)]))]
+    assert sent.take() == asked
+    requests.dispatch.ask_again()
+    assert sent.take() == asked
+    produce(requests, sequence_id, 1, 2, 3)
+    requests.dispatch.ask_again()
+    assert sent.take() == [] and requests.ledger.sequence(sequence_id) is not None
+
+
+def test_what_a_pipeline_has_lost_sight_of_is_admitted_there_again_once() -> None:
+    requests, sent = router_with_two_pipelines()
+    come_back(requests, "r", [])
+    sequence_id = sent.admitted[0][1].sequence_id
+    produce(requests, sequence_id, 0)
+    requests.dispatch.pipelines["token-0"].load_tokens += 1000
+    for _ in range(2):
+        requests.dispatch.sequences_unknown(SequencesUnknown("token-0", 7, [sequence_id]))
+    (_, first), (name, again) = sent.admitted
+    assert name == "token-0-stage-0" and again.forced == b"\x09\0\0\0" and again.placed > first.placed
+    assert again.sequence_id != first.sequence_id and again.sequence_id.startswith("r/0/me.")
+
+
+def test_only_what_this_router_has_named_itself_is_told_to_end() -> None:
+    """A pipeline may still speak to the dead one that had our name: what it says of is somebody else's by now."""
+    requests, sent = router_with_two_pipelines()
+    come_back(requests, "r", [])
+    sequence_id = sent.admitted[0][1].sequence_id
+    requests.cancel("r")
+    told = [("token-0-stage-0", CancelSequence(sequence_id))]
+    assert sent.take() == told
+    produce(requests, sequence_id, 0)
+    produce(requests, "r/0/me-before.1", 0)
+    assert sent.take() == told
