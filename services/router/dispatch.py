@@ -200,7 +200,7 @@ class Dispatch:
         self._give(request, choice, self.pipelines[placement.token_pipeline], placement.prompt_pipeline)
 
     def _give(self, request: Request, choice: Choice, view: PipelineView, prompt_pipeline: str) -> None:
-        came_from, choice.home = choice.home, view.name
+        choice.came_from, choice.home = choice.home, view.name
         self._num_placed += 1
         choice.pipeline, choice.epoch, choice.prompt_pipeline = view.name, view.epoch, prompt_pipeline
         choice.num_awaited = None
@@ -216,7 +216,7 @@ class Dispatch:
                 pack_ids(choice.delivered),
                 request.params,
                 prompt_pipeline,
-                came_from,
+                choice.came_from,
                 (self._leads_since, self._num_placed),
                 self._follows,
             ),
@@ -285,6 +285,7 @@ class Dispatch:
                 continue
             if (choice.pipeline, choice.epoch) == (unknown.pipeline, unknown.epoch):
                 logger.info("%s has lost sight of %s: it is admitted again", unknown.pipeline, sequence_id)
+                choice.home = choice.came_from  # perhaps it has never been there
                 self.unload(choice)
                 self._ledger.rename(choice, self.new_term())
                 self.place(request, choice, home=unknown.pipeline)

@@ -29,6 +29,8 @@ class Choice:
     epoch: int = 0
     home: str = ""
     """the token pipeline that it was last given to"""
+    came_from: str = ""
+    """the one before"""
     delivered: list[int] = field(default_factory=list)
     frames: list[TokenFrame] = field(default_factory=list)
     """what was sent since this router knows the request; kept for a client that comes back"""

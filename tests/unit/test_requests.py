@@ -313,6 +313,19 @@ def test_what_a_pipeline_has_lost_sight_of_is_admitted_there_again_once() -> Non
     assert again.sequence_id != first.sequence_id and again.sequence_id.startswith("r/0/me.")
 
 
+def test_where_a_sequence_was_is_not_forgotten_with_a_lost_admission() -> None:
+    requests, sent = router_with_two_pipelines()
+    come_back(requests, "r", [])
+    requests.dispatch.pipeline_lost("token-0")
+    requests.dispatch.move_from("token-0")
+    requests.dispatch.sequences_unknown(SequencesUnknown("token-1", 7, [sent.admitted[1][1].sequence_id]))
+    assert [(name, admit.came_from) for name, admit in sent.admitted] == [
+        ("token-0-stage-0", ""),
+        ("token-1-stage-0", "token-0"),
+        ("token-1-stage-0", "token-0"),
+    ]
+
+
 def test_only_what_this_router_has_named_itself_is_told_to_end() -> None:
     """A pipeline may still speak to the dead one that had our name: what it says of is somebody else's by now."""
     requests, sent = router_with_two_pipelines()
