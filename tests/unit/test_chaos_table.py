@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.chaos_table import summarise, table, verdict
+from loadtest.chaos_table import summarise, table
 from loadtest.history import Stream, detected_s
 from loadtest.moments import TOO_LATE, Timing, await_moment, moment_of, timing_of
 
@@ -39,28 +39,31 @@ def test_percentiles_are_by_nearest_rank() -> None:
 
 
 @pytest.mark.parametrize(
-    ("runs", "limits", "said"),
+    ("runs", "limits", "is_met"),
     [
-        ([run(0.05, 0.4)], {"detected_s": 0.1}, "detected ≤ 0.1 s met"),
-        ([run(0.05, 0.4), run(0.11, 0.4)], {"detected_s": 0.1}, "detected ≤ 0.1 s **not met**"),
-        ([run(0.05, 0.4), run(None, 0.4)], {"detected_s": 0.1}, "detected ≤ 0.1 s **not met**"),
-        ([run(None, 0.4)], {"next_token_s": 0.3}, "next token ≤ 0.3 s **not met**"),
-        ([run(None, 0.4)], {"protected_s": 10.0}, "protected ≤ 10 s **not met**"),
-        ([run(None, 0.4, 65)], {"recomputed_tokens": 4}, "recomputed ≤ 4 **not met**"),
-        ([run(None, 0.4, 64)], {"recomputed_tokens": 4}, "recomputed ≤ 4 met"),
+        ([run(0.05, 0.4)], {"detected_s": 0.1}, True),
+        ([run(0.05, 0.4), run(0.11, 0.4)], {"detected_s": 0.1}, False),
+        ([run(0.05, 0.4), run(None, 0.4)], {"detected_s": 0.1}, False),
+        ([run(None, 0.4)], {"next_token_s": 0.3}, False),
+        ([run(None, 0.4)], {"protected_s": 10.0}, False),
+        ([run(None, 0.4, 65)], {"recomputed_tokens": 4}, False),
+        ([run(None, 0.4, 64)], {"recomputed_tokens": 4}, True),
     ],
 )
-def test_limits_are_met_or_not(runs: list[dict[str, Any]], limits: dict[str, float], said: str) -> None:
-    assert verdict(fault(runs, **limits)) == [said]
+def test_what_is_beyond_a_limit_is_bold(runs: list[dict[str, Any]], limits: dict[str, float], is_met: bool) -> None:
+    """Also a limit on what no run has a figure of, or on how soon it is noticed, where once it was not."""
+    assert ("**" in table({"faults": {"a": fault(runs, **limits)}})) is not is_met
 
 
 def test_a_row_for_every_fault_that_was_run() -> None:
     runs = [run(0.05, 0.4, 8, "prefill"), run(0.07, 0.5, 16, "hand-off"), run(0.06, 0.3)]
-    rows = table({"faults": {"a": fault(runs, next_token_s=1.0), "b": {"runs": []}}}).splitlines()
-    assert len(rows) == 3
-    assert rows[2] == (
-        "| kill -9 | 3 (1, 1, 1) | 0.06 s | 0.07 s | 0.40 s | 0.50 s | 1.0 | 2 | – | 0 | next token ≤ 1 s met |"
-    )
+    late = [*runs, run(None, 0.2, 800) | {"anomalies": ["a token twice"]}]
+    limits = {"next_token_s": 1.0, "recomputed_tokens": 4}
+    rows = table({"faults": {"a": fault(runs, **limits), "b": {"runs": []}, "c": fault(late, **limits)}}).splitlines()
+    assert rows[2:] == [
+        "| kill -9 | 3 | 0.06 · 0.07 s | 0.40 · 0.50 s (1) | 1.0 (4) · 2 | – |",
+        "| kill -9 | 4 | 0.06 · 0.07 s | 0.30 · 0.50 s (1) | **50.0 (4)** · 100 | not noticed in 1; **anomalies: 1** |",
+    ]
 
 
 def test_who_was_noticed_last_counts() -> None:
