@@ -68,6 +68,8 @@ class TokenDriver(Driver):
             durability=options.durability,
         )
         self.scheduler = TokenScheduler(shape, self._new_replication(), device_tier(options.swap, ready))
+        self._table, self._intake = self.scheduler.table, self.scheduler.intake
+        self._admissions, self._patience = self.scheduler.admissions, self.scheduler.patience
         self._audience = Audience()
         self._dead_routers: set[Sender] = set()
         """what they had sent may still arrive"""
@@ -95,18 +97,18 @@ class TokenDriver(Driver):
     def remind(self) -> None:
         """Also while nothing else happens."""
         super().remind()
-        self._carry_out(self.scheduler.ask_again())
-        self._carry_out(self.scheduler.give_up_stalled(self.stage.process.loop.time()))
-        self.scheduler.replication.claim_again()
+        self._carry_out(self._patience.ask_again())
+        self._carry_out(self._patience.give_up_stalled(self.stage.process.loop.time()))
+        self._table.replication.claim_again()
         self._ask_writers()
         for index, stage in enumerate(self.record.stages):
-            oldest = self.scheduler.fences.unanswered(index)
+            oldest = self._table.fences.unanswered(index)
             if oldest:
                 self.stage.tell_stage(stage.name, FenceOff(self.epoch, oldest))
 
     def _ask_writers(self) -> None:
         """What the end of a hand-off is waited for, and that nobody wants others any more."""
-        for (pipeline, epoch), sequences in self.scheduler.awaited().items():
+        for (pipeline, epoch), sequences in self._patience.awaited().items():
             record = self.stage.records.get(pipeline)
             if record is None or record.epoch != epoch or record.successor is not None:
                 continue  # its next epoch, or another pipeline, is asked for all of it
@@ -128,11 +130,11 @@ class TokenDriver(Driver):
     def pump(self) -> None:
         """Also sends what has come up for stages and stores."""
         super().pump()
-        oldest = self.scheduler.fences.take_asked()
+        oldest = self._table.fences.take_asked()
         if oldest:
             for stage in self.record.stages:
                 self.stage.tell_stage(stage.name, FenceOff(self.epoch, oldest))
-        for store, message in self.scheduler.replication.flush(self.stage.process.loop.time()):
+        for store, message in self._table.replication.flush(self.stage.process.loop.time()):
             self.stage.peers.send(store, message)
 
     # ------------------------------------------------------------ what it hears
@@ -159,15 +161,15 @@ class TokenDriver(Driver):
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
 
     def _admit(self, router: Sender, admit: Admit) -> None:
-        if self.scheduler.is_outdated(admit.sequence_id, admit.placed):
+        if self._admissions.is_outdated(admit.sequence_id, admit.placed):
             logger.info("%s of %s was on its way for too long", admit.sequence_id, router.name)
             return
         prompt, forced = unpack_ids(admit.prompt), unpack_ids(admit.forced)
         was_elsewhere = admit.came_from not in ("", self.record.pipeline)
-        self.scheduler.placed_again(admit.sequence_id, admit.placed, admit.follows, was_elsewhere=was_elsewhere)
-        sequence_id, actions = self.scheduler.adopt(admit.sequence_id, prompt, forced, admit.params) or (
+        self._admissions.placed_again(admit.sequence_id, admit.placed, admit.follows, was_elsewhere=was_elsewhere)
+        sequence_id, actions = self._admissions.adopt(admit.sequence_id, prompt, forced, admit.params) or (
             admit.sequence_id,
-            self.scheduler.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params, admit.placed),
+            self._admissions.admit(admit.sequence_id, admit.choice, prompt, forced, admit.params, admit.placed),
         )
         self._audience.enter(sequence_id, admit, router)
         self._carry_out(actions)
@@ -178,7 +180,7 @@ class TokenDriver(Driver):
         unknown: list[str] = []
         for name, index in sequences:
             ours = self._audience.called(name)
-            frames = None if ours is None else self.scheduler.frames_from(ours, index)
+            frames = None if ours is None else self._admissions.frames_from(ours, index)
             if frames is None:
                 unknown.append(name)
             tokens += (ProducedToken(name, each.index, each.drawn, each.finish_reason) for each in frames or ())
@@ -188,7 +190,7 @@ class TokenDriver(Driver):
             self.stage.peers.send(router.name, SequencesUnknown(self.record.pipeline, self.epoch, unknown))
 
     def _cancel(self, sequence_id: str) -> None:
-        self._carry_out(self.scheduler.cancel(sequence_id))
+        self._carry_out(self._admissions.cancel(sequence_id))
         self._audience.leave(sequence_id)
 
     def member_joined(self, record: MemberRecord) -> None:
@@ -196,19 +198,19 @@ class TokenDriver(Driver):
             self._dead_routers.discard(Sender(record.name, record.incarnation))
             self._report_orphans(record.name, record.name)
         elif record.role == "cache_store":
-            self.scheduler.replication.store_joined(record.name, was_there=False)
+            self._table.replication.store_joined(record.name, was_there=False)
         elif self._is_ours(record):
-            self._carry_out(self.scheduler.stage_back(record.incarnation))
+            self._carry_out(self._intake.stage_back(record.incarnation))
 
     def member_lost(self, record: MemberRecord) -> None:
         if record.role in ("cache_store", "prompt_stage"):
-            self._carry_out(self.scheduler.store_lost(record.name))
+            self._carry_out(self._intake.store_lost(record.name))
             if record.role == "prompt_stage":
                 self.later(LEAVE_S, self._leave_prompts, record)
         elif record.role == "router":
             self._router_lost(Sender(record.name, record.incarnation))
         elif self._is_ours(record):
-            self.scheduler.stage_lost(record.incarnation)
+            self._intake.stage_lost(record.incarnation)
 
     def _is_ours(self, member: MemberRecord) -> bool:
         """Whether it is a stage of our pipeline in this epoch."""
@@ -218,13 +220,13 @@ class TokenDriver(Driver):
         """Nobody reads the tokens of its sequences: they wait for its successor, whom its clients ask to go on."""
         self._dead_routers.add(router)
         for sequence_id in self._audience.of_router(router):
-            self.scheduler.orphan(sequence_id)
+            self._admissions.orphan(sequence_id)
         for name in self.stage.routers():
             self._report_orphans(name, router.name)
         self.later(ORPHAN_S, self._end_orphans, router)
 
     def _report_orphans(self, to: str, dead: str) -> None:
-        sequences = self.scheduler.known() if to == dead else self.scheduler.orphans()
+        sequences = self._admissions.known() if to == dead else self._admissions.orphans()
         keys = [replica_key(sequence_id) for sequence_id in sequences]
         self.stage.peers.send(to, Orphans(self.record.pipeline, self.epoch, dead, keys))
 
@@ -237,29 +239,29 @@ class TokenDriver(Driver):
             return
         self._fence_off_older(record)
         if record.successor is not None:
-            self._carry_out(self.scheduler.pipeline_replaced(record.pipeline, record.epoch))
+            self._carry_out(self._intake.pipeline_replaced(record.pipeline, record.epoch))
         for stage in record.stages:
-            self.scheduler.replication.writer_is_back(stage.name)
+            self._table.replication.writer_is_back(stage.name)
         self._prompts_ready(record.pipeline)
         waiting, self._waiting = self._waiting, []
-        self._carry_out(grant for grant in waiting if self.scheduler.is_granted(grant.sequence_id, grant.attempt))
+        self._carry_out(grant for grant in waiting if self._intake.is_granted(grant.sequence_id, grant.attempt))
 
     def _fence_off_older(self, record: PipelineRecord) -> None:
         """Whoever still writes for an older epoch of a prompt pipeline is to end before its prompts are asked for
         again."""
         if record.role == "prompt_stage":
-            self.scheduler.fences.ask({record.pipeline: record.epoch})
+            self._table.fences.ask({record.pipeline: record.epoch})
 
     def _prompts_ready(self, pipeline: str) -> None:
         """What older epochs of it had not finished is asked of its newest, once that is both published and ready."""
         record = self.stage.records.get(pipeline)
         if record is not None and self._prompts.epoch(record):
-            self._carry_out(self.scheduler.pipeline_replaced(pipeline, record.epoch))
+            self._carry_out(self._intake.pipeline_replaced(pipeline, record.epoch))
 
     def _leave_prompts(self, lost: MemberRecord) -> None:
         left = self._prompts.leave(lost, self.stage.records)
         if left is not None:
-            self._carry_out(self.scheduler.pipeline_replaced(left.pipeline, left.epoch + 1))
+            self._carry_out(self._intake.pipeline_replaced(left.pipeline, left.epoch + 1))
 
     # ------------------------------------------------------------ what is to be done
 
@@ -307,44 +309,44 @@ class TokenDriver(Driver):
         num_tokens = len(admit.prompt) // ID_BYTES + len(grant.forced)
         capacity = self._prompts.capacity_tokens(record.pipeline)
         if capacity is not None and num_tokens > capacity:
-            self.scheduler.compute_here(grant.sequence_id)
+            self._intake.compute_here(grant.sequence_id)
             return
-        self.scheduler.assign_writer(grant.sequence_id, record.pipeline, self._prompts.epoch(record))
+        self._intake.assign_writer(grant.sequence_id, record.pipeline, self._prompts.epoch(record))
         prefill = self._prompts.prefill(record, admit, grant, (self.record.pipeline, self.epoch))
         self.stage.peers.send(record.stages[0].name, prefill)
 
     def _stop_prefill(self, sequence_id: str, attempt: int) -> None:
-        writer = self.scheduler.writer(sequence_id)
+        writer = self._intake.writer(sequence_id)
         record = None if writer is None else self.stage.records.get(writer[0])
         if record is not None:
             self.stage.peers.send(record.stages[0].name, CancelPrefill(sequence_id, attempt))
 
     def _ask_store(self, sequence_id: str, store: str) -> None:
-        sequence = self.scheduler.restoring(sequence_id)
+        sequence = self._intake.restoring(sequence_id)
         if sequence is not None:
-            self.stage.peers.send(*self.scheduler.replication.locate(store, sequence))
+            self.stage.peers.send(*self._table.replication.locate(store, sequence))
 
     def _pull_replica(self, sequence_id: str) -> None:
         """Has every stage copy its layers; each answers with `Pulled`."""
-        sequence = self.scheduler.restoring(sequence_id)
+        sequence = self._intake.restoring(sequence_id)
         if sequence is not None and sequence.replica is not None:
             self.pull(sequence.pull(self.epoch, sequence.replica))
 
     # ------------------------------------------------------------ status
 
     def costs(self) -> Mapping[str, int]:
-        return asdict(self.scheduler.costs)
+        return asdict(self._table.costs)
 
     def stats(self) -> dict[str, Any]:
-        scheduler = self.scheduler
-        lag_tokens = scheduler.replication.lag_tokens()
+        table = self._table
+        lag_tokens = table.replication.lag_tokens()
         stats: dict[str, Any] = {
-            "kv_blocks": scheduler.kv_blocks(),
-            "replication": {"lag_tokens": lag_tokens, "stores": scheduler.replication.num_stores},
-            "recovery": {"epoch": self.epoch, "most_recomputed_tokens": scheduler.most_recomputed_tokens},
+            "kv_blocks": table.kv_blocks(),
+            "replication": {"lag_tokens": lag_tokens, "stores": table.replication.num_stores},
+            "recovery": {"epoch": self.epoch, "most_recomputed_tokens": table.most_recomputed_tokens},
             "counters": {"replica_lag_tokens": lag_tokens},
-            "sequences": {"running": scheduler.num_running, "waiting": scheduler.num_waiting},
+            "sequences": {"running": table.num_running, "waiting": table.num_waiting},
         }
-        if scheduler.device is not None:
-            stats["swap"] = scheduler.device.describe()
+        if table.device is not None:
+            stats["swap"] = table.device.describe()
         return stats

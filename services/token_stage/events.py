@@ -21,28 +21,28 @@ def take(scheduler: TokenScheduler, event: Event) -> list[Action]:
     """What there is to do now."""
     match event:
         case FirstToken(_, sequence_id, attempt, drawn, num_computed):
-            return scheduler.first_token(sequence_id, attempt, drawn, num_computed)
+            return scheduler.intake.first_token(sequence_id, attempt, drawn, num_computed)
         case KvConfirmed(_, sequence_id, attempt, layers, start, count, intact):
-            return scheduler.kv_confirmed(sequence_id, attempt, layers, (start, start + count), intact)
+            return scheduler.intake.kv_confirmed(sequence_id, attempt, layers, (start, start + count), intact)
         case HandoffEnded():
             return _handoff_ended(scheduler, event)
         case FencedOff(_, stage_index, oldest):
-            return scheduler.fenced_off(stage_index, oldest)
+            return scheduler.intake.fenced_off(stage_index, oldest)
         case Claimed(store, _, _, keys):
-            return scheduler.store_claimed(store, keys)
+            return scheduler.intake.store_claimed(store, keys)
         case Replicated(store, _, batch, failed):
-            return scheduler.replicated(store, batch, failed)
+            return scheduler.intake.replicated(store, batch, failed)
         case Located(store, _, sequence_id, attempt, held):
-            return scheduler.located(sequence_id, attempt, store, held)
+            return scheduler.intake.located(sequence_id, attempt, store, held)
         case Pulled(_, sequence_id, attempt, intact):
-            return scheduler.pulled(sequence_id, attempt, intact)
+            return scheduler.intake.pulled(sequence_id, attempt, intact)
     assert_never(event)
 
 
 def _handoff_ended(scheduler: TokenScheduler, ended: HandoffEnded) -> list[Action]:
     if ended.error is not None:
         logger.warning("hand-off of %s failed: %s", ended.sequence_id, ended.error)
-    return scheduler.handoff_ended(
+    return scheduler.intake.handoff_ended(
         ended.sequence_id,
         ended.attempt,
         ended.stage_index,

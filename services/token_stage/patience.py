@@ -12,32 +12,37 @@ from collections import defaultdict
 
 from services.token_stage.intake import Intake
 from services.token_stage.sequence import Action, AskStore, Phase, Sequence
+from services.token_stage.table import SequenceTable
 
 STALLED_S = 5.0
 """How long an ended hand-off may lack something, and nothing more of it is confirmed, before it is begun again. Twice
 as long each time that this happens to a sequence: where checks take longer than that, one will be in time."""
 
 
-class Patience(Intake):
+class Patience:
     """What a driver does every few seconds."""
+
+    def __init__(self, table: SequenceTable, intake: Intake) -> None:
+        self._table = table
+        self._intake = intake
 
     def ask_again(self) -> list[Action]:
         """For what stores have of those that wait for it: what was asked before, or the answer, may be lost."""
-        return [AskStore(s.sequence_id, s.source) for s in self._sequences.values() if s.is_asking]
+        return [AskStore(s.sequence_id, s.source) for s in self._table.sequences.values() if s.is_asking]
 
     def awaited(self) -> dict[tuple[str, int], list[Sequence]]:
         """Whose hand-offs have not ended, by the prompt pipeline (and its epoch) that was asked for them."""
         found: defaultdict[tuple[str, int], list[Sequence]] = defaultdict(list)
-        for sequence in self._sequences.values():
+        for sequence in self._table.sequences.values():
             if sequence.awaits_writers and sequence.writer is not None:
                 found[sequence.writer].append(sequence)
         return found
 
     def give_up_stalled(self, now_s: float) -> list[Action]:
         """Begins again what has ended and will not be complete, as far as can be told at `now_s`."""
-        stalled = [s for s in self._sequences.values() if self._is_stalled(s, now_s)]
-        actions = [action for sequence in stalled for action in self._restart(sequence)]
-        return [*actions, *self._grant_waiting()] if stalled else []
+        stalled = [s for s in self._table.sequences.values() if self._is_stalled(s, now_s)]
+        actions = [action for sequence in stalled for action in self._intake.restart(sequence)]
+        return [*actions, *self._intake.grant_waiting()] if stalled else []
 
     def _is_stalled(self, sequence: Sequence, now_s: float) -> bool:
         if not self._lacks_confirmation(sequence):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from common.ends import finish_reason
 from common.kv.blocks import BlockAllocator
-from common.messages import Drawn, SequenceOpen
+from common.messages import Drawn
 from common.replica_messages import replica_key
 from services.token_stage.fences import Fences
 from services.token_stage.replication import Replication
-from services.token_stage.sequence import Action, FlyingStep, Phase, Produce, Sequence, StopPrefill
+from services.token_stage.sequence import Action, Phase, Produce, Sequence, StopPrefill
 from services.token_stage.swapping import DeviceTier
 
 MAX_FINISHED = 256
@@ -61,29 +61,29 @@ class SequenceTable:
         self.most_recomputed_tokens = 0
         """of one sequence, after failures"""
         self.allocator = BlockAllocator(shape.num_blocks)
-        self._max_sequence_blocks = shape.num_blocks if device is None else min(shape.num_blocks, device.num_blocks)
-        self._sequences: dict[str, Sequence] = {}
-        self._by_key: dict[str, Sequence] = {}
+        self.max_sequence_blocks = shape.num_blocks if device is None else min(shape.num_blocks, device.num_blocks)
+        self.sequences: dict[str, Sequence] = {}
+        self.by_key: dict[str, Sequence] = {}
         """the same, by what a request's next router will ask for"""
-        self._finished: OrderedDict[str, Sequence] = OrderedDict()
+        self.finished: OrderedDict[str, Sequence] = OrderedDict()
         """the last that finished, by key: their routers may have died before they passed on the end"""
-        self._missing_stages: set[str] = set()
-        """incarnations of stages of ours that are dead"""
-        self._waiting: dict[str, Sequence] = {}
-        self._ready: OrderedDict[str, Sequence] = OrderedDict()
-        self._prefilling: dict[str, Sequence] = {}
-        self._opens: list[SequenceOpen] = []
-        self._closes: list[str] = []
-        self._flying: dict[int, FlyingStep] = {}
-        self._num_arrivals = self._num_steps = self._num_decoding = 0
+        self.waiting: dict[str, Sequence] = {}
+        """for blocks"""
+        self.ready: OrderedDict[str, Sequence] = OrderedDict()
+        """their next token can be computed"""
+        self.prefilling: dict[str, Sequence] = {}
+        """our own stages compute what has no KV yet"""
+        self.closes: list[str] = []
+        """what stages do not know yet of sequences that have gone"""
+        self.num_decoding = 0
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self._sequences) - len(self._waiting)
+        return len(self.sequences) - len(self.waiting)
 
     def kv_blocks(self) -> dict[str, int]:
         """Blocks in all, free, and withdrawn because somebody might still write to them."""
@@ -93,36 +93,40 @@ class SequenceTable:
             "quarantined": self.allocator.num_quarantined,
         }
 
-    def _blocks_for(self, num_tokens: int) -> int:
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that the KV of so many tokens takes."""
         return -(-num_tokens // self.shape.block_size)
 
-    def _current(self, sequence_id: str, attempt: int) -> Sequence | None:
-        sequence = self._sequences.get(sequence_id)
+    def current(self, sequence_id: str, attempt: int) -> Sequence | None:
+        """The sequence, if its KV is being built, and by this attempt."""
+        sequence = self.sequences.get(sequence_id)
         if sequence is None or sequence.attempt != attempt or sequence.phase is not Phase.PREFILLING:
             return None
         return sequence
 
-    def _set_ready(self, sequence: Sequence) -> None:
+    def set_ready(self, sequence: Sequence) -> None:
+        """Its next token can be computed; an orphan's is not."""
         if sequence.phase is not Phase.DECODING:
             sequence.phase = Phase.DECODING
-            self._num_decoding += 1
+            self.num_decoding += 1
         if not sequence.is_orphan:
-            self._ready[sequence.sequence_id] = sequence
+            self.ready[sequence.sequence_id] = sequence
 
-    def _append(self, sequence: Sequence, drawn: Drawn) -> list[Action]:
+    def append(self, sequence: Sequence, drawn: Drawn) -> list[Action]:
+        """Its next token has been drawn, perhaps its last."""
         sequence.tokens.append(drawn.token_id)
         num_output = sequence.num_output
         reason = finish_reason(sequence.params, self.shape.eos_token_ids, drawn.token_id, num_output)
         sequence.undelivered.append(Produce(sequence.sequence_id, num_output - 1, drawn, reason))
-        delivered = self._deliver(sequence)
+        delivered = self.deliver(sequence)
         if reason is None:
             return delivered
-        self._finished[replica_key(sequence.sequence_id)] = sequence
-        if len(self._finished) > MAX_FINISHED:
-            self._finished.popitem(last=False)
-        return [*delivered, *self._end(sequence)]
+        self.finished[replica_key(sequence.sequence_id)] = sequence
+        if len(self.finished) > MAX_FINISHED:
+            self.finished.popitem(last=False)
+        return [*delivered, *self.end(sequence)]
 
-    def _deliver(self, sequence: Sequence) -> list[Action]:
+    def deliver(self, sequence: Sequence) -> list[Action]:
         """Tokens that need not wait (any more) for a store, or for a router. The last one never waits for a store:
         after it nothing can be lost."""
         if sequence.is_orphan:
@@ -147,47 +151,51 @@ class SequenceTable:
             sequence, position, sequence.max_lag, is_strict=is_strict
         )
 
-    def _requeue(self, sequence: Sequence) -> None:
-        self._ready.pop(sequence.sequence_id, None)
+    def requeue(self, sequence: Sequence) -> None:
+        """Takes its blocks, for others."""
+        self.ready.pop(sequence.sequence_id, None)
         sequence.requeue = sequence.was_preempted = True
         self.costs.preemptions += 1
-        self._release_if_untouched(sequence)
+        self.release_if_untouched(sequence)
 
-    def _requeue_orphan(self) -> bool:
+    def requeue_orphan(self) -> bool:
         """Takes its blocks from a sequence that nobody reads at present; False: there is none."""
-        decoding = (s for s in self._sequences.values() if s.phase is Phase.DECODING and not s.requeue)
+        decoding = (s for s in self.sequences.values() if s.phase is Phase.DECODING and not s.requeue)
         orphan = next((sequence for sequence in decoding if sequence.is_orphan), None)
         if orphan is not None:
-            self._requeue(orphan)
+            self.requeue(orphan)
         return orphan is not None
 
-    def _end(self, sequence: Sequence, *, is_superseded: bool = False) -> list[Action]:
+    def end(self, sequence: Sequence, *, is_superseded: bool = False) -> list[Action]:
+        """Nobody wants its tokens any more; with `is_superseded` another one has the same key from now on."""
         if sequence.phase is Phase.ENDED:
             return []
         self.replication.ended(sequence, is_superseded=is_superseded)
         was = sequence.phase
         if was is Phase.DECODING:
-            self._num_decoding -= 1
+            self.num_decoding -= 1
         sequence.phase = Phase.ENDED
-        self._ready.pop(sequence.sequence_id, None)
-        self._prefilling.pop(sequence.sequence_id, None)
-        self._waiting.pop(sequence.sequence_id, None)
+        self.ready.pop(sequence.sequence_id, None)
+        self.prefilling.pop(sequence.sequence_id, None)
+        self.waiting.pop(sequence.sequence_id, None)
         wants_stop = was is Phase.PREFILLING and sequence.awaits_writers
         stop: list[Action] = [StopPrefill(sequence.sequence_id, sequence.attempt)] if wants_stop else []
-        self._release_if_untouched(sequence)
+        self.release_if_untouched(sequence)
         return stop
 
-    def _release_if_untouched(self, sequence: Sequence) -> None:
+    def release_if_untouched(self, sequence: Sequence) -> None:
+        """Call whenever somebody has let go of it: if it was the last, its blocks go back, and it with them or into the
+        queue."""
         if not sequence.is_leaving or sequence.is_touched:
             return
         self._give_back(sequence)
         if sequence.is_open:
-            self._closes.append(sequence.sequence_id)
+            self.closes.append(sequence.sequence_id)
             sequence.is_open = False
         if sequence.phase is Phase.ENDED:
-            self._sequences.pop(sequence.sequence_id, None)
-            if self._by_key.get(replica_key(sequence.sequence_id)) is sequence:
-                del self._by_key[replica_key(sequence.sequence_id)]
+            self.sequences.pop(sequence.sequence_id, None)
+            if self.by_key.get(replica_key(sequence.sequence_id)) is sequence:
+                del self.by_key[replica_key(sequence.sequence_id)]
         else:
             self._back_to_queue(sequence)
 
@@ -205,7 +213,7 @@ class SequenceTable:
     def _back_to_queue(self, sequence: Sequence) -> None:
         sequence.requeue = False
         if sequence.phase is Phase.DECODING:
-            self._num_decoding -= 1
-        self._prefilling.pop(sequence.sequence_id, None)
+            self.num_decoding -= 1
+        self.prefilling.pop(sequence.sequence_id, None)
         sequence.phase = Phase.WAITING
-        self._waiting[sequence.sequence_id] = sequence
+        self.waiting[sequence.sequence_id] = sequence

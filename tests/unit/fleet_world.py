@@ -278,7 +278,7 @@ class Fleet:
     def check_write(self, stage: FleetTokenStage, span: HandoffSpan) -> None:
         """Nobody else has the blocks that are being written to."""
         scheduler = self._scheduler_of(stage)
-        sequences = {} if scheduler is None else scheduler._sequences
+        sequences = {} if scheduler is None else scheduler.table.sequences
         first, last = (position // BLOCK_SIZE for position in (span.token_range[0], span.token_range[1] - 1))
         touched = set(span.destination_blocks[first : last + 1])
         for other in sequences.values():
@@ -305,16 +305,16 @@ class Fleet:
         scheduler = self._scheduler_of(stage)
         if scheduler is None:
             return
-        scheduler.allocator.check()
+        scheduler.table.allocator.check()
         lent: dict[int, str] = {}
-        for sequence in scheduler._sequences.values() if touched else ():
+        for sequence in scheduler.table.sequences.values() if touched else ():
             lent |= dict.fromkeys(sequence.blocks, replica_key(sequence.sequence_id))
         for key, blocks in touched:
             assert all(lent.get(block, key) == key for block in blocks), f"blocks of {key} were given away too early"
 
     def check_safe(self, stage: FleetTokenStage, scheduler: TokenScheduler, produced: Produce) -> None:
         """A token is shown: a store has the KV before it, but for what may lag, or none can have it."""
-        sequence = scheduler._sequences.get(produced.sequence_id)
+        sequence = scheduler.table.sequences.get(produced.sequence_id)
         if sequence is None or sequence.max_lag is None or sequence.phase is Phase.ENDED:
             return
         key, tokens = replica_key(produced.sequence_id), sequence.tokens[: sequence.num_prompt + produced.index]
@@ -327,11 +327,11 @@ class Fleet:
         self.shown[key] = produced.index + 1
         kept = [store.shelf.locate(key, pack_ids(tokens), 0.0) for store in self.stores]
         is_safe = any(found is not None and found[1] >= len(tokens) - sequence.max_lag for found in kept)
-        is_refused = any(key in store.refused for store in scheduler.replication._stores.values())
+        is_refused = any(key in store.refused for store in scheduler.table.replication._stores.values())
         is_refused |= any(key in refusal.failed for refusal in self._refusals(stage))
-        if any(stage.members.get(name) != self.members.get(name) for name in scheduler.replication._stores):
+        if any(stage.members.get(name) != self.members.get(name) for name in scheduler.table.replication._stores):
             return  # it has not heard of a store's death yet
-        assert is_safe or is_refused or not scheduler.replication.num_stores, "a token was shown that is not safe"
+        assert is_safe or is_refused or not scheduler.table.replication.num_stores, "a token was shown that is not safe"
 
     def _refusals(self, stage: FleetTokenStage) -> list[Replicated]:
         """What stores have said, and the stage has not heard yet."""

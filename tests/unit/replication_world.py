@@ -110,7 +110,7 @@ class World:
             self.outputs[name] = self.outputs[name][: len(self.outputs[name]) - num_lost]
             self.ended.discard(name)
             self.away.append(name)
-            self.token.orphan(self.ours[name])
+            self.token.admissions.orphan(self.ours[name])
 
     def come_back(self) -> None:
         name = self.away.pop(self.draws.randrange(len(self.away)))
@@ -120,20 +120,20 @@ class World:
         del self.stores[name]
         self.forsaken.discard(name)
         self.wire = [(kind, a) for kind, a in self.wire if name not in a]
-        self.carry_out(self.token.store_lost(name))
+        self.carry_out(self.token.intake.store_lost(name))
 
     def forsake_store(self, name: str) -> None:
         """It is taken for dead, and lives: what it has been told to read it may read, whoever the blocks belong to."""
         self.forsaken.add(name)
         self.void_batches |= {key for key in self.answers if key[1] == name}
-        self.carry_out(self.token.store_lost(name))
+        self.carry_out(self.token.intake.store_lost(name))
 
     def find_store(self, name: str) -> None:
         """It has noticed, and is seen again."""
         self.forsaken.discard(name)
         shelf = self.stores[name].shelf
         shelf.standing = (shelf.standing or 0) + 1
-        self.token.replication.store_joined(name, was_there=False)
+        self.token.table.replication.store_joined(name, was_there=False)
 
     def damage_store(self, name: str) -> None:
         """All that it has, not what it gets from now on."""
@@ -142,7 +142,7 @@ class World:
 
     def new_store(self, name: str) -> None:
         self.stores[name] = Store(self.num_store_blocks)
-        self.token.replication.store_joined(name, was_there=False)
+        self.token.table.replication.store_joined(name, was_there=False)
 
     # ------------------------------------------------------------ requests
 
@@ -157,10 +157,10 @@ class World:
         is_strict = name.endswith("s")
         params = SamplingParams(max_tokens=self.max_tokens[name], durability=durability, durability_strict=is_strict)
         sequence_id = f"{name}/0/{self.term}"
-        adopted = self.token.adopt(sequence_id, prompt, self.outputs[name], params)
+        adopted = self.token.admissions.adopt(sequence_id, prompt, self.outputs[name], params)
         if adopted is None:
             self.ours[name] = sequence_id
-            self.carry_out(self.token.admit(sequence_id, 0, prompt, self.outputs[name], params))
+            self.carry_out(self.token.admissions.admit(sequence_id, 0, prompt, self.outputs[name], params))
             return
         self.ours[name], actions = adopted
         self.num_adopted += 1
@@ -170,7 +170,7 @@ class World:
         self.ended.add(name)
         if name in self.away:
             self.away.remove(name)
-        self.carry_out(self.token.cancel(self.ours[name]))
+        self.carry_out(self.token.admissions.cancel(self.ours[name]))
 
     def carry_out(self, actions: Iterable[Action], *, were_shown: bool = False) -> None:
         actions = list(actions)
@@ -191,11 +191,11 @@ class World:
                     if reason is not None:
                         self.ended.add(name)
                 case AskStore(sequence_id, store):
-                    sequence = self.token.restoring(sequence_id)
+                    sequence = self.token.intake.restoring(sequence_id)
                     assert sequence is not None
-                    self.to_store(self.token.replication.locate(store, sequence))
+                    self.to_store(self.token.table.replication.locate(store, sequence))
                 case PullReplica(sequence_id):
-                    pulling = self.token.restoring(sequence_id)
+                    pulling = self.token.intake.restoring(sequence_id)
                     assert pulling is not None
                     for _ in range(NUM_STAGES):
                         self.wire.append(("pull", (sequence_id, list(pulling.blocks))))
@@ -204,7 +204,7 @@ class World:
 
     def check_strict(self, name: str, tokens: list[int]) -> None:
         """Nobody but a store can let a strict request go on, whatever became of the stores."""
-        assert self.token.replication.num_stores
+        assert self.token.table.replication.num_stores
         if self.durability[name] != "async":
             kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
             assert any(found is not None and found[1] >= len(tokens) - 3 for found in kept)
@@ -214,7 +214,7 @@ class World:
         kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
         is_safe = any(found is not None and found[1] >= len(tokens) - max_lag for found in kept)
         is_refused = any((store, f"{name}/0") in self.refused for store in self.stores)
-        assert is_safe or is_refused or not self.token.replication.num_stores
+        assert is_safe or is_refused or not self.token.table.replication.num_stores
 
     # ------------------------------------------------------------ the token pipeline
 
@@ -223,8 +223,8 @@ class World:
             self.flying.append(step)
         self.now_s += 0.1
         if self.draws.random() < 0.05:
-            self.carry_out(self.token.ask_again())
-        for message in self.token.replication.flush(self.now_s):
+            self.carry_out(self.token.patience.ask_again())
+        for message in self.token.table.replication.flush(self.now_s):
             self.to_store(message)
 
     def run_step(self) -> None:
@@ -236,7 +236,7 @@ class World:
             self.table[opened.sequence_id] = (tokens, list(opened.blocks))
         drawn: list[Drawn] = []
         for chunk in step.chunks:
-            lent = self.token.restoring(chunk.sequence_id)
+            lent = self.token.intake.restoring(chunk.sequence_id)
             assert lent is not None and lent.blocks, "blocks were given away while a step used them"
             tokens, blocks = self.table[chunk.sequence_id]
             blocks += chunk.new_blocks
@@ -252,7 +252,7 @@ class World:
         self.carry_out(self.token.step_done(step.step, drawn))
 
     def pull(self, sequence_id: str) -> None:
-        sequence = self.token.restoring(sequence_id)
+        sequence = self.token.intake.restoring(sequence_id)
         assert sequence is not None, "blocks were given away while a stage was pulling"
         store = self.stores.get(sequence.source)
         held = sequence.replica
@@ -265,7 +265,7 @@ class World:
             assert is_intact or sequence.is_leaving or sequence.source in self.damaged
             self.pool.update(zip(slots(sequence.blocks, 0, count, BLOCK_SIZE), values, strict=True))
             self.num_restored += is_intact
-        self.carry_out(self.token.pulled(sequence_id, sequence.attempt, is_intact))
+        self.carry_out(self.token.intake.pulled(sequence_id, sequence.attempt, is_intact))
 
     # ------------------------------------------------------------ the stores
 
@@ -338,15 +338,15 @@ class World:
     @property
     def is_owed(self) -> bool:
         """Whether a store, or somebody on the way to it, owes the driver an answer."""
-        owing = any(store.asked is not None for store in self.token.replication._stores.values())
-        return owing or any(sequence.is_asking for sequence in self.token._sequences.values())
+        owing = any(store.asked is not None for store in self.token.table.replication._stores.values())
+        return owing or any(sequence.is_asking for sequence in self.token.table.sequences.values())
 
     def check_blocks(self) -> None:
         """Nobody else has them meanwhile."""
-        self.token.allocator.check()
+        self.token.table.allocator.check()
         lent: dict[int, str] = {}
         touches = self.touches()
-        for sequence in self.token._sequences.values() if touches else ():
+        for sequence in self.token.table.sequences.values() if touches else ():
             lent |= dict.fromkeys(sequence.blocks, replica_key(sequence.sequence_id))
         for key, blocks in touches:
             assert all(lent.get(block, key) == key for block in blocks), f"blocks of {key} were given away too early"
@@ -364,7 +364,7 @@ class World:
         if epoch != self.epoch:
             return
         if kind == "claimed":
-            self.carry_out(self.token.store_claimed(*rest))  # type: ignore[arg-type]
+            self.carry_out(self.token.intake.store_claimed(*rest))  # type: ignore[arg-type]
             return
         if kind == "replicated":
             name, batch, failed = rest
@@ -372,10 +372,10 @@ class World:
             if keys is not None and (epoch, name, batch) not in self.void_batches:
                 self.refused -= {(str(name), key) for key in keys}
                 self.refused |= {(str(name), key) for key in failed}  # type: ignore[attr-defined]
-            self.carry_out(self.token.replicated(*rest))  # type: ignore[arg-type]
+            self.carry_out(self.token.intake.replicated(*rest))  # type: ignore[arg-type]
             return
         sequence_id, attempt, store, held = rest
-        self.carry_out(self.token.located(sequence_id, attempt, store, held))  # type: ignore[arg-type]
+        self.carry_out(self.token.intake.located(sequence_id, attempt, store, held))  # type: ignore[arg-type]
 
 
 def take_turn(world: World) -> None:

@@ -56,11 +56,11 @@ def test_nothing_of_an_older_epoch_runs_while_stages_get_ready_for_the_next(is_o
 def test_what_older_drivers_have_cost_still_counts() -> None:
     stage, store = driving()
     assert stage.driver is not None
-    stage.driver.scheduler.costs.recoveries = 2
+    stage.driver.scheduler.table.costs.recoveries = 2
     publish(stage, 2, store)
     assert stage._counters["recoveries"] == 2
     second_stage_is_ready(stage, 2)
-    stage.driver.scheduler.costs.recoveries = 1
+    stage.driver.scheduler.table.costs.recoveries = 1
     publish(stage, 3, store)
     assert stage._counters["recoveries"] == 3
 
@@ -71,7 +71,7 @@ def test_a_driver_hears_of_a_death_before_the_links_to_the_dead_are_closed() -> 
 
     async def store_lost(name: str) -> None:
         assert stage.driver is not None
-        counted_on.append(name in stage.driver.scheduler.replication._stores)
+        counted_on.append(name in stage.driver.scheduler.table.replication._stores)
 
     pulls: Any = stage.pulls
     pulls.store_lost = store_lost

@@ -242,8 +242,8 @@ def check_end(world: Fleet) -> None:
     for stage in published_drivers(world, FleetTokenStage):
         assert stage.driver is not None, f"{stage.options.name} does not work"
         scheduler = stage.driver.scheduler
-        assert scheduler.num_running == scheduler.num_waiting == 0, "sequences are left"
-        assert scheduler.allocator.num_free == NUM_BLOCKS["token_stage"], "blocks are left"
+        assert scheduler.table.num_running == scheduler.table.num_waiting == 0, "sequences are left"
+        assert scheduler.table.allocator.num_free == NUM_BLOCKS["token_stage"], "blocks are left"
     for stage in published_drivers(world, FleetPromptStage):
         assert stage.driver is not None, f"{stage.options.name} does not work"
         assert stage.driver.scheduler.num_free == NUM_BLOCKS["prompt_stage"], "prompt blocks are left"

@@ -78,7 +78,7 @@ def test_what_nobody_wants_any_more_ends_though_word_of_that_is_lost() -> None:
     world.leader.requests.cancel("r")
     settle(world)
     [token] = world.stages(FleetTokenStage)
-    assert len(sent) > 1 and not token.driver.scheduler._finished, "it went on to its end"
+    assert len(sent) > 1 and not token.driver.scheduler.table.finished, "it went on to its end"
     assert world.clients.pop("r").outcome == "cancelled"
     check_end(world)
 

@@ -38,37 +38,37 @@ def token_scheduler() -> TokenScheduler:
         is_colocated=False,
     )  # fmt: skip
     scheduler = TokenScheduler(shape, Replication("token-0", 3, 4))
-    [grant] = scheduler.admit("a", 0, list(range(1, 11)), [], PARAMS)
+    [grant] = scheduler.admissions.admit("a", 0, list(range(1, 11)), [], PARAMS)
     assert isinstance(grant, Grant)
-    scheduler.assign_writer("a", "prompt-0", 7)
+    scheduler.intake.assign_writer("a", "prompt-0", 7)
     return scheduler
 
 
 def end(scheduler: TokenScheduler, attempt: int) -> None:
-    scheduler.first_token("a", attempt, Drawn(5), 10)
+    scheduler.intake.first_token("a", attempt, Drawn(5), 10)
     for stage in (0, 1):
-        scheduler.handoff_ended("a", attempt, stage, 2, failed=False)
+        scheduler.intake.handoff_ended("a", attempt, stage, 2, failed=False)
 
 
 def test_who_waits_is_asked_about_and_not_given_up() -> None:
     """However long the queue is, or the prompt."""
     scheduler = token_scheduler()
     for now_s in (0.0, LONG_S, 2 * LONG_S):
-        assert scheduler.give_up_stalled(now_s) == []
-        assert [s.sequence_id for s in scheduler.awaited()["prompt-0", 7]] == ["a"]
+        assert scheduler.patience.give_up_stalled(now_s) == []
+        assert [s.sequence_id for s in scheduler.patience.awaited()["prompt-0", 7]] == ["a"]
     end(scheduler, 1)
-    assert not scheduler.awaited()
+    assert not scheduler.patience.awaited()
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_lost_confirmation_begins_the_hand_off_again(layer: int) -> None:
     scheduler = token_scheduler()
     end(scheduler, 1)
-    scheduler.kv_confirmed("a", 1, (layer, layer + 1), (0, 10), intact=True)
+    scheduler.intake.kv_confirmed("a", 1, (layer, layer + 1), (0, 10), intact=True)
     now_s = LONG_S
-    assert scheduler.give_up_stalled(now_s) == []
-    assert scheduler.give_up_stalled(now_s + STALLED_S - 1) == []
-    stop, again = scheduler.give_up_stalled(now_s + STALLED_S)
+    assert scheduler.patience.give_up_stalled(now_s) == []
+    assert scheduler.patience.give_up_stalled(now_s + STALLED_S - 1) == []
+    stop, again = scheduler.patience.give_up_stalled(now_s + STALLED_S)
     assert stop == StopPrefill("a", 1)
     assert isinstance(again, Grant) and again.attempt == 2
 
@@ -77,7 +77,7 @@ def test_corrupt_kv_that_is_found_last_begins_the_hand_off_again() -> None:
     """Nothing else happens that would have it granted."""
     scheduler = token_scheduler()
     end(scheduler, 1)
-    assert [type(action) for action in scheduler.kv_confirmed("a", 1, (0, 1), (0, 10), intact=False)] == [
+    assert [type(action) for action in scheduler.intake.kv_confirmed("a", 1, (0, 1), (0, 10), intact=False)] == [
         StopPrefill,
         Grant,
     ]
@@ -87,9 +87,9 @@ def test_who_makes_progress_is_not_given_up() -> None:
     scheduler = token_scheduler()
     end(scheduler, 1)
     for num_tokens in range(10):
-        assert scheduler.give_up_stalled(num_tokens * (STALLED_S - 1)) == []
-        scheduler.kv_confirmed("a", 1, (0, 2), (num_tokens, num_tokens + 1), intact=True)
-    assert scheduler.give_up_stalled(LONG_S) == []
+        assert scheduler.patience.give_up_stalled(num_tokens * (STALLED_S - 1)) == []
+        scheduler.intake.kv_confirmed("a", 1, (0, 2), (num_tokens, num_tokens + 1), intact=True)
+    assert scheduler.patience.give_up_stalled(LONG_S) == []
     assert scheduler.next_step() is not None, "it decodes"
 
 
@@ -99,10 +99,12 @@ def test_each_attempt_is_waited_for_longer() -> None:
     for attempt in range(1, 4):
         end(scheduler, attempt)
         limit_s = STALLED_S * 2 ** (attempt - 1)
-        assert scheduler.give_up_stalled(now_s) == scheduler.give_up_stalled(now_s + limit_s - 1) == []
+        assert (
+            scheduler.patience.give_up_stalled(now_s) == scheduler.patience.give_up_stalled(now_s + limit_s - 1) == []
+        )
         now_s += limit_s
-        assert scheduler.give_up_stalled(now_s)
-        scheduler.assign_writer("a", "prompt-0", 7)
+        assert scheduler.patience.give_up_stalled(now_s)
+        scheduler.intake.assign_writer("a", "prompt-0", 7)
 
 
 def prefill(attempt: int, epoch: int = ASKER[1]) -> Prefill:

@@ -20,10 +20,10 @@ from services.router.ledger import Ledger, new_request
 from services.router.pipelines import missing_pipelines
 from services.router.requests import Requests
 from services.router.watchdog import TICK_S, Watchdog
+from services.token_stage.admissions import Admissions
 from services.token_stage.audience import Audience
 from services.token_stage.intake import Intake
 from services.token_stage.replication import Replication
-from services.token_stage.requested import Requested
 from services.token_stage.sequence import Sequence
 from services.token_stage.table import SequenceTable
 from tests.unit import test_cluster_simulation, test_prompt_recovery, test_replication, test_whole_system
@@ -67,7 +67,7 @@ def any_answer_counts(old: Any, self: Replication, name: str, batch: int, failed
 
 
 def first_pull_counts_for_all(old: Any, self: Intake, sequence_id: str, attempt: int, intact: bool) -> Any:
-    sequence = self._sequences.get(sequence_id)
+    sequence = self._table.sequences.get(sequence_id)
     if sequence is not None and sequence.attempt == attempt and sequence.num_pulls:
         sequence.num_pulls = 1
     return old(self, sequence_id, attempt, intact)
@@ -88,10 +88,10 @@ def repetitions_count(old: Any, self: Ledger, token: Any, epoch: int) -> Any:
     return old(self, token, epoch)
 
 
-def not_made_ready(old: Any, self: Requested, *args: Any) -> Any:
+def not_made_ready(old: Any, self: Admissions, *args: Any) -> Any:
     adopted = old(self, *args)
     if adopted is not None:
-        self._ready.pop(adopted[0], None)
+        self._table.ready.pop(adopted[0], None)
     return adopted
 
 
@@ -136,7 +136,7 @@ BUGS = [
         "the last delivered token is drawn again",
         STORES,
         around(
-            Requested,
+            Admissions,
             "admit",
             lambda old, self, i, c, prompt, forced, *more: old(self, i, c, prompt, forced[:-1], *more),
         ),
@@ -182,10 +182,10 @@ BUGS = [
             ),
         ),
     ),
-    Bug("who has lost its router goes on", STORES, instead(Requested, "orphan", lambda *args: None)),
-    Bug("who has lost its router is kept for ever", WHOLE, instead(Requested, "orphans", lambda self: [])),
-    Bug("who was taken over does not go on", WHOLE, around(Requested, "adopt", not_made_ready)),
-    Bug("nothing can be cancelled", WHOLE, instead(Requested, "cancel", lambda *args: [])),
+    Bug("who has lost its router goes on", STORES, instead(Admissions, "orphan", lambda *args: None)),
+    Bug("who has lost its router is kept for ever", WHOLE, instead(Admissions, "orphans", lambda self: [])),
+    Bug("who was taken over does not go on", WHOLE, around(Admissions, "adopt", not_made_ready)),
+    Bug("nothing can be cancelled", WHOLE, instead(Admissions, "cancel", lambda *args: [])),
     Bug("the router hears zombies", WHOLE, around(Requests, "tokens_produced", old_epochs_are_heard)),
     Bug(
         "the router hears zombies, and twice",

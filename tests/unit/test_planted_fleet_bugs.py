@@ -13,9 +13,9 @@ from services.prompt_stage.scheduler import PromptScheduler
 from services.router.dispatch import Dispatch
 from services.router.ledger import Choice, Request
 from services.token_stage.driver import TokenDriver
+from services.token_stage.patience import Patience
 from services.token_stage.prompt_pipelines import PromptPipelines
 from services.token_stage.replication import Replication
-from services.token_stage.scheduler import TokenScheduler
 from tests.unit import test_fleet
 from tests.unit.planting import Bug, around, instead
 
@@ -72,7 +72,7 @@ BUGS = [
     Bug(
         "a hand-off that does not end is not asked about",
         lossy_fleet,
-        instead(TokenScheduler, "awaited", lambda self: {}),
+        instead(Patience, "awaited", lambda self: {}),
     ),
     Bug(
         "a pull that went nowhere is not repeated",
@@ -91,7 +91,7 @@ BUGS = [
         lossy_fleet,
         instead(Dispatch, "sequences_unknown", lambda *args: None),
     ),
-    Bug("KV is waited for for ever", lossy_fleet, instead(TokenScheduler, "give_up_stalled", lambda *args: [])),
+    Bug("KV is waited for for ever", lossy_fleet, instead(Patience, "give_up_stalled", lambda *args: [])),
 ]
 
 

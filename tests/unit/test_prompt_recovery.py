@@ -90,7 +90,7 @@ class TwoPipelines(World):
         untold = [each for each in self.wire if each[0] == "kv_confirmed"]
         del untold[: self.draws.randint(0, len(untold))]  # told over other connections than that a hand-off is over
         self.wire = [each for each in self.wire if each[0] not in TO_PROMPTS and each not in untold]
-        self.carry_out(self.token.pipeline_replaced("prompt-0", self.prompt_epoch))
+        self.carry_out(self.token.intake.pipeline_replaced("prompt-0", self.prompt_epoch))
 
     # ------------------------------------------------------------ writers that live on
 
@@ -108,7 +108,7 @@ class TwoPipelines(World):
         late = self.draws.choice(self.late)
         prefill, tokens = late.prefill, list(memoryview(late.prefill.token_ids).cast("i"))
         first, last = (position // BLOCK_SIZE for position in (late.span[0], late.span[1] - 1))
-        for other in self.token._sequences.values():
+        for other in self.token.table.sequences.values():
             if (other.sequence_id, other.attempt) != (prefill.sequence_id, prefill.attempt):
                 touched = set(prefill.handoff.blocks[first : last + 1])
                 assert not touched & set(other.blocks), "a block was given away that somebody may still write to"
@@ -152,8 +152,8 @@ class TwoPipelines(World):
     def grant(self, grant: Grant) -> None:
         name = grant.sequence_id.split("/")[0]
         prompt = self.requests[name]
-        self.token.assign_writer(grant.sequence_id, "prompt-0", self.prompt_epoch)
-        sequence = self.token.restoring(grant.sequence_id)
+        self.token.intake.assign_writer(grant.sequence_id, "prompt-0", self.prompt_epoch)
+        sequence = self.token.intake.restoring(grant.sequence_id)
         assert sequence is not None
         start = grant.held.num_tokens if grant.held else 0
         handoff = Handoff("token-0", self.epoch, grant.blocks, start)
@@ -168,7 +168,7 @@ class TwoPipelines(World):
 
     def start_steps(self) -> None:
         super().start_steps()
-        if oldest := self.token.fences.take_asked():
+        if oldest := self.token.table.fences.take_asked():
             self.wire += [("fence_off", (self.epoch, stage, oldest)) for stage in range(NUM_STAGES)]
         while (step := self.prompt.next_step()) is not None:
             self.prompt_flying.append(step)
@@ -278,7 +278,7 @@ class TwoPipelines(World):
         elif epoch == self.epoch and kind == "fence_off":
             self.fence_off(*rest)  # type: ignore[arg-type]
         elif epoch == self.epoch:
-            self.carry_out(getattr(self.token, kind)(*rest))
+            self.carry_out(getattr(self.token.intake, kind)(*rest))
 
 
 def _way(kind: str, arguments: tuple[object, ...]) -> str | None:
@@ -338,8 +338,8 @@ def simulate(seed: int) -> TwoPipelines:
             elif not to_submit and not faults:
                 break
     assert world.ended == set(world.requests)
-    assert world.token.allocator.num_free == 40
-    assert world.token.num_running == world.token.num_waiting == 0
+    assert world.token.table.allocator.num_free == 40
+    assert world.token.table.num_running == world.token.table.num_waiting == 0
     assert world.prompt.num_free == NUM_PROMPT_BLOCKS
     return world
 
@@ -356,9 +356,9 @@ def test_writers_that_live_on_write_late() -> None:
         while run_one(world, draws):
             if draws.random() < 0.005:
                 world.lose_prompt_pipeline()
-            most_quarantined = max(most_quarantined, world.token.allocator.num_quarantined)
+            most_quarantined = max(most_quarantined, world.token.table.allocator.num_quarantined)
         assert world.ended == set(world.requests)
-        assert world.token.allocator.num_free == 40
+        assert world.token.table.allocator.num_free == 40
         num_late += world.num_late
     assert num_late > 50 and most_quarantined > 10
 
@@ -395,4 +395,4 @@ def test_a_prompt_goes_on_where_it_was(victim: str) -> None:
     assert world.ended == {"r"}
     assert world.num_restored
     assert world.num_prompt_tokens <= 96 + CHUNK_TOKENS
-    assert world.token.costs.recomputed_tokens <= CHUNK_TOKENS
+    assert world.token.table.costs.recomputed_tokens <= CHUNK_TOKENS

@@ -90,8 +90,8 @@ def simulate(seed: int, faults: Sequence[str] = FAULTS, rate: float = 0.01, loss
 def check_end(world: World) -> None:
     """Everybody has ended, and every block is back."""
     assert world.ended == set(world.requests)
-    assert world.token.allocator.num_free == 24
-    assert world.token.num_running == world.token.num_waiting == 0
+    assert world.token.table.allocator.num_free == 24
+    assert world.token.table.num_running == world.token.table.num_waiting == 0
     for store in world.stores.values():
         store.shelf.sweep(1e9)
         assert store.shelf.kv_blocks()["free"] == store.shelf.kv_blocks()["total"]
@@ -139,8 +139,8 @@ def test_replicas_do_come_back() -> None:
         if world.ended:
             break
     assert world.num_restored == 2 * NUM_STAGES
-    assert world.token.costs.recoveries == 1
-    assert world.token.costs.recomputed_tokens < 10
+    assert world.token.table.costs.recoveries == 1
+    assert world.token.table.costs.recomputed_tokens < 10
 
 
 def test_a_damaged_or_foreign_replica_is_not_used() -> None:
@@ -173,7 +173,7 @@ def test_who_outlives_its_router_computes_nothing_again() -> None:
     while len(world.ended) < 2:
         take_turn(world)
     assert world.num_adopted == 2
-    assert world.token.costs.recomputed_tokens == world.token.costs.recoveries == 0
+    assert world.token.table.costs.recomputed_tokens == world.token.table.costs.recoveries == 0
 
 
 def test_what_ends_while_a_store_is_away_is_forgotten_when_it_is_back() -> None:
@@ -202,10 +202,10 @@ def test_a_sequence_that_has_gone_on_too_far_is_computed_again() -> None:
         take_turn(world)
     token, prompt, output = world.token, world.requests["r"], world.outputs["r"]
     params = SamplingParams(max_tokens=400, durability=world.durability["r"])
-    assert token.adopt("r/0/x", prompt, output[:20], params) is None
-    assert token.adopt("r/0/x", prompt, [*output[:-1], 99], params) is None
-    assert token.adopt("r/0/x", prompt, output, SamplingParams(max_tokens=401)) is None
-    assert token.adopt("r/0/x", prompt, output[:50], params) is not None
+    assert token.admissions.adopt("r/0/x", prompt, output[:20], params) is None
+    assert token.admissions.adopt("r/0/x", prompt, [*output[:-1], 99], params) is None
+    assert token.admissions.adopt("r/0/x", prompt, output, SamplingParams(max_tokens=401)) is None
+    assert token.admissions.adopt("r/0/x", prompt, output[:50], params) is not None
 
 
 def test_a_store_that_dies_once_its_copy_is_here_is_not_missed() -> None:
@@ -226,7 +226,7 @@ def test_a_store_that_dies_once_its_copy_is_here_is_not_missed() -> None:
         world.lose_store(name)
     while not world.ended:
         take_turn(world)
-    assert world.token.costs.recomputed_tokens < 10
+    assert world.token.table.costs.recomputed_tokens < 10
 
 
 def test_streams_that_decode_do_not_wait_for_prompts() -> None:

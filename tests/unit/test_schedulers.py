@@ -76,13 +76,13 @@ class Pipelines:
         params = SamplingParams(max_tokens=max_tokens)
         self.requests[name] = (prompt, params)
         self.outputs[name] = []
-        self.carry_out(self.token.admit(name, 0, prompt, [], params))
+        self.carry_out(self.token.admissions.admit(name, 0, prompt, [], params))
 
     def cancel(self, name: str) -> None:
         if name not in self.ended:
             self.cancelled.add(name)
             self.ended[name] = "cancelled"
-            self.carry_out(self.token.cancel(name))
+            self.carry_out(self.token.admissions.cancel(name))
 
     def carry_out(self, actions: Iterable[Action]) -> None:
         for action in actions:
@@ -91,7 +91,7 @@ class Pipelines:
                     prompt, params = self.requests[name]
                     if len(prompt + forced) > self.prompt_capacity:
                         self.num_outgrown += 1
-                        self.token.compute_here(name)
+                        self.token.intake.compute_here(name)
                         continue
                     prefill = Prefill(
                         1, name, attempt, 0, len(prompt), pack_ids(prompt + forced), params,
@@ -201,7 +201,7 @@ class Pipelines:
             for action in self.prompt.cancel(*arguments):  # type: ignore[arg-type]
                 self._prompt_action(action)
         else:
-            self.carry_out(getattr(self.token, kind)(*arguments))
+            self.carry_out(getattr(self.token.intake, kind)(*arguments))
 
     @property
     def is_idle(self) -> bool:
@@ -246,10 +246,10 @@ def test_the_next_router_hears_of_what_has_just_finished() -> None:
         pipelines.start_steps()
         pipelines.run_step("token")
     pipelines.submit("s/0/a", 10, 6)
-    assert pipelines.token.orphans() == ["r/0/a"]
-    assert pipelines.token.known() == ["s/0/a", "r/0/a"], "its router may be dead, too"
+    assert pipelines.token.admissions.orphans() == ["r/0/a"]
+    assert pipelines.token.admissions.known() == ["s/0/a", "r/0/a"], "its router may be dead, too"
     prompt, params = pipelines.requests["r/0/a"]
-    adopted = pipelines.token.adopt("r/0/b", prompt, pipelines.outputs["r/0/a"][:4], params)
+    adopted = pipelines.token.admissions.adopt("r/0/b", prompt, pipelines.outputs["r/0/a"][:4], params)
     assert adopted is not None
     assert [action.index for action in adopted[1] if isinstance(action, Produce)] == [4, 5]
 
@@ -271,7 +271,7 @@ def test_what_comes_next_is_guessed() -> None:
 
 
 def everybody_ends(pipelines: Pipelines, seed: int) -> None:
-    num_blocks = pipelines.token.allocator.num_blocks
+    num_blocks = pipelines.token.table.allocator.num_blocks
     draws = random.Random(seed + 1000)
     to_submit = [(f"r{i}/0/0", draws.randrange(1, 50), draws.randrange(1, 40)) for i in range(25)]
     for _ in range(100_000):
@@ -287,17 +287,21 @@ def everybody_ends(pipelines: Pipelines, seed: int) -> None:
                 pipelines.deliver_one()
             else:
                 pipelines.run_step(choice)
-        pipelines.token.allocator.check()
+        pipelines.token.table.allocator.check()
         if not to_submit and not choices:
             break
     assert set(pipelines.ended) == set(pipelines.requests)
-    assert pipelines.token.allocator.num_free == num_blocks
+    assert pipelines.token.table.allocator.num_free == num_blocks
     assert pipelines.prompt.num_free * BLOCK_SIZE == pipelines.prompt_capacity
     for name, reason in pipelines.ended.items():
         if reason == "length":
             assert len(pipelines.outputs[name]) == pipelines.requests[name][1].max_tokens
-    assert pipelines.token.costs.recoveries == pipelines.token.costs.recomputed_tokens == 0, "nothing has failed"
-    assert bool(pipelines.token.costs.preemptions) >= bool(pipelines.token.costs.recomputed_after_preemption_tokens)
+    assert pipelines.token.table.costs.recoveries == pipelines.token.table.costs.recomputed_tokens == 0, (
+        "nothing has failed"
+    )
+    assert bool(pipelines.token.table.costs.preemptions) >= bool(
+        pipelines.token.table.costs.recomputed_after_preemption_tokens
+    )
 
 
 def test_too_large_for_the_pool_is_refused_at_once() -> None:

@@ -98,7 +98,7 @@ class WholeSystem(TwoPipelines):
 
     def lose_token_stage(self) -> None:
         """Its death is known; the next epoch is still to come."""
-        self.token.stage_lost("1")
+        self.token.intake.stage_lost("1")
         self.prompt_actions(self.prompt.cancel_older("token-0", self.epoch + 1))
 
     def begin_epoch(self) -> None:
@@ -167,16 +167,16 @@ class WholeSystem(TwoPipelines):
         if isinstance(message, CancelSequence):
             sequence_id = self.audience.called(message.sequence_id)
             if sequence_id is not None:
-                self.carry_out(self.token.cancel(sequence_id))
+                self.carry_out(self.token.admissions.cancel(sequence_id))
                 self.audience.leave(sequence_id)
         elif isinstance(message, Admit) and message.epoch == self.epoch:
             prompt, forced = unpack(message.prompt), unpack(message.forced)
-            adopted = self.token.adopt(message.sequence_id, prompt, forced, message.params)
+            adopted = self.token.admissions.adopt(message.sequence_id, prompt, forced, message.params)
             sequence_id = message.sequence_id if adopted is None else adopted[0]
             self.audience.enter(sequence_id, message, Sender(router, "1"))
             self.num_adopted += adopted is not None
             self.carry_out(
-                self.token.admit(sequence_id, message.choice, prompt, forced, message.params)
+                self.token.admissions.admit(sequence_id, message.choice, prompt, forced, message.params)
                 if adopted is None
                 else adopted[1]
             )
@@ -185,8 +185,8 @@ class WholeSystem(TwoPipelines):
         """The driver notices that a router is gone."""
         router = self.news.pop()
         for sequence_id in self.audience.of_router(Sender(router, "1")):
-            self.token.orphan(sequence_id)
-        keys = [replica_key(sequence_id) for sequence_id in self.token.orphans()]
+            self.token.admissions.orphan(sequence_id)
+        keys = [replica_key(sequence_id) for sequence_id in self.token.admissions.orphans()]
         self.to_router.append((self.router.name, Orphans("token-0", self.epoch, router, keys)))
 
     def carry_out(self, actions: Iterable[Action], *, were_shown: bool = False) -> None:
@@ -233,8 +233,8 @@ class WholeSystem(TwoPipelines):
     def let_time_pass(self) -> None:
         """What waits for a clock happens: nobody is waited for any longer."""
         self.router.requests.dispatch.stop_awaiting()
-        for sequence_id in self.token.orphans():
-            self.carry_out(self.token.cancel(sequence_id))
+        for sequence_id in self.token.admissions.orphans():
+            self.carry_out(self.token.admissions.cancel(sequence_id))
             self.audience.leave(sequence_id)
 
     def one_of_ours(self) -> bool:
@@ -268,7 +268,7 @@ def inject(world: WholeSystem, fault: str) -> list[str]:
         case "epoch":
             world.begin_epoch()
         case "back":
-            world.carry_out(world.token.stage_back("1"))
+            world.carry_out(world.token.intake.stage_back("1"))
         case "router":
             world.new_router()
         case "damage" if world.stores:
@@ -306,8 +306,8 @@ def simulate(seed: int) -> WholeSystem:
         if client.outcome == "finished":
             assert all(len(ids) == client.params.max_tokens for ids in client.delivered)
     assert len(world.router.requests.ledger) == 0
-    assert world.token.allocator.num_free == NUM_BLOCKS
-    assert world.token.num_running == world.token.num_waiting == 0
+    assert world.token.table.allocator.num_free == NUM_BLOCKS
+    assert world.token.table.num_running == world.token.table.num_waiting == 0
     assert world.prompt.num_free == NUM_PROMPT_BLOCKS
     return world
 
