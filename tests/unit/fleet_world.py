@@ -89,13 +89,16 @@ class Fleet:
         self.lead(self.routers[0], "")
         for name in ("store-a", "store-b"):
             self.start(name, "cache_store")
-        for role, count in (("token", num_token), ("prompt", num_prompt)):
-            for number in range(count):
-                pipeline = f"{role}-{number}"
-                self.cuts[pipeline] = WHOLE if cuts is None else self.draws.choice(cuts)
-                for index in range(len(self.cuts[pipeline])):
-                    self.start_stage(pipeline, f"{role}_stage", index)
+        for number in range(num_token):
+            self.start_pipeline(f"token-{number}", "token_stage", cuts)
+        for number in range(num_prompt):
+            self.start_pipeline(f"prompt-{number}", "prompt_stage", cuts)
         self.agenda.append(self.publish)
+
+    def start_pipeline(self, pipeline: str, role: str, cuts: list[Cut] | None) -> None:
+        self.cuts[pipeline] = WHOLE if cuts is None else self.draws.choice(cuts)
+        for index in range(len(self.cuts[pipeline])):
+            self.start_stage(pipeline, role, index)
 
     # ------------------------------------------------------------ who is there
 
