@@ -29,9 +29,9 @@ class IpcHandle(ctypes.Structure):
 
 _Address, _Size, _Pointer = ctypes.c_uint64, ctypes.c_size_t, ctypes.POINTER
 _SIGNATURES: dict[str, list[Any]] = {
+    "cuInit": [ctypes.c_uint],
     "cuDeviceGet": [_Pointer(ctypes.c_int), ctypes.c_int],
     "cuDevicePrimaryCtxRetain": [_Pointer(ctypes.c_void_p), ctypes.c_int],
-    "cuDevicePrimaryCtxRelease_v2": [ctypes.c_int],
     "cuCtxPushCurrent_v2": [ctypes.c_void_p],
     "cuCtxPopCurrent_v2": [_Pointer(ctypes.c_void_p)],
     "cuGetErrorName": [ctypes.c_int, _Pointer(ctypes.c_char_p)],
@@ -132,18 +132,22 @@ class _DeviceBytes:
 @contextmanager
 def _context(index: int) -> Iterator[None]:
     """PyTorch's own context of a device, for the calling thread."""
-    torch.cuda.current_stream(index)  # PyTorch makes the context when it is first needed
+    _call("cuCtxPushCurrent_v2", _primary_context(index))
+    try:
+        yield
+    finally:
+        _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+
+@functools.cache
+def _primary_context(index: int) -> ctypes.c_void_p:
+    """Kept until the process ends: whoever is the last to give it back ends it, with all memory that was opened in it,
+    and PyTorch takes hold of it no sooner than it computes something."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuInit", 0)
     _call("cuDeviceGet", ctypes.byref(device), index)
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    try:
-        _call("cuCtxPushCurrent_v2", context)
-        try:
-            yield
-        finally:
-            _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-    finally:
-        _call("cuDevicePrimaryCtxRelease_v2", device)
+    return context
 
 
 def _call(name: str, *arguments: Any) -> None:

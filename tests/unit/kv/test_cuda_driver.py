@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from common.kv.cuda_driver import IpcHandle, bind
+from common.kv import cuda_driver
+from common.kv.cuda_driver import IpcHandle, bind, lock_pages, unlock_pages
 
 STAND_IN = """
 #include <stddef.h>
 typedef unsigned long long CUdeviceptr;
 typedef struct { char reserved[64]; } CUipcMemHandle;
-int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)(0x7fff00000000 + device); return 0; }
-int cuDevicePrimaryCtxRelease_v2(int device) { return device; }
+int holders = 0, is_begun = 0;
+int cuInit(unsigned int flags) { is_begun = flags == 0; return flags; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return is_begun ? 0 : 3; }
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    *context = (void *)(0x7fff00000000 + device); holders++; return 0;
+}
+int cuDevicePrimaryCtxRelease_v2(int device) { holders--; return 0; }
 int cuCtxPushCurrent_v2(void *context) { return context == (void *)0x7fff00000003 ? 0 : 1; }
 int cuCtxPopCurrent_v2(void **context) { *context = NULL; return 0; }
 int cuGetErrorName(int error, const char **name) {
@@ -47,18 +53,34 @@ int cuMemHostUnregister(void *start) { return start == (void *)0x7f12345600000 ?
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_every_argument_arrives(tmp_path: Path) -> None:
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> ctypes.CDLL:
     source, library = tmp_path / "driver.c", tmp_path / "driver.so"
     source.write_text(STAND_IN)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    driver = bind(ctypes.CDLL(str(library)))
+    return bind(ctypes.CDLL(str(library)))
+
+
+def test_a_context_that_was_used_is_kept(driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else may have hold of it yet: given back, it would end, with the memory that was opened in it."""
+    monkeypatch.setattr(cuda_driver, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "_primary_context", functools.cache(cuda_driver._primary_context.__wrapped__))
+    for _ in range(2):
+        assert lock_pages(0x7F12345600000, 1 << 33, 3) == 0x7F12345600000 + (1 << 40)
+        unlock_pages(0x7F12345600000, 3)
+    assert ctypes.c_int.in_dll(driver, "holders").value == 1
+
+
+def test_every_argument_arrives(driver: ctypes.CDLL) -> None:
     device, context = ctypes.c_int(), ctypes.c_void_p()
+    assert driver.cuInit(0) == 0
     assert driver.cuDeviceGet(ctypes.byref(device), 3) == 0 and device.value == 3
     assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
     assert driver.cuCtxPushCurrent_v2(context) == 0
     assert driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())) == 0
-    assert driver.cuDevicePrimaryCtxRelease_v2(device) == 3
     name = ctypes.c_char_p()
     driver.cuGetErrorName(201, ctypes.byref(name))
     assert name.value == b"CUDA_ERROR_INVALID_CONTEXT"
