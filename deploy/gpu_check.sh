@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU; where there is none it says so and succeeds.
 # A GPU machine often brings a Python of its own with a torch that fits its driver, and often no network. So what is taken
-# is, in this order: that Python, if it has everything; .venv, if its torch sees the device; that Python with what it
-# lacks beside it, in .venv-gpu; a new .venv.
+# is, in this order: that Python (3.11 to 3.13), if it has everything; .venv, if its torch sees the device; that Python
+# with what it lacks beside it, in .venv-gpu; a new .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,6 +19,8 @@ for name in sys.argv[1:]:
     try: print(end="" if find(name) else f"{name} ")
     except ImportError: print(end=f"{name} ")' $needed
 }
+
+fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
 sees() { "$1" -c 'import torch; print(torch.cuda.is_available())'; }
 
@@ -43,7 +45,7 @@ add_missing() { # to a Python with a torch that sees the GPU: .venv-gpu finds wh
 }
 
 python=${PYTHON:-python3}
-if sees_cuda "$python"; then
+if fits "$python" && sees_cuda "$python"; then
   lacks=$(missing "$python")
   if [[ -n $lacks ]]; then
     if sees_cuda .venv/bin/python; then

@@ -14,6 +14,7 @@ PYTHON = """#!/bin/sh
 case "$*" in
   *"-m pytest -m gpu"*) echo "tests run by $0"; exit {tests};;
   *"print(torch.cuda.is_available())"*) {device};;
+  *version_info*) exit {too_old};;
   *find_spec*) printf '%s' '{lacks}';;
   *"-m pip install"*) printf 'no network' >&2; exit 1;;
   *"-m venv"*) mkdir -p .venv-gpu/bin; cp beside .venv-gpu/bin/python;;
@@ -39,10 +40,10 @@ class Machine:
         file.write_text(text)
         file.chmod(0o755)
 
-    def python(self, name: str, sees_cuda: str = "True", tests: int = 0, lacks: str = "") -> None:
+    def python(self, name: str, sees_cuda: str = "True", tests: int = 0, lacks: str = "", too_old: int = 0) -> None:
         """`sees_cuda`: what its torch says; "": it cannot be imported."""
         device = f"echo {sees_cuda}" if sees_cuda else "echo ImportError >&2; exit 1"
-        self.program(name, PYTHON.format(tests=tests, device=device, lacks=lacks))
+        self.program(name, PYTHON.format(tests=tests, device=device, lacks=lacks, too_old=too_old))
 
     def check(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -83,6 +84,13 @@ def test_a_gpu_that_torch_does_not_see_is_no_machine_without_one(machine: Machin
     del machine.environment["CUDA_VISIBLE_DEVICES"]
     done = machine.check()
     assert done.returncode == 1 and "does not see it" in done.stderr and "nothing to check" not in done.stdout
+
+
+def test_a_python_that_is_too_old_is_not_taken(machine: Machine) -> None:
+    machine.python("own", too_old=1)
+    machine.python("new")
+    done = machine.check()
+    assert done.returncode == 0 and f"tests run by {machine.folder}/.venv/bin/python" in done.stdout, done.stderr
 
 
 def test_an_older_venv_that_sees_it_is_taken(machine: Machine) -> None:
