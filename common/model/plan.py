@@ -111,11 +111,13 @@ class Planner:
         num_slots = np.array([chunk.start + 1 for _, chunk in tokens]) - unseen
         # a mask of another width would be copied to such a one in every layer
         columns = np.arange(-(-num_slots.max() // _MASK_WIDTH) * _MASK_WIDTH)
-        index = np.zeros((len(tokens), len(columns)), dtype=np.int64)
+        index = np.empty((len(tokens), len(columns)), dtype=np.int64)
         for place, first, count, (_, chunk) in zip(index, unseen, num_slots, tokens, strict=True):
             positions = columns[:count] + first
             table = np.asarray(chunk.blocks, dtype=np.int64)
             place[:count] = table[positions // self.block_size] * self.block_size + positions % self.block_size
+            # no weight makes anything of a number that is none: better the own one's than that of another sequence
+            place[count:] = place[count - 1]
         lengths = self._on_device(num_slots)[:, None]
         is_hidden = torch.arange(len(columns), device=self.device) >= lengths
         if self.slopes is None:
