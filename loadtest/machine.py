@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": model or platform.processor(),
         "num_cores": os.cpu_count(),
         "memory_bytes": int(memory) * 1024,
+        "gpus": _gpus(),
         "python": platform.python_version(),
         "kernel": platform.release(),
         "load_average_1_min": round(os.getloadavg()[0], 2),
@@ -55,6 +57,16 @@ def cpu_clock_jumps_ms(duration_s: float) -> list[float]:
 def _module_name() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return Path(sys.argv[0]).name if spec is None else str(spec.name)
+
+
+def _gpus() -> list[str]:
+    """Name, driver and memory of each, as far as the driver's own program tells."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return told.stdout.splitlines()
 
 
 def _lines(path: str) -> list[str]:
