@@ -2,8 +2,8 @@
 
 `python -m tests.unit.kv.processes owner [--port N] [--incarnation NAME] [--device NAME]` prints its offer and serves;
 every line on its input is an arrival to verify.
-`... writer OFFER [--epoch N]` writes without end and says so. `... spiller DIRECTORY` stores one
-file after the other under the same key, each full of one byte.
+`... writer OFFER [--epoch N] [--device NAME]` writes and says so until the owner is gone, then whether its own pool is
+as good as before. `... spiller DIRECTORY` stores one file after the other under the same key, each full of one byte.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from common.kv.arrival import Arrival, verify_arrival
 from common.kv.file_store import FileStore
 from common.kv.geometry import plan_copies
 from common.kv.layout import PoolLayout
-from common.kv.link import GrantOffer, open_link
+from common.kv.link import GrantOffer, LinkError, LinkLost, open_link
 from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from tests.unit.kv.reference import layout
@@ -101,13 +101,18 @@ async def serve(port: int, incarnation: str, device: str) -> None:
     await server.aclose()
 
 
-async def write(offer: GrantOffer, epoch: int) -> None:
-    pool = KvPool.create(BIG, name="writer")
+async def write(offer: GrantOffer, epoch: int, device: str) -> None:
+    pool = KvPool.create(BIG, device, name="writer")
     link = await open_link(offer, pool, authority={"prompt-0": epoch}, timeout_s=5.0)
     plan = plan_copies(BIG, range(256), BIG, range(256), (0, 4096), (0, 4))
-    while True:
-        await link.write(pool, plan)
-        say("written")
+    with suppress(LinkLost):
+        while True:
+            await link.write(pool, plan)
+            say("written")
+    with suppress(LinkError):
+        await link.aclose()
+    pool.arena.fill_(3)
+    say("sound" if bool((pool.arena == 3).all()) else "damaged")
 
 
 async def spill(directory: str) -> None:
@@ -140,7 +145,7 @@ def main() -> None:
     if arguments.role == "owner":
         asyncio.run(serve(arguments.port, arguments.incarnation, arguments.device))
     elif arguments.role == "writer":
-        asyncio.run(write(GrantOffer.decode(arguments.place), arguments.epoch))
+        asyncio.run(write(GrantOffer.decode(arguments.place), arguments.epoch, arguments.device))
     else:
         asyncio.run(spill(arguments.place))
 
