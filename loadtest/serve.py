@@ -2,7 +2,7 @@
 
 Starts `dejavu serve` once per layout, runs the same workload against each, and writes one JSON document with every
 run, the machine and the versions. With `--baseline` it also measures transformers' static-batch `generate` on the same
-cores in the same run. Examples:
+cores, or the same GPU, in the same run. Examples:
 
     python -m loadtest.serve --json out.json --model DIR --workload decode-heavy --baseline
     python -m loadtest.serve --json out.json --layout disaggregated --rate 1.5 --workload lmsys-like
@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,21 @@ def main() -> int:
         options += arguments.serve_options.split()
         results["layouts"][layout] = asyncio.run(_measure(options, workload, arguments.repetitions, vocab_size, layout))
         results["layouts"][layout]["serve_options"] = options
-    if arguments.baseline:
-        results["baseline"] = measure_baseline(arguments.model, arguments.dtype, workload, vocab_size)
     Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.baseline:
+        device = device_of(arguments.serve_options.split())
+        results["baseline"] = measure_baseline(arguments.model, arguments.dtype, device, workload, vocab_size)
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {arguments.json}", flush=True)
     runs = [run for layout in results["layouts"].values() for run in layout["runs"]]
     return 1 if any(run["num_failed"] for run in runs) else 0
+
+
+def device_of(options: Sequence[str]) -> str:
+    """What `dejavu serve` is told by these options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="auto")
+    return str(parser.parse_known_args(options)[0].device)
 
 
 async def _measure(
