@@ -78,4 +78,6 @@ if [[ $seen != True ]]; then
   exit 0
 fi
 "$python" -c 'import torch; print(torch.cuda.get_device_name(0), "torch", torch.__version__)'
-exec "$python" -m pytest -m gpu "$@"
+# what the machine's own versions of other packages have to say is shown, and no error
+exec "$python" -m pytest -m gpu -W default::UserWarning -W default::FutureWarning -W default::DeprecationWarning \
+  -W error::pytest.PytestUnraisableExceptionWarning -W error::pytest.PytestUnhandledThreadExceptionWarning "$@"

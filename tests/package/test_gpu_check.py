@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "gpu_check.sh"
 PYTHON = """#!/bin/sh
 case "$*" in
-  *"-m pytest -m gpu"*) echo "tests run by $0"; exit {tests};;
+  *"-m pytest -m gpu"*) echo "tests run by $0"; {run};;
   *"print(torch.cuda.is_available())"*) {device};;
   *version_info*) exit {too_old};;
   *find_spec*) printf '%s' '{lacks}';;
@@ -40,10 +41,12 @@ class Machine:
         file.write_text(text)
         file.chmod(0o755)
 
-    def python(self, name: str, sees_cuda: str = "True", tests: int = 0, lacks: str = "", too_old: int = 0) -> None:
-        """`sees_cuda`: what its torch says; "": it cannot be imported."""
+    def python(
+        self, name: str, sees_cuda: str = "True", run: str = "exit 0", lacks: str = "", too_old: int = 0
+    ) -> None:
+        """`sees_cuda`: what its torch says; "": it cannot be imported. `run` takes the place of the tests."""
         device = f"echo {sees_cuda}" if sees_cuda else "echo ImportError >&2; exit 1"
-        self.program(name, PYTHON.format(tests=tests, device=device, lacks=lacks, too_old=too_old))
+        self.program(name, PYTHON.format(run=run, device=device, lacks=lacks, too_old=too_old))
 
     def check(self) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -59,10 +62,20 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_its_exit_code_is_that_of_the_tests(machine: Machine, code: int) -> None:
-    machine.python("own", tests=code)
+    machine.python("own", run=f"exit {code}")
     done = machine.check()
     assert done.returncode == code, done.stderr
     assert f"tests run by {machine.folder / 'own'}" in done.stdout
+
+
+@pytest.mark.parametrize(("category", "code"), [("FutureWarning", 0), ("UserWarning", 0), ("ResourceWarning", 1)])
+def test_what_the_machines_packages_announce_is_no_error(machine: Machine, category: str, code: int) -> None:
+    machine.python("own", run=f'exec {sys.executable} "$@"')
+    machine.program("pytest.ini", "[pytest]\nfilterwarnings = error\nmarkers = gpu: needs one\n")
+    warns = f"import pytest, warnings\n@pytest.mark.gpu\ndef test_it(): warnings.warn('old', {category})\n"
+    machine.program("test_it.py", warns)
+    done = machine.check()
+    assert done.returncode == code, done.stdout
 
 
 @pytest.mark.parametrize(("sees_cuda", "code"), [("True", 0), ("False", 0), ("", 1)])
