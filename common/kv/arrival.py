@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from common.kv.checksum import SpanBinding, span_checksum
-from common.kv.device_checksum import device_checksum
 from common.kv.geometry import Range
 from common.kv.pool import KvPool
 
@@ -64,5 +63,8 @@ def verify_arrival(pool: KvPool, arrived: ArrivedSpan) -> bool:
 def pool_checksum(pool: KvPool, blocks: Sequence[int], binding: SpanBinding, head_range: Range | None = None) -> int:
     """`span_checksum` of a pool on any device. Raises `ValueError`."""
     if not pool.is_host:
+        # it needs torch, which takes a second to import and which nobody without a device has use for
+        from common.kv.device_checksum import device_checksum
+
         return device_checksum(pool, blocks, binding, head_range)
     return span_checksum(pool.memory, pool.layout, blocks, binding, head_range)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Sequence
 from typing import Self
 
+import pytest
+
 from dejavu import AsyncClient, SamplingParams
+from dejavu.errors import Unavailable
 from tests.cluster.reference import assert_greedy
-from tests.cluster.system import TINY
+from tests.cluster.system import TINY, System
 
 NUM_TOKENS = 250
 LONG = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -52,3 +56,16 @@ def check(work: Sequence[list[int]], answers: Sequence[list[int]]) -> None:
     for prompt, tokens in zip(work, answers, strict=True):
         assert len(tokens) == NUM_TOKENS
         assert_greedy(TINY, prompt, tokens)
+
+
+async def end_in_order(system: System, number: signal.Signals, work: Sequence[list[int]]) -> None:
+    """What is live may finish before the end that the signal asks for, and nothing new begins."""
+    async with AsyncClient(system.endpoint) as client:
+        streams = await Streams.begin(client, work)
+        system.process.send_signal(number)
+        with pytest.raises(Unavailable, match="stopping"):
+            while True:  # until the signal has got about
+                await client.generate("late", SamplingParams(max_tokens=1))
+        answers = await streams.ended()
+    assert await asyncio.to_thread(system.process.wait, 10) == 0
+    check(work, answers)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
 
-from dejavu import AsyncClient, SamplingParams
+from dejavu import AsyncClient, Client, SamplingParams
 from dejavu.errors import RequestCancelled, RequestConflict
 from dejavu.session import MAX_UNANSWERED_PINGS
 from dejavu.wire import PING_INTERVAL_S
-from services.router.clients import SILENCE_LIMIT_S
 from services.router.requests import LONG_TEXT_CHARS
 from tests.cluster.reference import assert_greedy
+from tests.cluster.streams import end_in_order
 from tests.cluster.system import TINY, System, pid_of, running
 from tests.cluster.test_serving import FLOAT32, GREEDY, prompts, settled_status
 
@@ -39,7 +38,9 @@ async def test_a_client_that_was_thought_to_be_gone_gets_its_tokens(system: Syst
             answer = asyncio.ensure_future(client.generate(prompt, GREEDY))
             while not (await client.status())["live"]["requests"]:
                 pass
-            time.sleep(SILENCE_LIMIT_S + 2.0)  # noqa: ASYNC251 this is the user
+            with Client(system.endpoint) as other:  # this is the user
+                while not other.status()["counters"].get("requests_cancelled"):
+                    pass
         finally:
             os.kill(stage, signal.SIGCONT)
         assert_greedy(TINY, prompt, (await answer).token_ids)
@@ -92,3 +93,8 @@ async def test_who_loses_a_request_to_another_client_hears_it(system: System) ->
                 pass
     assert len(answer.token_ids) == 400
     await settled_status(system.endpoint)
+
+
+async def test_what_is_live_may_finish_before_a_hangup_ends_everything(system: System) -> None:
+    """(The last test here.)"""
+    await end_in_order(system, signal.SIGHUP, prompts(9, [5, 40]))

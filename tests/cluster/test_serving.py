@@ -20,7 +20,7 @@ import zmq
 from transformers import AutoTokenizer
 
 from dejavu import AsyncClient, Client, SamplingParams, wire
-from dejavu.errors import InvalidParameter, PromptEmpty, PromptTooLong, TokenOutOfRange, Unavailable
+from dejavu.errors import InvalidParameter, PromptEmpty, PromptTooLong, TokenOutOfRange
 from loadtest.leaks import hunt
 from tests.cluster.reference import assert_greedy
 from tests.cluster.system import ROOT, TINY, System, descendants, running
@@ -221,20 +221,3 @@ def test_sync_client(system: System) -> None:
     with Client(system.endpoint) as client:
         assert client.generate([5, 6, 7], GREEDY).finish_reason == "length"
         assert len(list(client.stream([5, 6, 7], GREEDY))) == GREEDY.max_tokens
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-async def test_what_is_live_may_finish_before_the_end_and_nothing_new_begins(number: signal.Signals) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=120, ignore_eos=True)
-    with running(*FLOAT32) as system:
-        async with AsyncClient(system.endpoint) as client:
-            streams = [client.stream(prompt, params) for prompt in prompts(9, [5, 40])]
-            begun = [await anext(stream) for stream in streams]
-            system.process.send_signal(number)
-            with pytest.raises(Unavailable, match="stopping"):
-                while True:  # until the signal has got about
-                    await client.generate("late", SamplingParams(max_tokens=1))
-            rest = [[token async for token in stream] for stream in streams]
-        assert await asyncio.to_thread(system.process.wait, 10) == 0
-    assert [token.index for token in begun] == [0, 0]
-    assert [len(tokens) for tokens in rest] == [119, 119]

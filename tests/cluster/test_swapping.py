@@ -12,7 +12,7 @@ import pytest
 from dejavu import AsyncClient, SamplingParams
 from tests.cluster.reference import assert_greedy, assert_seeded
 from tests.cluster.streams import LONG, Streams, check
-from tests.cluster.system import TINY, pid_of, running
+from tests.cluster.system import TINY, System, pid_of, running
 from tests.cluster.test_serving import FLOAT32, generate_all, prompts, settled_status
 
 pytestmark = pytest.mark.cluster
@@ -30,7 +30,7 @@ def token_stages(status: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("layout", "num_device_blocks"),
     [
-        (("--token-stages", "3", "--kv-memory", "1M"), 32),
+        pytest.param(("--token-stages", "3", "--kv-memory", "1M"), 32, marks=pytest.mark.matrix),
         pytest.param(("--token-stages", "6", "--colocated", "--kv-memory", "512K"), 32, marks=pytest.mark.matrix),
         pytest.param(
             ("--token-split", "1,3,2", "--swap", "auto", "--kv-memory", "1536K"), 32, marks=pytest.mark.matrix
@@ -41,11 +41,15 @@ def token_stages(status: dict[str, Any]) -> list[dict[str, Any]]:
 )
 async def test_tokens_are_the_same_through_a_small_device(layout: tuple[str, ...], num_device_blocks: int) -> None:
     """All sequences need about 80 blocks, the longest 11."""
-    work = prompts(31, LENGTHS)
     with running(*ON, *layout) as system:
-        greedy = await generate_all(system.endpoint, work, GREEDY)
-        seeded = await generate_all(system.endpoint, work[-6:], SEEDED)
-        status = await settled_status(system.endpoint)
+        await check_small_device(system, num_device_blocks)
+
+
+async def check_small_device(system: System, num_device_blocks: int) -> None:
+    work = prompts(31, LENGTHS)
+    greedy = await generate_all(system.endpoint, work, GREEDY)
+    seeded = await generate_all(system.endpoint, work[-6:], SEEDED)
+    status = await settled_status(system.endpoint)
     for prompt, token_ids in zip(work, greedy, strict=True):
         assert len(token_ids) == GREEDY.max_tokens
         assert_greedy(TINY, prompt, token_ids)
@@ -73,9 +77,11 @@ async def test_the_device_holds_two_of_the_microbatches(num_stages: int) -> None
 
 
 async def test_a_stage_killed_while_swapping() -> None:
-    """The host pool dies with its stage; the streams go on from the store, through the device again."""
+    """Tokens are the same through a small device. Then the host pool dies with its stage; the streams go on from the
+    store, through the device again."""
     work = prompts(33, [10, 40, 70, 33, 90, 20])
     with running(*ON, "--token-stages", "3", "--kv-memory", "1536K") as system:
+        await check_small_device(system, 48)
         async with AsyncClient(system.endpoint) as client:
             streams = Streams(client, work)
             cancelled = asyncio.ensure_future(client.generate(prompts(34, [60])[0], LONG))

@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dejavu import Client, SamplingParams
 from dejavu.errors import DejavuError
-from tests.cluster.system import ROOT, descendants, running
+from tests.cluster.system import ROOT, descendants
 
 pytestmark = pytest.mark.cluster
 
@@ -32,10 +33,41 @@ def locust(endpoint: str, folder: Path, run_time: str) -> tuple[int, dict[str, d
         return done.returncode, {row["Name"]: row for row in csv.DictReader(file)}
 
 
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of the system that honcho runs. Ctrl-C leaves nothing of it behind."""
+    folder = tmp_path_factory.mktemp("honcho")
+    port, etcd_port = free_ports()
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "DEJAVU_ETCD_DATA": str(folder / "etcd"),
+        "DEJAVU_PORT": str(port),
+        "DEJAVU_ETCD_PORT": str(etcd_port),
+    }
+    log = folder / "log"
+    with log.open("w") as output:
+        honcho = subprocess.Popen(
+            [sys.executable, "-m", "honcho", "start"], cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
+    try:
+        assert completion_at(f"tcp://127.0.0.1:{port}", honcho), log.read_text()
+        below = descendants(honcho.pid)
+        assert len(below) >= 4
+        yield f"tcp://127.0.0.1:{port}"
+    finally:
+        honcho.send_signal(signal.SIGINT)
+        honcho.wait(timeout=30)
+    assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
+
+
+def test_honcho_runs_the_same_system(endpoint: str) -> None:
+    with Client(endpoint) as client:
+        assert len(client.generate("It was a fine morning", GREEDY).token_ids) == GREEDY.max_tokens
+
+
 @needs_locust
-def test_locust_loads_a_running_system(tmp_path: Path) -> None:
-    with running("--kv-memory", "16M") as system:
-        code, rows = locust(system.endpoint, tmp_path, "5s")
+def test_locust_loads_a_running_system(endpoint: str, tmp_path: Path) -> None:
+    code, rows = locust(endpoint, tmp_path, "4s")
     assert code == 0
     for name in ("generate", "TTFT", "TPOT"):
         assert int(rows[name]["Request Count"]) > 0
@@ -47,32 +79,9 @@ def test_locust_loads_a_running_system(tmp_path: Path) -> None:
 def test_locust_fails_where_nobody_answers(tmp_path: Path) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
-        code, rows = locust(f"tcp://127.0.0.1:{reserved.getsockname()[1]}", tmp_path, "8s")
+        code, rows = locust(f"tcp://127.0.0.1:{reserved.getsockname()[1]}", tmp_path, "6s")
     assert code == 1
     assert int(rows["connect"]["Failure Count"]) == 4
-
-
-def test_honcho_runs_the_same_system(tmp_path: Path) -> None:
-    port, etcd_port = free_ports()
-    environment = os.environ | {
-        "PYTHON": sys.executable,
-        "DEJAVU_ETCD_DATA": str(tmp_path / "etcd"),
-        "DEJAVU_PORT": str(port),
-        "DEJAVU_ETCD_PORT": str(etcd_port),
-    }
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        honcho = subprocess.Popen(
-            [sys.executable, "-m", "honcho", "start"], cwd=ROOT, env=environment, stdout=output, stderr=output
-        )
-    try:
-        assert completion_at(f"tcp://127.0.0.1:{port}", honcho), log.read_text()
-        below = descendants(honcho.pid)
-        assert len(below) >= 4
-    finally:
-        honcho.send_signal(signal.SIGINT)
-        honcho.wait(timeout=30)
-    assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
 
 
 def free_ports() -> tuple[int, int]:

@@ -54,20 +54,20 @@ def asks_who_is_over(self: PromptPipelines, wanted: str, records: Any) -> Any:
 
 BUGS = [
     Bug("who moves keeps its old epoch", FLEET, around(Dispatch, "_give", keeps_its_epoch), 1),
-    Bug("blocks that nobody asks for are kept", FLEET, instead(TokenDriver, "_end_orphans", lambda *args: None), 5),
+    Bug("blocks that nobody asks for are kept", FLEET, instead(TokenDriver, "_end_orphans", lambda *args: None), 21),
     Bug("the load of a pipeline stays when its sequences leave", FLEET, around(Dispatch, "unload", stays_loaded), 1),
-    Bug("a prompt pipeline that is over is asked", FLEET, instead(PromptPipelines, "pick", asks_who_is_over), 2),
+    Bug("a prompt pipeline that is over is asked", FLEET, instead(PromptPipelines, "pick", asks_who_is_over), 29),
     Bug(
         "a pipeline that a sequence has left deletes its copy",
         FLEET,
         instead(Shelf, "ended", lambda self, pipeline, key: self.forget(key)),
-        345,
+        386,
     ),
     Bug(
         "a claim that went nowhere is not repeated",
         FLEET,
         instead(Replication, "writer_is_back", lambda *args: None),
-        61,
+        70,
     ),
     Bug(
         "a hand-off that does not end is not asked about",
@@ -84,7 +84,7 @@ BUGS = [
         lossy_fleet_of_stages,
         instead(PromptScheduler, "not_let_go", lambda *args: []),
     ),
-    Bug("that a pipeline is ready is said once", lossy_fleet, instead(Driver, "is_whole", False)),
+    Bug("that a pipeline is ready is said once", lossy_fleet, instead(Driver, "is_whole", False), 31),
     Bug("a router does not ask after quiet sequences", lossy_fleet, instead(Dispatch, "ask_again", lambda *args: None)),
     Bug(
         "what a pipeline has lost sight of is given up",
