@@ -112,8 +112,11 @@ def unlock_pages(address: int, index: int) -> None:
 
 def device_bytes(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
     """Memory that kernels of `device` can reach at this address, without a copy: uint8 [num_bytes]. It lives no longer
-    than whoever owns it lets it."""
-    return torch.as_tensor(_DeviceBytes(address, num_bytes), device=device)
+    than whoever owns it lets it. Raises `RuntimeError` where PyTorch does not take it."""
+    seen = torch.as_tensor(_DeviceBytes(address, num_bytes), device=device)
+    if seen.data_ptr() != address:  # it takes memory of another device for something to be copied
+        raise RuntimeError(f"it lies at {address:#x}, and {device} sees {seen.data_ptr():#x}")
+    return seen
 
 
 class _DeviceBytes:

@@ -9,9 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.kv import cuda_driver
-from common.kv.cuda_driver import IpcHandle, bind, lock_pages, unlock_pages
+from common.kv.cuda_driver import IpcHandle, bind, device_bytes, lock_pages, unlock_pages
 
 STAND_IN = """
 #include <stddef.h>
@@ -72,6 +73,14 @@ def test_a_context_that_was_used_is_kept(driver: ctypes.CDLL, monkeypatch: pytes
         assert lock_pages(0x7F12345600000, 1 << 33, 3) == 0x7F12345600000 + (1 << 40)
         unlock_pages(0x7F12345600000, 3)
     assert ctypes.c_int.in_dll(driver, "holders").value == 1
+
+
+def test_a_copy_is_not_taken_for_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = torch.zeros(64, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "as_tensor", lambda data, device: memory)
+    assert device_bytes(memory.data_ptr(), 64, memory.device) is memory
+    with pytest.raises(RuntimeError, match="sees"):
+        device_bytes(memory.data_ptr() + 64, 64, memory.device)
 
 
 def test_every_argument_arrives(driver: ctypes.CDLL) -> None:
