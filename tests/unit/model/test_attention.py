@@ -57,6 +57,7 @@ CASES = [
     Case(5, 5, 32, has_alibi=True),
     Case(3, 3, 48, has_alibi=True, window=18),
     Case(12, 4, 64, dtype=torch.bfloat16),
+    Case(8, 2, 128, dtype=torch.bfloat16),
     Case(8, 8, 64, has_alibi=True, dtype=torch.bfloat16),
 ]
 
