@@ -140,7 +140,12 @@ class EtcdServer:
         self.process.wait()
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            # else it would go on writing into a folder that is being deleted
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -241,3 +242,29 @@ async def next_pid(supervisor: Supervisor, last: int) -> int:
         if pid not in (None, last):
             return pid
         await asyncio.sleep(0)
+
+
+ENDED_WHILE_ETCD_STARTS = """
+import os, sys
+asked = []
+def end(event, arguments):
+    if event == "http.client.connect" and not asked:  # whether etcd is healthy
+        asked.append(event)
+        os.kill(os.getpid(), {number})
+sys.addaudithook(end)
+from dejavu.cli import main
+sys.exit(main(["serve", "--port", "0", "--no-nursery", "--device", "cpu", "--state-dir", {state!r}]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_end_while_etcd_is_being_started_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    program = ENDED_WHILE_ETCD_STARTS.format(number=int(number), state=str(tmp_path / "state"))
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert list(temporary.iterdir()) == []
+    assert not (tmp_path / "state" / "endpoints").exists()
