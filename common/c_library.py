@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MAX_BUILD_S = 60.0
+_ABANDONED_S = 3600.0
+"""A folder of a build that is so much older than the newest was left by a process that was killed."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +33,33 @@ def build_library(source: Path, flags: Sequence[str], link_flags: Sequence[str])
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        _sweep(library.parent, Path(folder).stat().st_mtime - _ABANDONED_S)
         compiled, linked = f"{folder}/compiled.o", f"{folder}/linked.so"
-        _run([*command, "-c", str(source), "-o", compiled])
-        _run([compiler, "-shared", compiled, "-o", linked, *link_flags])
+        _run([*command, "-c", str(source), "-o", compiled], folder)
+        _run([compiler, "-shared", compiled, "-o", linked, *link_flags], folder)
         # another process may build the same: the last one wins, and both are whole
         os.replace(linked, library)
     return library
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=MAX_BUILD_S, check=False)
+def _sweep(cache: Path, oldest_mtime: float) -> None:
+    """Deletes folders of builds that nobody will finish."""
+    for folder in cache.iterdir():
+        with contextlib.suppress(OSError):  # another process may do the same
+            if folder.is_dir() and folder.stat().st_mtime < oldest_mtime:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(command: list[str], folder: str) -> None:
+    """The compiler's own files lie in `folder`, too: it cannot delete them when it is killed."""
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TMPDIR": folder},
+        capture_output=True,
+        text=True,
+        timeout=MAX_BUILD_S,
+        check=False,
+    )
     if done.returncode != 0:
         raise OSError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
 
