@@ -209,7 +209,7 @@ def _known_sizes(architecture: str, config: Mapping[str, Any], sizes: ModelSizes
         "inner": inner,
         "2*inner": None if inner is None else 2 * inner,
         "experts": said("num_local_experts"),
-        "embedding": said("word_embed_proj_dim"),
+        "embedding": said("word_embed_proj_dim") or hidden,
         # OPT's first two rows are for padding
         "positions": sizes.max_context_tokens + 2 * (architecture == "opt"),
     }

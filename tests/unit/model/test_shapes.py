@@ -95,6 +95,13 @@ def test_a_config_of_another_model_is_refused(name: str, field: str, tensor: str
         load_spec(tmp_path)
 
 
+def test_embeddings_of_another_width_than_a_config_has_by_default_are_refused(tmp_path: Path) -> None:
+    save_checkpoint("opt-projected", tmp_path)
+    change_config(tmp_path, word_embed_proj_dim=None)
+    with pytest.raises(ConfigurationError, match=r"embed_tokens\.weight is \[128, 32\], where .* for \[128, 128\]"):
+        load_spec(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "flag", "missing"),
     [
