@@ -22,7 +22,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. None leaves `repetition_penalty` and
     `min_tokens` to the model's generation_config.json (else 1 and 0, which are off). `stop` strings (a single one
-    becomes a list) are cut from the text; tokens of `stop_token_ids` and EOS are delivered, with empty text.
+    becomes a list) are cut from the text; tokens of `stop_token_ids` and EOS are delivered, with empty text. These two
+    are what `min_tokens` keeps from being drawn; a stop string ends the text however short it is.
     `durability` is "async", "lag:k" or "sync": how much of what precedes a token a cache store must have before the
     token is shown. Where no store can have it, tokens are shown all the same, unless `durability_strict`: then they
     wait for one, at most until the last token is there. Nothing is checked before `validate`.
