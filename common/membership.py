@@ -22,7 +22,7 @@ from common.etcd.client import (
     has_mod_revision,
     is_absent,
 )
-from common.etcd.election import Election, LeaderChanged
+from common.etcd.election import NOBODY, Election, LeaderChanged
 from common.etcd.errors import EtcdError, EtcdLeaseNotFound
 from common.etcd.follow import Snapshot, follow
 from common.etcd.lease import Lease
@@ -30,6 +30,7 @@ from common.etcd.values import decode_value
 from dejavu.errors import DejavuError
 
 __all__ = [
+    "NOBODY",
     "Election",
     "LeaderChanged",
     "MemberEvent",

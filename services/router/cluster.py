@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from common.etcd.election import NOBODY, LeaderChanged
 from common.etcd.errors import EtcdUnavailable
 from common.membership import (
+    NOBODY,
     Election,
+    LeaderChanged,
     MemberJoined,
     MemberLost,
     MemberRecord,
