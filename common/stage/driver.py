@@ -46,9 +46,19 @@ class Driver(abc.ABC):
     def step_done(self, done: StepDone) -> None:
         """What follows from a step that came out of the last stage."""
 
+    def hear(self, sender: Sender, message: StageInboxMessage) -> None:
+        """Any message that the stage does not take itself."""
+        # a stage that was asked to copy twice has answered twice
+        if not isinstance(message, Pulled) or self._is_news(message):
+            self.handle(sender, message)
+
+    def _is_news(self, pulled: Pulled) -> bool:
+        # pulls of another epoch had the same numbers
+        return self.stage.accepts(pulled.epoch) and self._pull_requests.answered(pulled)
+
     @abc.abstractmethod
     def handle(self, sender: Sender, message: StageInboxMessage) -> None:
-        """Any message that the stage does not take itself."""
+        """As of `hear`; of all that a stage answers to a pull, once."""
 
     def remind(self) -> None:
         """Every `REPEAT_S`: whoever has not answered is asked again."""
@@ -57,10 +67,6 @@ class Driver(abc.ABC):
     def pull(self, wanted: Pull) -> None:
         """Has every stage copy its layers; `checksums` are those of all layers."""
         self._tell_stages(self._pull_requests.ask(wanted))
-
-    def is_news(self, pulled: Pulled) -> bool:
-        """Whether the stage has not given this answer before."""
-        return self._pull_requests.answered(pulled)
 
     def _tell_stages(self, messages: Iterable[tuple[str, StageInboxMessage]]) -> None:
         for name, message in messages:

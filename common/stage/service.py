@@ -237,7 +237,7 @@ class StageService(StageRole):
 
     def _take(self, sender: Sender, message: StageInboxMessage) -> None:
         if not self.handle(sender, message) and self.driver is not None:
-            self.driver.handle(sender, message)
+            self.driver.hear(sender, message)
             self.driver.pump()
 
     def tell_stage(self, name: str, message: StageInboxMessage) -> None:

@@ -65,9 +65,8 @@ class PromptDriver(Driver):
             case LetGo(epoch, sequence_id, attempt, asked_in, stage_index, unconfirmed):
                 if self.stage.accepts(epoch):
                     self.scheduler.let_go((sequence_id, attempt, asked_in), stage_index, unconfirmed)
-            case Pulled(epoch, sequence_id, attempt, intact):
-                if self.stage.accepts(epoch) and self.is_news(message):
-                    self._carry_out(self.scheduler.pulled(sequence_id, attempt, intact))
+            case Pulled(_, sequence_id, attempt, intact):
+                self._carry_out(self.scheduler.pulled(sequence_id, attempt, intact))
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
 

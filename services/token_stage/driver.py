@@ -29,7 +29,7 @@ from common.messages import (
     TokensProduced,
     unpack_ids,
 )
-from common.replica_messages import Pulled, replica_key
+from common.replica_messages import replica_key
 from common.stage.driver import Driver
 from common.stage.role import Sender
 from common.stage.service import StageService
@@ -155,7 +155,7 @@ class TokenDriver(Driver):
                 if ours is not None:
                     self._cancel(ours)
             case _ if isinstance(message, Event):
-                if self.stage.accepts(message.epoch) and (not isinstance(message, Pulled) or self.is_news(message)):
+                if self.stage.accepts(message.epoch):
                     self._carry_out(take(self.scheduler, message))
             case _:
                 logger.warning("unexpected %s from %s", type(message).__name__, sender.name)
