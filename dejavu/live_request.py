@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import msgspec
 
 from dejavu.errors import DejavuError, ProtocolError, RequestCancelled, RequestFailed, error_from_wire
 from dejavu.types import Token, Usage
-from dejavu.wire import Acknowledge, Ended, Submit, TokenFrame
+from dejavu.wire import Ended, Submit, TokenFrame
 
 
 class LiveRequest:
@@ -20,8 +19,6 @@ class LiveRequest:
         self._submit = submit
         self._received: list[list[int]] = [[] for _ in range(num_choices)]
         self._finished = [False] * num_choices
-        self._num_taken = [0] * num_choices
-        self._num_acknowledged = [0] * num_choices
         self._num_prompt_tokens = 0
         self._waiting: asyncio.Queue[Token | DejavuError | None] = asyncio.Queue()
         self.has_ended = False
@@ -119,13 +116,4 @@ class LiveRequest:
         item = await self._waiting.get()
         if isinstance(item, DejavuError):
             raise item
-        if item is not None:
-            self._num_taken[item.choice] = item.index + 1
         return item
-
-    def acknowledgements(self) -> Iterator[Acknowledge]:
-        """What reached the user since the last call."""
-        for choice, num_taken in enumerate(self._num_taken):
-            if num_taken > self._num_acknowledged[choice]:
-                self._num_acknowledged[choice] = num_taken
-                yield Acknowledge(self.request_id, choice, num_taken)

@@ -168,9 +168,7 @@ class Session:
         self._send(live.submission())
 
     def _leave(self, live: LiveRequest) -> None:
-        """The user takes no more of it: everything (then say so), or too little (then cancel it)."""
-        for acknowledgement in live.acknowledgements():
-            self._send(acknowledgement)
+        """The user takes no more of it."""
         if not live.has_ended:
             self._give_up(live, RequestCancelled(f"{live.request_id} was left"))
 
@@ -260,9 +258,6 @@ class Session:
             await asyncio.sleep(wire.PING_INTERVAL_S)
             if self._live or self._queries:
                 connection.ping(MAX_UNANSWERED_PINGS)
-            for live in self._live.values():
-                for acknowledgement in live.acknowledgements():
-                    connection.send(acknowledgement)
 
     async def _receive(self, connection: Connection) -> None:
         for num_received in itertools.count(1):

@@ -13,7 +13,7 @@ import msgspec
 
 from dejavu.params import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 8 << 20
 """Limit of one message in either direction; a peer that sends more is cut."""
 MAX_PROMPT_BYTES = 4 << 20
@@ -42,14 +42,6 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     request_id: str
 
 
-class Acknowledge(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
-    """Cumulative: every token of this choice below `next_index` has reached the user."""
-
-    request_id: str
-    choice: int
-    next_index: int
-
-
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
     """Sent every `PING_INTERVAL_S` while requests are live; silence ends the client's requests."""
 
@@ -73,7 +65,7 @@ class Convert(msgspec.Struct, frozen=True, array_like=True, tag="convert"):
     role: str
 
 
-ClientMessage = Hello | Submit | Cancel | Acknowledge | Ping | StatusQuery | Drain | Convert
+ClientMessage = Hello | Submit | Cancel | Ping | StatusQuery | Drain | Convert
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):

@@ -278,8 +278,6 @@ class RouterService:
                 self._tasks.create_task(self._drain(client, message))
             case wire.Convert():
                 self._tasks.create_task(self._answer(client, self._commands.convert(message)))
-            case wire.Acknowledge():
-                pass
 
     def _refuse_bad_frame(self, client: bytes, frames: list[memoryview], reason: str) -> None:
         """A frame that is no valid message. A malformed submit still names its request: say so to that request."""
