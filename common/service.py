@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import uvloop
@@ -33,8 +34,20 @@ DRAIN_SIGNAL = signal.SIGUSR1
 """Tells a router that the whole system is about to stop: it lets nothing new in."""
 
 
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """What the command line of any service says. Fields are called what the parser calls them."""
+
+    name: str
+    etcd: str
+    cluster: str
+    host: str
+    model: str
+    dtype: str
+
+
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """The options that all services share."""
+    """`ServiceOptions`."""
     parser.add_argument("--name", required=True, help="unique and stable name of this service")
     parser.add_argument("--etcd", required=True, metavar="URL", help="where etcd listens")
     parser.add_argument("--cluster", default="default", help="services of one cluster find each other")

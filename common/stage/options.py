@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass, replace
 
 from common.kv.choice import LINK_NAMES
-from common.service import add_common_options
+from common.service import ServiceOptions, add_common_options
 
 
 @dataclass(frozen=True, slots=True)
-class StageOptions:
+class StageOptions(ServiceOptions):
     """`layers` is absolute, end exclusive; `chunk_tokens` bounds the tokens of one step. `other_pipeline` is what the
     pipeline is called in the other role, '' where it has none."""
 
-    name: str
     role: str
-    etcd: str
-    cluster: str
-    host: str
-    model: str
-    dtype: str
     pipeline: str
     other_pipeline: str
     stage_index: int
@@ -63,59 +58,35 @@ class StageOptions:
 
 def parse_stage_options(role: str, description: str | None, argv: list[str] | None) -> StageOptions:
     """Parses a stage's command line; argparse ends the process with 2 on a usage error."""
-    arguments = _parser(role, description).parse_args(argv)
-    first, last = (int(layer) for layer in arguments.layers.split(":"))
-    return StageOptions(
-        name=arguments.name,
-        role=role,
-        etcd=arguments.etcd,
-        cluster=arguments.cluster,
-        host=arguments.host,
-        model=arguments.model,
-        dtype=arguments.dtype,
-        pipeline=arguments.pipeline,
-        other_pipeline=arguments.other_pipeline,
-        stage_index=arguments.stage_index,
-        num_stages=arguments.num_stages,
-        layers=(first, last),
-        device=arguments.device,
-        kv_memory_bytes=arguments.kv_memory,
-        host_kv_memory_bytes=arguments.host_kv_memory,
-        swap=arguments.swap,
-        block_size=arguments.block_size,
-        chunk_tokens=arguments.chunk_size,
-        num_threads=arguments.threads,
-        cores=arguments.cores,
-        link=arguments.link,
-        is_colocated=arguments.colocated,
-        is_standby=arguments.standby,
-        num_replicas=arguments.replicas,
-        recovery=arguments.recovery,
-        durability=arguments.durability,
-    )
-
-
-def _parser(role: str, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"services.{role}", description=description)
     add_common_options(parser)
     parser.add_argument("--pipeline", required=True, help="name of the pipeline, the same for all its stages")
     parser.add_argument("--other-pipeline", default="", metavar="NAME", help="its name should it change its role")
     parser.add_argument("--stage-index", type=int, required=True)
     parser.add_argument("--num-stages", type=int, required=True)
-    parser.add_argument("--layers", required=True, metavar="A:B", help="layers A to B-1 of the model")
+    parser.add_argument("--layers", type=_layers, required=True, metavar="A:B", help="layers A to B-1 of the model")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--kv-memory", type=int, required=True, metavar="BYTES", help="size of the KV pool")
-    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
-    parser.add_argument("--chunk-size", type=int, default=256, metavar="TOKENS", help="tokens of a prefill step")
-    parser.add_argument("--threads", type=int, default=1, help="compute threads")
+    size = functools.partial(parser.add_argument, type=int, metavar="BYTES")
+    size("--kv-memory", dest="kv_memory_bytes", required=True, help="size of the KV pool")
+    tokens = functools.partial(parser.add_argument, type=int, metavar="TOKENS")
+    tokens("--block-size", default=16)
+    tokens("--chunk-size", dest="chunk_tokens", default=256, help="tokens of a prefill step")
+    number = functools.partial(parser.add_argument, type=int, metavar="N")
+    number("--threads", dest="num_threads", default=1, help="compute threads")
     parser.add_argument("--cores", default="", metavar="LIST", help="run on these cores only, e.g. 0,1")
     parser.add_argument("--link", default="auto", choices=["auto", *LINK_NAMES], help="how KV travels")
-    parser.add_argument("--standby", action="store_true", help="wait until somebody's place is free")
+    flag = functools.partial(parser.add_argument, action="store_true")
+    flag("--standby", dest="is_standby", help="wait until somebody's place is free")
     # the rest concerns a prompt stage, too, should it become a token stage
-    parser.add_argument("--host-kv-memory", type=int, default=0, metavar="BYTES", help="size of the host tier")
+    size("--host-kv-memory", dest="host_kv_memory_bytes", default=0, help="size of the host tier")
     parser.add_argument("--swap", default="auto", choices=["auto", "on", "off"])
-    parser.add_argument("--colocated", action="store_true", help="compute prompts in this pipeline too")
-    parser.add_argument("--replicas", type=int, default=1, help="copies of every sequence in cache stores")
+    flag("--colocated", dest="is_colocated", help="compute prompts in this pipeline too")
+    number("--replicas", dest="num_replicas", default=1, help="copies of every sequence in cache stores")
     parser.add_argument("--recovery", default="auto", choices=["auto", "restore", "replay"])
     parser.add_argument("--durability", default="async", help="async, lag:k or sync, for requests that do not say")
-    return parser
+    return StageOptions(role=role, **vars(parser.parse_args(argv)))
+
+
+def _layers(text: str) -> tuple[int, int]:
+    first, last = text.split(":")
+    return int(first), int(last)

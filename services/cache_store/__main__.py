@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -14,23 +15,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a cache store until SIGTERM; returns the exit code."""
     parser = argparse.ArgumentParser("services.cache_store", description=__doc__)
     add_common_options(parser)
-    parser.add_argument("--kv-memory", type=int, required=True, metavar="BYTES", help="memory for copies")
-    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
-    parser.add_argument("--disk-memory", type=int, default=0, metavar="BYTES", help="room on disk for copies, too")
+    size = functools.partial(parser.add_argument, type=int, metavar="BYTES")
+    size("--kv-memory", dest="kv_memory_bytes", required=True, help="memory for copies")
+    size("--disk-memory", dest="disk_memory_bytes", default=0, help="room on disk for copies, too")
     parser.add_argument("--disk-dir", type=Path, default=Path("."), metavar="DIR", help="where; nobody else's")
-    arguments = parser.parse_args(argv)
-    options = StoreOptions(
-        name=arguments.name,
-        etcd=arguments.etcd,
-        cluster=arguments.cluster,
-        host=arguments.host,
-        model=arguments.model,
-        dtype=arguments.dtype,
-        kv_memory_bytes=arguments.kv_memory,
-        block_size=arguments.block_size,
-        disk_memory_bytes=arguments.disk_memory,
-        disk_dir=arguments.disk_dir,
-    )
+    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
+    options = StoreOptions(**vars(parser.parse_args(argv)))
     return run_service(options.name, lambda stop: CacheStore.serve(options, stop))
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import msgspec
 
 from common import messages
-from common.channel import Inbox
-from common.etcd.client import EtcdClient
 from common.kv.errors import LinkError
 from common.kv.pool import KvPool
 from common.kv.server import PoolServer
@@ -22,9 +20,10 @@ from common.messages import StatsQuery, StatsReply, Stop, StoreInboxMessage
 from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
+from common.presence import present
 from common.process import own_incarnation
 from common.replica_messages import Claim, Claimed, Locate, Located, Replicate, Replicated, replica_key
-from common.service import own_record
+from common.service import ServiceOptions, own_record
 from services.cache_store.disk import DiskTier
 from services.cache_store.keeper import Keeper
 from services.cache_store.shelf import Shelf
@@ -42,15 +41,9 @@ FLUSH_LIMIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class StoreOptions:
+class StoreOptions(ServiceOptions):
     """The command line of a cache store."""
 
-    name: str
-    etcd: str
-    cluster: str
-    host: str
-    model: str
-    dtype: str
     kv_memory_bytes: int
     block_size: int
     disk_memory_bytes: int
@@ -80,7 +73,6 @@ class CacheStore:
         self._monitor = LoopMonitor()
         self._counters = {"bad_frames": 0, "refused_frames": 0, "batches": 0}
         self._stop: asyncio.Event
-        self._inbox: Inbox
         self._membership: Membership
 
     @classmethod
@@ -88,20 +80,14 @@ class CacheStore:
         """Runs a store until `stop` is set. Raises `ConfigurationError`."""
         store = cls(options, load_spec(options.model, options.dtype))
         server = await PoolServer.start(store._pool, options.host, store._incarnation)
-        store._inbox = await Inbox.bind(f"tcp://{options.host}:*", store._on_frames)
         try:
             await store._open_disk()
-            async with (
-                EtcdClient(options.etcd) as etcd,
-                Membership(etcd, options.cluster) as store._membership,
-            ):
+            async with present(options, store._peers, store._on_frames) as (endpoint, _, store._membership):
                 detail = {"kv_offer": server.offer.encode()}
-                record = own_record(options.name, "cache_store", store._incarnation, store._inbox.endpoint, detail)
+                record = own_record(options.name, "cache_store", store._incarnation, endpoint, detail)
                 await store._membership.register(record)
                 await store._live(stop)
         finally:
-            store._inbox.close()
-            store._peers.close()
             await store._keeper.aclose()
             await store._close_disk()
             await server.aclose()

@@ -15,19 +15,12 @@ def main(argv: list[str] | None = None) -> int:
     add_common_options(parser)
     parser.add_argument("--port", type=int, default=5555, help="where clients connect (0 = any free port)")
     parser.add_argument(
-        "--no-kill", action="store_true", help="never kill a silent process of this machine, only end its lease"
+        "--no-kill",
+        dest="may_kill",
+        action="store_false",
+        help="never kill a silent process of this machine, only end its lease",
     )
-    arguments = parser.parse_args(argv)
-    options = RouterOptions(
-        name=arguments.name,
-        etcd=arguments.etcd,
-        cluster=arguments.cluster,
-        host=arguments.host,
-        port=arguments.port,
-        model=arguments.model,
-        dtype=arguments.dtype,
-        may_kill=not arguments.no_kill,
-    )
+    options = RouterOptions(**vars(parser.parse_args(argv)))
     return run_service(options.name, lambda stop: RouterService.serve(options, stop))
 
 

@@ -16,7 +16,7 @@ from common.channel import Inbox
 from common.etcd.client import EtcdClient
 from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
-from common.membership import Election, LeaderChanged, MemberRecord, Membership
+from common.membership import Election, LeaderChanged, Membership
 from common.messages import (
     Beat,
     Orphans,
@@ -29,8 +29,9 @@ from common.messages import (
 )
 from common.model.spec import ModelSpec, load_spec
 from common.peers import Peers, beat
+from common.presence import Presence, present
 from common.process import own_incarnation
-from common.service import DRAIN_SIGNAL, own_record
+from common.service import DRAIN_SIGNAL, ServiceOptions, own_record
 from common.text import TextCodec
 from dejavu import wire
 from dejavu.errors import ConfigurationError, DejavuError, Unavailable
@@ -58,16 +59,10 @@ PORT_RETRY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class RouterOptions:
+class RouterOptions(ServiceOptions):
     """The command line of a router."""
 
-    name: str
-    etcd: str
-    cluster: str
-    host: str
     port: int
-    model: str
-    dtype: str
     may_kill: bool
 
 
@@ -96,7 +91,6 @@ class RouterService:
         self._cluster: Cluster
         self._commands: Commands
         self._stop: asyncio.Event
-        self._inbox: Inbox
         self._public: Inbox
         self._tasks: asyncio.TaskGroup
 
@@ -124,19 +118,11 @@ class RouterService:
         options = self._options
         self._public = await self._listen(f"tcp://{options.host}:{options.port or '*'}")
         self._public.pause()
-        self._inbox = await Inbox.bind(f"tcp://{options.host}:*", self._on_service_frames)
-        detail = {"client_endpoint": self._public.endpoint}
-        record = own_record(options.name, "router", self._incarnation, self._inbox.endpoint, detail)
         try:
-            async with (
-                EtcdClient(options.etcd) as etcd,
-                Membership(etcd, options.cluster) as membership,
-            ):
-                await self._live(etcd, membership, record, stop)
+            async with present(options, self._peers, self._on_service_frames) as presence:
+                await self._live(presence, stop)
         finally:
             self._public.close()
-            self._inbox.close()
-            self._peers.close()
             self._neighbours.close()
 
     async def _listen(self, address: str) -> Inbox:
@@ -158,7 +144,8 @@ class RouterService:
                     raise ConfigurationError(f"cannot listen on {address}: {error.strerror}", field="port") from error
             await asyncio.sleep(PORT_RETRY_S)
 
-    async def _live(self, etcd: EtcdClient, membership: Membership, record: MemberRecord, stop: asyncio.Event) -> None:
+    async def _live(self, presence: Presence, stop: asyncio.Event) -> None:
+        endpoint, etcd, membership = presence
         self._stop = stop
         self._join(etcd, membership)
         # whoever has sequences of a router before us is waited for
@@ -166,7 +153,8 @@ class RouterService:
             self._dispatch.pipeline_published(pipeline)
         # from its registration on others tell it things once and never again
         self._is_live = True
-        await membership.register(record)
+        detail = {"client_endpoint": self._public.endpoint}
+        await membership.register(own_record(self._options.name, "router", self._incarnation, endpoint, detail))
         beating = beat(self._peers, self._cluster.other_routers, self._options.name, self._incarnation, lambda: 0.0)
         watching = (watch_etcd(etcd, self._journal), self._watch_clients(), self._ask_again(), self._monitor.watch())
         work = (self._cluster.run(), self._hear_clients(), beating, *watching)

@@ -21,7 +21,7 @@ class FleetRouter(RouterService):
     """A router as it is served; who leads is said by the world."""
 
     def __init__(self, world: Fleet, name: str, incarnation: str) -> None:
-        super().__init__(RouterOptions(name, "", "c", "h", 0, "", "", may_kill=True), SPEC, None)
+        super().__init__(RouterOptions(name, "", "c", "h", "", "", 0, may_kill=True), SPEC, None)
         self.world, self.name, self.incarnation = world, name, incarnation
         self._incarnation = self._dispatch._incarnation = incarnation
         self._peers = FleetPeers(world, f"{name}.{incarnation}")

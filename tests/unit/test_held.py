@@ -21,7 +21,7 @@ class Router(RouterService):
     """One that says to nobody what it says."""
 
     def __init__(self) -> None:
-        super().__init__(RouterOptions("router-1", "", "c", "h", 0, "", "", may_kill=True), SPEC, None)
+        super().__init__(RouterOptions("router-1", "", "c", "h", "", "", 0, may_kill=True), SPEC, None)
         self.sent: list[RouterMessage] = []
         self.cluster = self._cluster = cast(Any, SimpleNamespace(members={}, leader="", is_leader=False))
         self._clients.heard(CLIENT, 0.0)
