@@ -5,24 +5,44 @@ from __future__ import annotations
 import abc
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import StageInboxMessage, StageReady, Step, StepDone
+from common.model.spec import ModelSpec
+from common.peers import Peers
 from common.replica_messages import Pull, Pulled
+from common.stage.options import StageOptions
+from common.stage.process import StageProcess
 from common.stage.repeats import PullRequests
 from common.stage.role import Sender
 from common.stage.trips import Trips
 
-if TYPE_CHECKING:
-    from common.stage.service import StageService
+
+class OwnStage(Protocol):
+    """What a driver has of the stage that it is part of."""
+
+    options: StageOptions
+    spec: ModelSpec
+    process: StageProcess
+    peers: Peers
+    members: dict[str, MemberRecord]
+    records: dict[str, PipelineRecord]
+
+    def routers(self) -> list[str]: ...
+
+    def accepts(self, epoch: int) -> bool: ...
+
+    def tell_stage(self, name: str, message: StageInboxMessage) -> None: ...
+
+    def run(self, step: Step) -> None: ...
 
 
 class Driver(abc.ABC):
     """There is one from when all stages of `record` are `ready` until its stage is to do anything of another epoch. The
     stage tells it what it hears, on the event loop, and each time has it `pump` then."""
 
-    def __init__(self, stage: StageService, record: PipelineRecord, ready: list[StageReady]) -> None:
+    def __init__(self, stage: OwnStage, record: PipelineRecord, ready: list[StageReady]) -> None:
         self.stage = stage
         self.record = record
         self.epoch = record.epoch

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from common.messages import StageInboxMessage, StageReady
-
-if TYPE_CHECKING:
-    from common.membership import MemberRecord, PipelineRecord
-    from common.stage.driver import Driver
+from common.membership import MemberRecord, PipelineRecord
+from common.messages import StageInboxMessage
 
 
 class Sender(NamedTuple):
@@ -21,10 +18,6 @@ class Sender(NamedTuple):
 
 class StageRole(abc.ABC):
     """Called by `StageService`, always on the event loop."""
-
-    @abc.abstractmethod
-    def new_driver(self, record: PipelineRecord, ready: list[StageReady]) -> Driver:
-        """All stages of our pipeline run the epoch of `record`, and this one drives it."""
 
     @abc.abstractmethod
     def handle(self, sender: Sender, message: StageInboxMessage) -> bool:

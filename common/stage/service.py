@@ -6,6 +6,7 @@ newer one appears. Stage 0 drives: it forms steps, the others follow them in ord
 
 from __future__ import annotations
 
+import abc
 import logging
 import time
 from collections import Counter
@@ -156,6 +157,10 @@ class StageService(StageRole):
         self._stand_by(record.epoch)
         await self.engine.idle()
         await self.leave(record)
+
+    @abc.abstractmethod
+    def new_driver(self, record: PipelineRecord, ready: list[StageReady]) -> Driver:
+        """All stages of our pipeline run the epoch of `record`, and this one drives it."""
 
     def new_worker(self) -> StageWorker:
         """With an empty table, for a new epoch."""
