@@ -101,7 +101,7 @@ class Driver(abc.ABC):
         return {}
 
     def member_joined(self, record: MemberRecord) -> None:  # noqa: B027
-        """As of `StageRole`, after it."""
+        """An incarnation of a member is there, and connected."""
 
     def member_lost(self, record: MemberRecord) -> None:  # noqa: B027
         """As of `StageRole`, before it."""

@@ -54,7 +54,7 @@ async def _serve(stage: StageService, model: StageModel | None) -> StageModel | 
     install_fault_hook(process.loop, STUCK_STEP, lambda: engine.compute.submit(stall, lambda _: None))
     loaded = await asyncio.to_thread(engine.load, model)
     await engine.warm_up(process.crashed)
-    details = await stage.open_pool()
+    details = await stage.open()
     if model is None:
         # what is loaded stays: keep it out of every later collection
         gc.collect()
@@ -68,7 +68,7 @@ async def _serve(stage: StageService, model: StageModel | None) -> StageModel | 
     finally:
         # not on the event loop: what runs may be waiting for it
         await asyncio.to_thread(engine.compute.close)
-        await stage.close_pool()
+        await stage.close()
         engine.tiers.close()
 
 

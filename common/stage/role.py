@@ -21,16 +21,14 @@ class StageRole(abc.ABC):
 
     @abc.abstractmethod
     def handle(self, sender: Sender, message: StageInboxMessage) -> bool:
-        """Any message that is not about steps and stages. False: it is the driver's, if there is one."""
-
-    async def member_joined(self, record: MemberRecord) -> None:  # noqa: B027
-        """An incarnation of a member is there, and connected."""
+        """Any message that is not about steps, stages and replicas. False: it is the driver's, if there is one."""
 
     async def member_lost(self, record: MemberRecord) -> None:  # noqa: B027
         """An incarnation of a member is gone."""
 
     async def quiesce(self) -> None:  # noqa: B027
-        """Returns when nothing that this process has begun outside of its steps reads or writes any pool any more."""
+        """Returns when nothing that this process has begun outside of its steps reads or writes any pool any more; no
+        replica is copied any more."""
 
     async def leave(self, record: PipelineRecord) -> None:
         """Our pipeline is over as of `record`, and nothing is scheduled any more. Returns when this process touches
@@ -38,11 +36,11 @@ class StageRole(abc.ABC):
         await self.quiesce()
 
     async def open_pool(self) -> dict[str, str]:
-        """Called once the pool exists; returns details to register under."""
+        """As of `StageService.open`."""
         return {}
 
     async def close_pool(self) -> None:  # noqa: B027 - a role may have nothing to add
-        """Called before the pool is closed."""
+        """As of `StageService.close`."""
 
     async def pipeline_published(self, record: PipelineRecord) -> None:  # noqa: B027
         """Any pipeline got a new record."""

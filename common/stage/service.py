@@ -10,6 +10,7 @@ import abc
 import logging
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -29,10 +30,12 @@ from common.messages import (
 )
 from common.model.spec import ModelSpec
 from common.peers import Peers
+from common.replica_messages import Pull
 from common.stage.driver import Driver
 from common.stage.engine import Engine
 from common.stage.options import StageOptions
 from common.stage.process import StageProcess
+from common.stage.pulls import Pulls
 from common.stage.readiness import Readiness
 from common.stage.role import Sender, StageRole
 from common.stage.worker import StageWorker, StepOutput
@@ -52,15 +55,29 @@ class StageService(StageRole):
         self.process = process
         self.engine = Engine(options, spec, process.loop, process.crash)
         self.peers = Peers(f"{options.name}.{incarnation}")
+        self.beside = ThreadPoolExecutor(1, thread_name_prefix="beside")
+        """for copies and checks that no step waits for"""
         self.members: dict[str, MemberRecord] = {}
         self.records: dict[str, PipelineRecord] = {}
         self.epoch = 0
         self.record: PipelineRecord | None = None
         self.driver: Driver | None = None
+        self._pulls: Pulls
         self._readiness = Readiness(options.num_stages)
         self._ready_in = 0
         """the epoch that we have said we run"""
         self._counters = Counter(refused_frames=0, bad_frames=0)
+
+    async def open(self) -> dict[str, str]:
+        """Called once the pool exists; returns details to register under."""
+        self._pulls = Pulls(self.engine.tiers.pool, self.beside, self.options.stage_index, self.tell_driver)
+        return await self.open_pool()
+
+    async def close(self) -> None:
+        """Called before the pool is closed."""
+        await self._pulls.aclose()
+        self.beside.shutdown(wait=True, cancel_futures=True)
+        await self.close_pool()
 
     # ------------------------------------------------------------ who else is there
 
@@ -77,13 +94,16 @@ class StageService(StageRole):
             if self.driver is not None:
                 self.driver.member_lost(record)
                 self.driver.pump()
+            if record.role == "cache_store":
+                await self._pulls.store_lost(record.name)
             await self.member_lost(record)
             return
         # connected first: whoever is among the members can be sent something
         await self.peers.connect(record.name, record.endpoint)
         self.members[record.name] = record
         self._report_ready(record)
-        await self.member_joined(record)
+        if record.role == "cache_store":
+            await self._pulls.store_joined(record)
         if self.driver is not None:
             self.driver.member_joined(record)
             self.driver.pump()
@@ -126,13 +146,15 @@ class StageService(StageRole):
             if self.record is not None:
                 logger.info("replaced by %s in epoch %d", own.name, record.epoch)
             self._stand_by(record.epoch)
+            await self._pulls.idle()
             await self.quiesce()
             return
         self._set_epoch(record.epoch, record)
         logger.info("epoch %d of %s begins", record.epoch, record.pipeline)
         # ready means that nothing of an older epoch reads or writes any pool any more: first no step is running ...
         await self.engine.idle()
-        # ... then nothing that steps have begun
+        # ... then nothing that steps, or replicas, have begun
+        await self._pulls.idle()
         await self.quiesce()
         if self.epoch == record.epoch:
             self._ready_in = record.epoch
@@ -156,6 +178,7 @@ class StageService(StageRole):
         logger.info("%s is over: this stage goes on in %s", record.pipeline, record.successor)
         self._stand_by(record.epoch)
         await self.engine.idle()
+        await self._pulls.idle()
         await self.leave(record)
 
     @abc.abstractmethod
@@ -241,7 +264,10 @@ class StageService(StageRole):
         return False
 
     def _take(self, sender: Sender, message: StageInboxMessage) -> None:
-        if not self.handle(sender, message) and self.driver is not None:
+        if isinstance(message, Pull):
+            if self.accepts(message.epoch):
+                self._pulls.start(message)
+        elif not self.handle(sender, message) and self.driver is not None:
             self.driver.hear(sender, message)
             self.driver.pump()
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from common.handoff_messages import LetGo, LetGoAwaited
 from common.kv.errors import LinkError
 from common.kv.stream import HandoffSpan
-from common.membership import MemberRecord, PipelineRecord
+from common.membership import PipelineRecord
 from common.messages import SequenceOpen, StageInboxMessage, StageReady, Step
 from common.model.spec import ModelSpec
-from common.replica_messages import Claim, Claimed, Pull
+from common.replica_messages import Claim, Claimed
 from common.stage.options import StageOptions
 from common.stage.process import StageProcess
-from common.stage.pulls import Pulls
 from common.stage.repeats import Answers
 from common.stage.role import Sender
 from common.stage.service import StageService
@@ -30,8 +29,6 @@ class PromptStage(StageService):
     def __init__(self, options: StageOptions, spec: ModelSpec, incarnation: str, process: StageProcess) -> None:
         super().__init__(options, spec, incarnation, process)
         self._handoffs: Handoffs
-        self._pulls: Pulls
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="pull")
         self._claims: dict[Claim, str] = {}
         """not answered yet, and by whom"""
         self._let_go = Answers[LetGo]()
@@ -40,7 +37,7 @@ class PromptStage(StageService):
         return PromptDriver(self, record, ready)
 
     async def open_pool(self) -> dict[str, str]:
-        options, pool = self.options, self.engine.tiers.pool
+        options = self.options
         self._handoffs = Handoffs(
             options.pipeline,
             self.incarnation,
@@ -49,13 +46,10 @@ class PromptStage(StageService):
             options.link,
             self.peers.send,
         )
-        await self._handoffs.start(pool)
-        self._pulls = Pulls(pool, self._copier, options.stage_index, self.tell_driver)
+        await self._handoffs.start(self.engine.tiers.pool)
         return {}
 
     async def close_pool(self) -> None:
-        await self._pulls.aclose()
-        self._copier.shutdown(wait=True, cancel_futures=True)
         await self._handoffs.aclose()
 
     def handle(self, sender: Sender, message: StageInboxMessage) -> bool:
@@ -63,9 +57,6 @@ class PromptStage(StageService):
             case Claim():
                 self._claims[message] = sender.name
                 self._answer_claims()
-            case Pull():
-                if self.accepts(message.epoch):
-                    self._pulls.start(message)
             case LetGoAwaited():
                 if self.accepts(message.epoch):
                     self._let_go_again(message)
@@ -81,23 +72,13 @@ class PromptStage(StageService):
                 self.peers.send(driver, Claimed(self.options.name, claim.pipeline, claim.epoch, []))
 
     async def quiesce(self) -> None:
-        await self._pulls.idle()
         # token drivers take back the blocks that our older epochs were granted
         await self._handoffs.reset(self.epoch)
         for record in self.records.values():
             self._open_links(record)
 
     async def leave(self, record: PipelineRecord) -> None:
-        await self._pulls.idle()
         await self._handoffs.reset(record.epoch)
-
-    async def member_joined(self, record: MemberRecord) -> None:
-        if record.role == "cache_store":
-            await self._pulls.store_joined(record)
-
-    async def member_lost(self, record: MemberRecord) -> None:
-        if record.role == "cache_store":
-            await self._pulls.store_lost(record.name)
 
     async def pipeline_published(self, record: PipelineRecord) -> None:
         if record.role == "token_stage":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from common.handoff_messages import FencedOff, FenceOff, KvArrived
@@ -10,10 +9,9 @@ from common.kv.server import PoolServer
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import PipelineReady, StageInboxMessage, StageReady
 from common.model.spec import ModelSpec
-from common.replica_messages import Claim, Claimed, Pull
+from common.replica_messages import Claim, Claimed
 from common.stage.options import StageOptions
 from common.stage.process import StageProcess
-from common.stage.pulls import Pulls
 from common.stage.role import Sender
 from common.stage.service import StageService
 from services.token_stage.arrivals import Arrivals
@@ -31,9 +29,7 @@ class TokenStage(StageService):
         self._prompts = PromptPipelines()
         self._guests = Guests()
         self._door: Door
-        self._pulls: Pulls
         self._arrivals: Arrivals
-        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="verify")
 
     def new_driver(self, record: PipelineRecord, ready: list[StageReady]) -> TokenDriver:
         return TokenDriver(self, record, ready, self._prompts)
@@ -42,20 +38,20 @@ class TokenStage(StageService):
         pool = self.engine.tiers.pool
         server = await PoolServer.start(pool, self.options.host, self.incarnation)
         self._door = Door(server, self.options.stage_index, self.process.stop)
-        self._pulls = Pulls(pool, self._verifier, self.options.stage_index, self.tell_driver)
-        self._arrivals = Arrivals(pool, self._verifier, self.tell_driver)
+        self._arrivals = Arrivals(pool, self.beside, self.tell_driver)
         return {"kv_offer": self._door.offer}
 
     async def close_pool(self) -> None:
-        await self._pulls.aclose()
-        self._verifier.shutdown(wait=True, cancel_futures=True)
         await self._door.aclose()
 
     def handle(self, sender: Sender, message: StageInboxMessage) -> bool:
         match message:
-            case KvArrived() | Pull() | FenceOff():
+            case KvArrived():
                 if self.accepts(message.epoch):
-                    self._begin(message)
+                    self._arrivals.verify(message)
+            case FenceOff():
+                if self.accepts(message.epoch):
+                    self.process.in_background(self._door.fence_off(message, self._fenced_off))
             case Claimed(name, _, epoch) if self.driver is None:
                 if self.accepts(epoch):
                     self._guests.left(name)
@@ -66,21 +62,11 @@ class TokenStage(StageService):
                 return False
         return True
 
-    def _begin(self, work: KvArrived | Pull | FenceOff) -> None:
-        match work:
-            case KvArrived():
-                self._arrivals.verify(work)
-            case Pull():
-                self._pulls.start(work)
-            case FenceOff():
-                self.process.in_background(self._door.fence_off(work, self._fenced_off))
-
     def _fenced_off(self, fenced: FencedOff) -> None:
         if fenced.epoch == self.epoch:
             self.tell_driver(fenced)
 
     async def quiesce(self) -> None:
-        await self._pulls.idle()
         fenced = self._door.begin_epoch(self.options.pipeline, self.epoch)
         if self.record is None:
             self.process.in_background(fenced)  # nobody waits for a spare
@@ -88,19 +74,13 @@ class TokenStage(StageService):
             await fenced
 
     async def leave(self, record: PipelineRecord) -> None:
-        await self._pulls.idle()
         await self._door.begin_epoch(record.pipeline, record.epoch)
         stores = [member.name for member in self.members.values() if member.role == "cache_store"]
         claim = Claim(record.pipeline, record.epoch)
         await self._guests.gone(stores, lambda name: self.peers.send(name, claim))
 
-    async def member_joined(self, record: MemberRecord) -> None:
-        if record.role == "cache_store":
-            await self._pulls.store_joined(record)
-
     async def member_lost(self, record: MemberRecord) -> None:
         if record.role == "cache_store":
-            await self._pulls.store_lost(record.name)
             self._guests.left(record.name)
         elif record.role == "prompt_stage":
             self.process.in_background(self._door.writer_lost(record))
