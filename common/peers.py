@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import TypeVar
+
+import msgspec
 
 from common.channel import Outbox
 from common.messages import Beat, Message, encode
@@ -12,6 +15,7 @@ from common.messages import Beat, Message, encode
 logger = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+Heard = TypeVar("Heard")
 
 
 class Peers:
@@ -60,6 +64,18 @@ class Peers:
         for _, outbox in self._outboxes.values():
             outbox.close()
         self._outboxes.clear()
+
+
+def understood(
+    decode: Callable[[memoryview], Heard], peer: bytes, frames: list[memoryview], counters: MutableMapping[str, int]
+) -> Heard | None:
+    """What another process has said; None, and counted as one of `bad_frames`, where that is no message."""
+    try:
+        return decode(frames[0])
+    except (msgspec.DecodeError, IndexError) as error:
+        counters["bad_frames"] += 1
+        logger.warning("malformed message from %r: %s", peer[:64], error)
+        return None
 
 
 async def beat(

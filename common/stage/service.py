@@ -29,7 +29,7 @@ from common.messages import (
     SwapFigures,
 )
 from common.model.spec import ModelSpec
-from common.peers import Peers
+from common.peers import Peers, understood
 from common.replica_messages import Pull
 from common.stage.driver import Driver
 from common.stage.engine import Engine
@@ -234,13 +234,9 @@ class StageService(StageRole):
 
     def receive(self, peer: bytes, frames: list[memoryview]) -> None:
         """A message from another process."""
-        try:
-            message = messages.decode_stage_inbox(frames[0])
-        except (msgspec.DecodeError, IndexError) as error:
-            self._counters["bad_frames"] += 1
-            logger.warning("malformed message from %r: %s", peer[:64], error)
-            return
-        match message:
+        match message := understood(messages.decode_stage_inbox, peer, frames, self._counters):
+            case None:
+                pass
             case Step():
                 if self.accepts(message.epoch):
                     self.run(message, frames[1] if len(frames) > 1 else None)

@@ -19,7 +19,7 @@ from common.membership import MemberJoined, MemberLost, Membership, PipelineReco
 from common.messages import StatsQuery, StatsReply, Stop, StoreInboxMessage
 from common.model.kv_layout import fitting_layout
 from common.model.spec import ModelSpec, load_spec
-from common.peers import Peers, beat
+from common.peers import Peers, beat, understood
 from common.presence import present
 from common.process import own_incarnation
 from common.replica_messages import Claim, Claimed, Locate, Located, Replicate, Replicated, replica_key
@@ -153,22 +153,18 @@ class CacheStore:
     # ------------------------------------------------------------ messages
 
     def _on_frames(self, peer: bytes, frames: list[memoryview]) -> None:
-        try:
-            message = messages.decode_store_inbox(frames[0])
-        except (msgspec.DecodeError, IndexError) as error:
-            self._counters["bad_frames"] += 1
-            logger.warning("malformed message from %r: %s", peer[:64], error)
-            return
-        if isinstance(message, StatsQuery):
-            self._answer_stats(message)
-            return
-        if isinstance(message, Stop):
-            self._stop.set()
-            return
-        try:
-            self._queue.put_nowait((peer.decode(errors="replace").rpartition(".")[0], message))
-        except asyncio.QueueFull:
-            logger.warning("%s from %r dropped: too many wait", type(message).__name__, peer[:64])
+        match message := understood(messages.decode_store_inbox, peer, frames, self._counters):
+            case None:
+                pass
+            case StatsQuery():
+                self._answer_stats(message)
+            case Stop():
+                self._stop.set()
+            case _:
+                try:
+                    self._queue.put_nowait((peer.decode(errors="replace").rpartition(".")[0], message))
+                except asyncio.QueueFull:
+                    logger.warning("%s from %r dropped: too many wait", type(message).__name__, peer[:64])
 
     async def _work(self) -> None:
         """One after the other: whoever hears an answer knows that everything before it is over."""

@@ -28,7 +28,7 @@ from common.messages import (
     TokensProduced,
 )
 from common.model.spec import ModelSpec, load_spec
-from common.peers import Peers, beat
+from common.peers import Peers, beat, understood
 from common.presence import Presence, present
 from common.process import own_incarnation
 from common.service import DRAIN_SIGNAL, ServiceOptions, own_record
@@ -342,13 +342,7 @@ class RouterService:
     def _on_service_frames(self, peer: bytes, frames: list[memoryview]) -> None:
         if not self._is_live:
             return
-        try:
-            message = messages.decode_router_inbox(frames[0])
-        except msgspec.DecodeError as error:
-            self._journal.counters["bad_frames"] += 1
-            logger.warning("malformed message from %r: %s", peer[:64], error)
-            return
-        match message:
+        match message := understood(messages.decode_router_inbox, peer, frames, self._journal.counters):
             case Stop():
                 self._stop.set()
             case PipelineReady():
