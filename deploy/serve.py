@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ POLL_S = 0.1
 PROGRESS_S = 2.0
 DRAIN_LIMIT_S = 5.0
 """For live requests to finish, of the ten seconds in which everything ends."""
+CONNECT_LIMIT_S = 0.5
 SPINS = "10000"
 """So often a compute thread looks whether the others are done before it sleeps (GNU OpenMP). By default it looks for
 milliseconds, and where services share the cores, it keeps those it waits for from running."""
@@ -179,6 +181,7 @@ def endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]:
         make_keys(state_dir)
         file = state_dir / ENDPOINTS_FILE
         file.touch(mode=0o600)
+        earlier = file.read_text(errors="replace")
         ours = "".join(f"{endpoint}\n" for endpoint in endpoints)
         file.write_text(ours)
     except OSError as error:
@@ -189,7 +192,24 @@ def endpoints_file(state_dir: Path, endpoints: Sequence[str]) -> Iterator[None]:
         # a system that was started later with the same directory has put its own there
         with contextlib.suppress(FileNotFoundError):
             if file.read_text() == ours:
-                file.unlink()
+                _hand_back(file, earlier)
+
+
+def _hand_back(file: Path, earlier: str) -> None:
+    """To a system that was started earlier with the same directory, if it is still there."""
+    if any(map(_is_served, earlier.split())):
+        file.write_text(earlier)
+    else:
+        file.unlink()
+
+
+def _is_served(endpoint: str) -> bool:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT_S).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 @contextlib.contextmanager

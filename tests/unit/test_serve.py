@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,32 @@ from deploy.serve import check_tokenizer, endpoints_file, main
 
 def test_the_end_of_a_system_hides_no_other_that_began_later(tmp_path: Path) -> None:
     file = tmp_path / "endpoints"
-    first, second = endpoints_file(tmp_path, ["tcp://h:1"]), endpoints_file(tmp_path, ["tcp://h:2", "tcp://h:3"])
+    theirs = ["tcp://127.0.0.1:2", "tcp://127.0.0.1:3"]
+    first, second = endpoints_file(tmp_path, ["tcp://127.0.0.1:1"]), endpoints_file(tmp_path, theirs)
     first.__enter__()
     with second:
         first.__exit__(None, None, None)
-        assert file.read_text().split() == ["tcp://h:2", "tcp://h:3"]
+        assert file.read_text().split() == theirs
+    assert not file.exists()
+
+
+def test_a_system_that_goes_on_is_found_again_after_a_later_one_has_ended(tmp_path: Path) -> None:
+    file = tmp_path / "endpoints"
+    with socket.create_server(("127.0.0.1", 0)) as router:
+        ours = [f"tcp://127.0.0.1:{router.getsockname()[1]}"]
+        with endpoints_file(tmp_path, ours):
+            with endpoints_file(tmp_path, ["tcp://127.0.0.1:1"]):
+                assert file.read_text().split() == ["tcp://127.0.0.1:1"]
+            assert file.read_text().split() == ours
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("left", ["tcp://127.0.0.1:1", "no address", "tcp://127.0.0.1:99999999999", "\udcff"])
+def test_what_nobody_serves_any_more_is_not_brought_back(left: str, tmp_path: Path) -> None:
+    file = tmp_path / "endpoints"
+    file.write_bytes(left.encode(errors="surrogateescape"))
+    with endpoints_file(tmp_path, ["tcp://127.0.0.1:1"]):
+        pass
     assert not file.exists()
 
 
