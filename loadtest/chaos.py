@@ -36,7 +36,7 @@ from loadtest.history import (
 )
 from loadtest.machine import describe_machine
 from loadtest.moments import TOO_LATE, Timing, await_moment, moment_of, timing_of
-from loadtest.partition import is_inside, run_inside
+from loadtest.partition import NoNamespaces, is_inside, run_inside
 from loadtest.streams import Work, cancelled, expecting, follow, make_work, quiet, run_undisturbed, settled
 from loadtest.strikes import Scene
 
@@ -58,12 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = Path(options.json)
     document = json.loads(file.read_text()) if file.exists() else {"machine": describe_machine(), "faults": {}}
     for name in options.fault or FAULTS:
-        if FAULTS[name].is_apart and not is_inside():
-            file.write_text(json.dumps(document, indent=1) + "\n")
-            run_inside(_arguments(name, options))
-            document = json.loads(file.read_text())
-        else:
-            asyncio.run(_run_fault(name, options, document, file))
+        try:
+            if FAULTS[name].is_apart and not is_inside():
+                file.write_text(json.dumps(document, indent=1) + "\n")
+                run_inside(_arguments(name, options))
+                document = json.loads(file.read_text())
+            else:
+                asyncio.run(_run_fault(name, options, document, file))
+        except NoNamespaces as error:
+            _say(f"{name} cannot be done here: {error}")
+            return 1
     num_anomalies = sum(len(run["anomalies"]) for fault in document["faults"].values() for run in fault["runs"])
     _say(f"{num_anomalies} anomalies; everything is in {file}")
     return 1 if num_anomalies else 0

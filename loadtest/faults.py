@@ -10,15 +10,21 @@ from common.fault_hooks import STUCK_LOOP, STUCK_STEP, VARIABLE
 from dejavu import AsyncClient
 from loadtest.history import recomputed_tokens
 from loadtest.partition import (
+    FAR_PROMPT,
+    FAR_ROUTER,
     FAR_STAGE,
     FAR_STORE,
+    FARTHER_STAGE,
     PARTITION_S,
+    Away,
+    cut_between,
     cut_off,
     divided_system,
     has_far_store,
-    move_far,
+    move_away,
     use_far_store,
 )
+from loadtest.resets import RESETS_S, Place, alone, reset
 from loadtest.strikes import (
     STOPPED_S,
     STORM_S,
@@ -59,6 +65,11 @@ STOP = Limits(0.7, 1.5)
 STUCK = Limits(1.5, 2.5)
 PAIR = Limits(0.1, 5.0)
 NO_STALL_S = 0.25
+NO_STALL = Limits(next_token_s=NO_STALL_S)
+LOST_STEP = Limits(next_token_s=25.0)
+"""It is missed after 20 s where none comes through behind it."""
+REPEATED_S = 4.0
+"""What was lost is said again after 2 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +105,14 @@ CHUNK_TOKENS = 256
 TWO_STAGES = ("--prompt-stages", "2", "--token-stages", "2")
 STANDBY = ("--standbys", "1")
 HOOKS = {VARIABLE: "1"}
+STANDS_BY = ("--standby",)
 
 
 def known_faults(outage_s: float = DEFAULT_OUTAGE_S) -> dict[str, Fault]:
     """By name; `outage_s` is for how long etcd is stopped."""
-    return _deaths() | _silences() | _pairs() | _outages(outage_s) | _surroundings() | _partitions()
+    return (
+        _deaths() | _silences() | _pairs() | _outages(outage_s) | _surroundings() | _partitions() | _cuts() | _resets()
+    )
 
 
 def _deaths() -> dict[str, Fault]:
@@ -273,8 +287,8 @@ def _partitions() -> dict[str, Fault]:
             limits=Limits(1.5, 2.5),
             lasts_s=PARTITION_S + LEASE_S,
             is_apart=True,
-            system=divided_system("token-0-stage-0", FAR_STAGE, "--standby"),
-            prepare=move_far,
+            system=divided_system(Away("token-0-stage-0", FAR_STAGE, STANDS_BY)),
+            prepare=move_away(FAR_STAGE),
         ),
         "store-partition": Fault(
             f"for {PARTITION_S:g} s no packet reaches or leaves one of two cache stores, then all do again",
@@ -284,9 +298,58 @@ def _partitions() -> dict[str, Fault]:
             lasts_s=PARTITION_S + LEASE_S,
             shows=lambda before, after: has_far_store(after) and _was_found_again(before, after),
             is_apart=True,
-            system=divided_system("cache-store-0", FAR_STORE),
+            system=divided_system(Away("cache-store-0", FAR_STORE)),
             prepare=use_far_store,
         ),
+    }
+
+
+def _cuts() -> dict[str, Fault]:
+    what = f"for {PARTITION_S:g} s no packet passes between a token stage and {{}}, all others do"
+    farther_stage = Away("token-0-stage-0", FAR_STAGE, STANDS_BY, "farther")
+    second_stage = Away("token-0-stage-1", FARTHER_STAGE, STANDS_BY, "farther")
+
+    def cut(other: str, far: Away, farther: Away, limits: Limits, *more: str, missed: Sequence[str] = ()) -> Fault:
+        return Fault(
+            what.format(other),
+            cut_between(*missed),
+            more,
+            0 if not missed else 4,
+            limits,
+            lasts_s=PARTITION_S + LEASE_S,
+            is_apart=True,
+            system=divided_system(far, farther),
+            prepare=move_away(far.name, farther.name),
+        )
+
+    far_stage = Away("token-0-stage-0", FAR_STAGE, STANDS_BY)
+    return {
+        "cut-token-token": cut(
+            "the next one", far_stage, second_stage, LOST_STEP, "--token-stages", "2", missed=[FAR_STAGE]
+        ),
+        "cut-prompt-token": cut(
+            "a prompt stage", Away("prompt-0-stage-0", FAR_PROMPT, STANDS_BY), farther_stage, NO_STALL
+        ),
+        "cut-store-token": cut("a cache store", Away("cache-store-0", FAR_STORE), farther_stage, NO_STALL),
+        "cut-router-token": cut(
+            "the leading router", Away("router-0", FAR_ROUTER), farther_stage, Limits(1.5, 2.5), missed=[FAR_STAGE]
+        ),
+    }
+
+
+def _resets() -> dict[str, Fault]:
+    what = f"for {RESETS_S:g} s connections between a token stage and {{}} are reset: what was on its way is lost"
+
+    def broken(other: str, place: Place, limits: Limits, *more: str, is_missed: bool = False) -> Fault:
+        strike = reset(("token_stage", 0), place, is_missed=is_missed)
+        tokens = 4 if is_missed else 0
+        return Fault(what.format(other), strike, (*STANDBY, *more), tokens, limits, is_apart=True, system=alone)
+
+    return {
+        "reset-token-token": broken("the next one", ("token_stage", 1), LOST_STEP, *TWO_STAGES, is_missed=True),
+        "reset-prompt-token": broken("a prompt stage", ("prompt_stage", 0), NO_STALL),
+        "reset-store-token": broken("a cache store", ("cache_store", None), NO_STALL),
+        "reset-router-token": broken("the leading router", ("router", None), Limits(next_token_s=REPEATED_S)),
     }
 
 

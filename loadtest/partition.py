@@ -1,43 +1,52 @@
-"""One service on a host of its own, as far as the network goes, and the way to it cut and mended without either end
-hearing of it. Network namespaces do it, which need no privileges where the kernel allows users to have them.
+"""One or two services on hosts of their own, as far as the network goes, and the way to one, or between two, cut and
+mended without either end hearing of it. Network namespaces do it, which need no privileges where the kernel allows
+users to have them; they vanish with the processes in them, so that nothing has to be restored.
 
-    near (everything else) n0 ── m0 middle m1 ── f0 far (a token stage, or a cache store)
+    near (everything else) n0 ── m1 middle m2 ── f0 far (a stage, a store or a router)
+                                        m3 ── f0 farther (another one)
 
-While the middle does not forward, packets vanish.
+What the middle does not forward vanishes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dejavu import AsyncClient
 from deploy.etcd_server import EtcdServer
 from loadtest.strikes import Scene, Status, Strike
 from loadtest.system import running_system
 
-NEAR, FAR = "10.77.1.1", "10.77.2.1"
+NEAR = "10.77.1.1"
+HOSTS = {"far": "10.77.2.1", "farther": "10.77.3.1"}
 PARTITION_S = 10.0
 FAR_STAGE, FAR_STORE = "token-0-stage-0-far", "cache-store-far"
+FARTHER_STAGE, FAR_PROMPT, FAR_ROUTER = "token-0-stage-1-far", "prompt-0-stage-0-far", "router-far"
 INSIDE = "DEJAVU_NAMESPACES"
 START_LIMIT_S = 60.0
 
 _ROADS = f"""
-mount -t tmpfs none /run; ip netns add middle; ip netns add far
-ip link add n0 type veth peer name m0 netns middle; ip link add f0 netns far type veth peer name m1 netns middle
-ip link set lo up; ip link set n0 up; ip addr add {NEAR}/24 dev n0; ip route add 10.77.2.0/24 via 10.77.1.2
-ip -n middle link set m0 up; ip -n middle addr add 10.77.1.2/24 dev m0
-ip -n middle link set m1 up; ip -n middle addr add 10.77.2.2/24 dev m1
-ip -n far link set lo up; ip -n far link set f0 up; ip -n far addr add {FAR}/24 dev f0
-ip -n far route add 10.77.1.0/24 via 10.77.2.2
+mount -t tmpfs none /run; ip netns add middle; ip link set lo up; ip -n middle link set lo up
+ip link add n0 type veth peer name m1 netns middle; ip link set n0 up; ip addr add {NEAR}/24 dev n0
+ip -n middle link set m1 up; ip -n middle addr add 10.77.1.2/24 dev m1; ip route add 10.77.0.0/16 via 10.77.1.2
+"""
+_ROAD = """
+ip netns add {host}; ip link add f0 netns {host} type veth peer name m{number} netns middle
+ip -n middle link set m{number} up; ip -n middle addr add 10.77.{number}.2/24 dev m{number}
+ip -n {host} link set lo up; ip -n {host} link set f0 up; ip -n {host} addr add {address}/24 dev f0
+ip -n {host} route add 10.77.0.0/16 via 10.77.{number}.2
 """
 
 
@@ -59,44 +68,78 @@ def run_inside(arguments: Sequence[str]) -> int:
     return subprocess.run([*into, sys.executable, *arguments], env=os.environ | {INSIDE: "1"}, check=False).returncode
 
 
+@dataclass(frozen=True, slots=True)
+class Away:
+    """A service on one of the `HOSTS`: what the one called `near` is, under another name and with more options."""
+
+    near: str
+    name: str
+    options: tuple[str, ...] = ()
+    host: str = "far"
+
+
 def divided_system(
-    near: str, far: str, *options: str
+    *away: Away,
 ) -> Callable[[Sequence[str], Mapping[str, str]], AbstractAsyncContextManager[str]]:
-    """Like `running_system`, with one more service far away: what the one called `near` is, with more options. Call it
-    inside."""
-    return lambda arguments, environment: _divided_system(near, far, options, arguments, environment)
+    """Like `running_system`, with these services more. Call it inside."""
+    return lambda arguments, environment: _divided_system(away, arguments, environment)
 
 
 @contextlib.asynccontextmanager
 async def _divided_system(
-    near: str, far: str, options: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]
+    away: Sequence[Away], arguments: Sequence[str], environment: Mapping[str, str]
 ) -> AsyncIterator[str]:
     _build_roads()
     with tempfile.TemporaryDirectory(prefix="dejavu-far-") as folder, EtcdServer(Path(folder, "etcd"), NEAR) as etcd:
         os.environ["DEJAVU_STATE_DIR"] = folder  # for our client's key
         own = ["--host", NEAR, "--etcd", etcd.url, "--state-dir", folder]
-        async with running_system([*arguments, *own], environment) as endpoint:
-            process = await _start_far(endpoint, folder, near, far, options)
-            try:
-                yield endpoint
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # it has ended, which is another matter
-                    process.kill()
-                await process.wait()
+        async with running_system([*arguments, *own], environment) as endpoint, contextlib.AsyncExitStack() as stack:
+            for each in away:
+                stack.push_async_callback(_end, await _start_away(endpoint, folder, each))
+            yield endpoint
 
 
-async def move_far(client: AsyncClient) -> None:
-    """The far stage does the work from now on, and the near one is back to stand by."""
-    async with asyncio.timeout(START_LIMIT_S):
-        while True:
-            services = (await client.status())["services"]
-            states = {service["name"]: service["state"] for service in services if service["pipeline"] == "token-0"}
-            if states.get(FAR_STAGE) == "active":
-                if "standby" in states.values():
-                    return
-            elif FAR_STAGE in states:
-                await client.drain(next(name for name, state in states.items() if state == "active"))
-            await asyncio.sleep(0.1)
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, which is another matter
+        process.kill()
+    await process.wait()
+
+
+def move_away(*names: str) -> Callable[[AsyncClient], Awaitable[None]]:
+    """Those that are away do the work from now on (a router leads), and what did it before is back to stand by."""
+
+    async def prepare(client: AsyncClient) -> None:
+        async with asyncio.timeout(START_LIMIT_S):
+            while moves := _moves((await client.status())["services"], names):
+                for name in filter(None, moves):
+                    await client.drain(name)
+                await asyncio.sleep(0.1)
+
+    return prepare
+
+
+def _moves(services: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Whom to drain; "" for what has to be waited for."""
+    moves = []
+    known = {service["name"]: service for service in services}
+    for name in names:
+        others = [] if name not in known else [other for other in services if _is_instead(other, known[name])]
+        if not others:
+            moves.append("")
+            continue
+        at_work = "leader" if known[name]["role"] == "router" else "active"
+        if known[name]["state"] != at_work:
+            moves.append(next((other["name"] for other in others if other["state"] == at_work), ""))
+    return moves
+
+
+def _is_instead(other: Mapping[str, Any], service: Mapping[str, Any]) -> bool:
+    """Whether it could do, or does, the service's work. (Spares have a role of their own.)"""
+    if service["pipeline"] is None:
+        is_same = other["role"] == service["role"]
+    else:
+        is_same = (other["pipeline"], other["stage_index"]) == (service["pipeline"], service["stage_index"])
+    return bool(is_same and other["name"] != service["name"])
 
 
 async def use_far_store(client: AsyncClient) -> None:
@@ -113,41 +156,59 @@ def has_far_store(status: Status) -> bool:
     return FAR_STORE in stores and set(drivers) == {len(stores)}
 
 
-def cut_off(far: str) -> Strike:
+def cut_off(name: str) -> Strike:
     """Nothing reaches the far service, and nothing of it reaches anybody, for ten seconds."""
 
     async def strike(scene: Scene) -> list[str]:
         _forward(False)
         asyncio.get_running_loop().call_later(PARTITION_S, _forward, True)
-        return [far]
+        return [name]
 
     return strike
 
 
-async def _start_far(
-    endpoint: str, state_dir: str, near: str, far: str, options: Sequence[str]
-) -> asyncio.subprocess.Process:
+def cut_between(*may_be_missed: str) -> Strike:
+    """Nothing passes between the two services that are away, while all others reach both, for ten seconds."""
+
+    async def strike(scene: Scene) -> list[str]:
+        _part("add")
+        asyncio.get_running_loop().call_later(PARTITION_S, _part, "del")
+        return list(may_be_missed)
+
+    return strike
+
+
+async def _start_away(endpoint: str, state_dir: str, away: Away) -> asyncio.subprocess.Process:
     """A copy of the near one, on the other side, under another host's name."""
     async with AsyncClient(endpoint) as client:
         services = (await client.status())["services"]
-    pid = next(service["pid"] for service in services if service["name"] == near)
+    pid = next(service["pid"] for service in services if service["name"] == away.near)
     command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
-    for option, value in (("--name", far), ("--host", FAR)):
+    for option, value in (("--name", away.name), ("--host", HOSTS[away.host])):
         command[command.index(option) + 1] = value
     # its number must not mean anything here, or the router would take it for a neighbour and kill it
     elsewhere = ("unshare", "--uts", "--pid", "--fork", "--kill-child")
-    away = ("nsenter", "--net=/run/netns/far", *elsewhere, "sh", "-c", 'hostname far && exec "$@"', "far")
-    with Path(state_dir, "far.log").open("wb") as log:
+    into = ("nsenter", f"--net=/run/netns/{away.host}", *elsewhere)
+    with Path(state_dir, f"{away.host}.log").open("wb") as log:
         return await asyncio.create_subprocess_exec(
-            *away, *command, *options, stdout=log, stderr=log, env=os.environ | {"DEJAVU_STATE_DIR": state_dir}
-        )
+            *into, "sh", "-c", f'hostname {away.host} && exec "$@"', away.host, *command, *away.options,
+            stdout=log, stderr=log, env=os.environ | {"DEJAVU_STATE_DIR": state_dir},
+        )  # fmt: skip
 
 
 def _build_roads() -> None:
-    subprocess.run(["sh", "-ec", _ROADS], check=True)
+    roads = [_ROAD.format(number=number, host=host, address=HOSTS[host]) for number, host in enumerate(HOSTS, 2)]
+    subprocess.run(["sh", "-ec", "".join([_ROADS, *roads])], check=True)
     _forward(True)
 
 
 def _forward(is_on: bool) -> None:
     write = f"echo {int(is_on)} > /proc/sys/net/ipv4/ip_forward"
     subprocess.run(["nsenter", "--net=/run/netns/middle", "sh", "-c", write], check=True)
+
+
+def _part(verb: str) -> None:
+    """`verb` "add": what one of the two sends to the other is dropped on the way; "del": no longer."""
+    for source, destination in itertools.permutations(HOSTS.values(), 2):
+        rule = ["rule", verb, "from", source, "to", destination, "blackhole"]
+        subprocess.run(["ip", "-n", "middle", *rule], check=True)
