@@ -68,7 +68,7 @@ def _row(fault: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _besides(fault: Mapping[str, Any]) -> list[str]:
     summary = fault["summary"]
-    is_protected = summary["protected_p99_s"] is not None or "protected_s" in fault.get("limits", {})
+    is_protected = summary["protected_p99_s"] is not None or fault.get("limits", {}).get("protected_s") is not None
     said = [f"copies are back after {_times(fault, 'protected')}"] * is_protected
     said += [f"not noticed in {summary['undetected']}"] * bool(summary["undetected"])
     return said + [f"**anomalies: {summary['anomalies']}**"] * bool(summary["anomalies"])
