@@ -125,13 +125,14 @@ class RunDelay:
             self._statistics = None
 
 
-def run_delay_s(pid: int) -> float:
-    """For how long the main thread of a process of this machine has wanted a processor and had none, since it began;
-    0 where that cannot be known."""
+def scheduling(pid: int) -> tuple[float, float]:
+    """For how long the main thread of a process of this machine has run since it began, and has wanted a processor and
+    had none, in seconds; the latter counts once it is over. 0 where that cannot be known."""
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
+        ran_ns, waited_ns = Path(f"/proc/{pid}/schedstat").read_text().split()[:2]
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    return int(ran_ns) / 1e9, int(waited_ns) / 1e9
 
 
 def kill_process(pid: int) -> bool:

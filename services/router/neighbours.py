@@ -8,14 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 from common.membership import MemberRecord
-from common.process import is_stopped, kill_process, own_machine, run_delay_s
+from common.process import is_stopped, kill_process, own_machine, scheduling
 
 _PF_EXITING = 0x4
 """`include/linux/sched.h`: on its way out, and nothing holds it back any more."""
 _FLAGS = 6
 """Its place in /proc/PID/stat behind the name (proc(5) counts it as the ninth field)."""
+_RUNNABLE = b"R"
+
+
+class RunDelay:
+    """For how long one process has been kept from running by others (pure). The operating system counts a wait when it
+    is over; until then, who wants to run and does not get on between two looks is taken to wait."""
+
+    def __init__(self) -> None:
+        self._ran_s = -1.0
+        self._got_on_at_s = 0.0
+
+    def seconds(self, state: bytes, ran_s: float, waited_s: float, now_s: float) -> float:
+        """Since it began, the present wait included as far as it was seen."""
+        if state != _RUNNABLE or ran_s != self._ran_s:
+            self._ran_s, self._got_on_at_s = ran_s, now_s
+        return waited_s + now_s - self._got_on_at_s
 
 
 class Neighbours:
@@ -26,6 +43,8 @@ class Neighbours:
         self._machine = own_machine()
         self._met: dict[str, int] = {}
         """by incarnation: an open /proc/PID/stat. It stays that of this process, whoever gets its number later"""
+        self._delays: dict[str, RunDelay] = {}
+        """of those that were asked about"""
 
     def meet(self, record: MemberRecord) -> None:
         if record.incarnation in self._met or not self._machine or record.machine != self._machine:
@@ -35,6 +54,7 @@ class Neighbours:
             self._met[record.incarnation] = os.open(f"/proc/{record.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
 
     def part(self, record: MemberRecord) -> None:
+        self._delays.pop(record.incarnation, None)
         stat = self._met.pop(record.incarnation, None)
         if stat is not None:
             os.close(stat)
@@ -46,21 +66,27 @@ class Neighbours:
 
     def is_ending(self, record: MemberRecord) -> bool:
         """Whether its process has begun to end, or is gone: it will never answer again."""
-        stat = self._met.get(record.incarnation)
-        if stat is None:
-            return False
         try:
-            fields = os.pread(stat, 1024, 0).rpartition(b")")[2].split()
+            fields = self._stat(record)
         except ProcessLookupError:
             return True
-        return fields[0] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & _PF_EXITING)
+        return bool(fields) and (fields[0] in (b"Z", b"X") or bool(int(fields[_FLAGS]) & _PF_EXITING))
+
+    def _stat(self, record: MemberRecord) -> list[bytes]:
+        """What /proc/PID/stat says behind the name, its state first; nothing of others. Raises `ProcessLookupError`."""
+        stat = self._met.get(record.incarnation)
+        return [] if stat is None else os.pread(stat, 1024, 0).rpartition(b")")[2].split()
 
     def is_stopped(self, record: MemberRecord) -> bool:
         return record.incarnation in self._met and is_stopped(record.pid)
 
     def run_delay_s(self, record: MemberRecord) -> float:
         """For how long it has been kept from running by others, since it began."""
-        return run_delay_s(record.pid) if record.incarnation in self._met else 0.0
+        with contextlib.suppress(ProcessLookupError):
+            if fields := self._stat(record):
+                delay = self._delays.setdefault(record.incarnation, RunDelay())
+                return delay.seconds(fields[0], *scheduling(record.pid), time.monotonic())
+        return 0.0
 
     def kill(self, record: MemberRecord) -> bool:
         """SIGKILL, which works on a stopped process, too. False: it is not within reach."""

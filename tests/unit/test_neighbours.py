@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from common.membership import MemberRecord
-from common.process import has_ended, own_machine
-from services.router.neighbours import Neighbours
+from common.process import has_ended, own_machine, scheduling
+from services.router.neighbours import Neighbours, RunDelay
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that tells")
 
@@ -95,3 +95,24 @@ async def test_a_process_has_ended_once_all_of_it_is_gone() -> None:
     assert await has_ended(own_machine(), child.pid)  # nobody has this number
     assert not await has_ended("another:1", child.pid)
     assert not await has_ended("", child.pid)
+
+
+def test_a_wait_for_a_processor_counts_before_it_is_over() -> None:
+    delay = RunDelay()
+    assert delay.seconds(b"R", 5.0, 1.0, 100.0) == 1.0
+    assert delay.seconds(b"R", 5.0, 1.0, 101.5) == 2.5, "it wants to run, and has not"
+    assert delay.seconds(b"R", 5.1, 2.75, 101.75) == 2.75, "the system counts it now"
+    assert delay.seconds(b"R", 5.2, 2.75, 102.75) == 2.75, "it runs"
+    assert delay.seconds(b"S", 5.3, 2.75, 103.0) == delay.seconds(b"S", 5.3, 2.75, 110.0) == 2.75, "it wants nothing"
+
+
+def test_who_only_spins_is_not_kept_from_running(neighbours: Neighbours) -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        member = _member(child.pid)
+        neighbours.meet(member)
+        began_s, before_s = time.monotonic(), neighbours.run_delay_s(member)
+        ran_s = scheduling(child.pid)[0]
+        _until(lambda: scheduling(child.pid)[0] > ran_s + 0.2)
+        assert neighbours.run_delay_s(member) - before_s <= time.monotonic() - began_s - 0.2
+        child.kill()
+    assert neighbours.run_delay_s(member) == 0.0, "it is gone"
