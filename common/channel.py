@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 HIGH_WATER_MESSAGES = 4096
 HEARTBEAT_INTERVAL_MS = 1000
 HEARTBEAT_TIMEOUT_MS = 5000
+CONNECT_TIMEOUT_MS = 1000
+"""Then it is tried anew: the system would wait ever longer between its own attempts, and find out late that a way which
+was cut is mended."""
 LINGER_MS = 200
 
 OnMessage = Callable[[bytes, list[memoryview]], None]
@@ -75,6 +78,7 @@ def _new_socket(kind: int, max_message_bytes: int) -> _ZeroCopySocket:
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     return socket
 

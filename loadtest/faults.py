@@ -66,8 +66,8 @@ STUCK = Limits(1.5, 2.5)
 PAIR = Limits(0.1, 5.0)
 NO_STALL_S = 0.25
 NO_STALL = Limits(next_token_s=NO_STALL_S)
-LOST_STEP = Limits(next_token_s=25.0)
-"""It is missed after 20 s where none comes through behind it."""
+LOST_STEP = Limits(next_token_s=7.0)
+"""It is missed after 5 s where none comes through behind it."""
 REPEATED_S = 4.0
 """What was lost is said again after 2 s."""
 

@@ -42,12 +42,15 @@ class Driver(abc.ABC):
     """There is one from when all stages of `record` are `ready` until its stage is to do anything of another epoch. The
     stage tells it what it hears, on the event loop, and each time has it `pump` then."""
 
+    min_trip_limit_s = 20.0
+    """No step that has taken less is lost: a prompt stage may wait so long for token stages that do not answer."""
+
     def __init__(self, stage: OwnStage, record: PipelineRecord, ready: list[StageReady]) -> None:
         self.stage = stage
         self.record = record
         self.epoch = record.epoch
         self.capacity_tokens = min(each.num_sequence_blocks for each in ready) * stage.options.block_size
-        self._trips = Trips()
+        self._trips = Trips(self.min_trip_limit_s)
         self._pull_requests = PullRequests(record)
         self._is_over = False
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from common.stage.step_clock import FACTOR, FIRST_LIMIT_S, STANDSTILL_S
 
 OVERTAKEN_LIMIT_S = 1.0
-MIN_LIMIT_S = 20.0
-"""A prompt stage may wait so long for token stages that do not answer, and is not lost."""
 
 
 class Trips:
-    """The steps of one epoch that are on their way through the stages, as its driver sees them."""
+    """The steps of one epoch that are on their way through the stages, as its driver sees them. None that has taken
+    less than `min_limit_s` is lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, min_limit_s: float) -> None:
+        self._min_limit_s = min_limit_s
         self._started: dict[int, tuple[float, int]] = {}
         self._longest_s = 0.0
         self._most_tokens = 0
@@ -35,8 +35,8 @@ class Trips:
         self._most_tokens = max(self._most_tokens, num_tokens)
 
     def overdue_s(self, now_s: float) -> float:
-        """By how much the oldest step exceeds max(20 s, 5 x what others let expect), or 1 s where a later one has come
-        out; 0: it does not. Asked many times a second; a gap between two questions is time in which this process stood
+        """By how much the oldest step exceeds max(the minimum, 5 x what others let expect), or 1 s where a later one has
+        come out; 0: it does not. Asked many times a second; a gap between two questions is time in which this process stood
         still."""
         gap_s = 0.0 if self._asked_s is None else now_s - self._asked_s
         self._asked_s = now_s
@@ -51,4 +51,4 @@ class Trips:
     def _limit_s(self, num_tokens: int) -> float:
         if not self._most_tokens:
             return FIRST_LIMIT_S
-        return max(MIN_LIMIT_S, FACTOR * self._longest_s * max(1.0, num_tokens / self._most_tokens))
+        return max(self._min_limit_s, FACTOR * self._longest_s * max(1.0, num_tokens / self._most_tokens))

@@ -51,6 +51,9 @@ ORPHAN_S = 30.0
 class TokenDriver(Driver):
     """`prompts` is what its stage knows of prompt pipelines, whatever the epoch."""
 
+    min_trip_limit_s = 5.0
+    """No stage of it waits for anybody else."""
+
     def __init__(
         self, stage: StageService, record: PipelineRecord, ready: list[StageReady], prompts: PromptPipelines
     ) -> None:

@@ -7,7 +7,7 @@ from tests.unit.test_watchdog import ask
 
 
 def test_nobody_knows_how_long_the_first_one_takes() -> None:
-    trips = Trips()
+    trips = Trips(20.0)
     trips.started(0, 256, 0.0)
     assert ask(trips, 0.0, 59.0) == 0.0
     assert ask(trips, 59.1, 61.0) > 0.0
@@ -16,7 +16,7 @@ def test_nobody_knows_how_long_the_first_one_takes() -> None:
 
 
 def test_one_that_never_comes_out_is_missed() -> None:
-    trips = Trips()
+    trips = Trips(20.0)
     trips.started(0, 1, 0.0)
     trips.done(0, 0.01)
     trips.started(1, 1, 1.0)
@@ -25,7 +25,7 @@ def test_one_that_never_comes_out_is_missed() -> None:
 
 
 def test_the_more_tokens_the_longer_it_may_take() -> None:
-    trips = Trips()
+    trips = Trips(20.0)
     trips.started(0, 2, 0.0)
     trips.done(0, 1.0)
     trips.started(1, 20, 1.0)
@@ -34,7 +34,7 @@ def test_the_more_tokens_the_longer_it_may_take() -> None:
 
 
 def test_one_that_was_overtaken_is_missed_sooner_unless_it_was_only_late() -> None:
-    trips = Trips()
+    trips = Trips(20.0)
     for step in range(3):
         trips.started(step, 1, 0.0)
     trips.done(1, 0.5)
@@ -45,7 +45,7 @@ def test_one_that_was_overtaken_is_missed_sooner_unless_it_was_only_late() -> No
 
 
 def test_what_stood_still_has_missed_nothing() -> None:
-    trips = Trips()
+    trips = Trips(20.0)
     trips.started(0, 1, 0.0)
     trips.done(0, 0.01)
     trips.started(1, 1, 1.0)
