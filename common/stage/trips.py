@@ -35,9 +35,9 @@ class Trips:
         self._most_tokens = max(self._most_tokens, num_tokens)
 
     def overdue_s(self, now_s: float) -> float:
-        """By how much the oldest step exceeds max(the minimum, 5 x what others let expect), or 1 s where a later one has
-        come out; 0: it does not. Asked many times a second; a gap between two questions is time in which this process stood
-        still."""
+        """By how much the oldest step exceeds the minimum, or 5 x what others let expect, or 1 s where a later one has
+        come out; 0: it does not. Asked many times a second; a gap between two questions is time in which this process
+        stood still."""
         gap_s = 0.0 if self._asked_s is None else now_s - self._asked_s
         self._asked_s = now_s
         if gap_s > STANDSTILL_S:
