@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import mmap
 import os
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
 from common.kv.layout import PoolLayout, num_blocks_for
-from common.kv.pool import KvPool
+from common.kv.pool import _MADV_POPULATE_WRITE, KvPool, _is_populated
 
 LAYOUT = PoolLayout(
     first_layer=2, last_layer=5, num_blocks=8, block_size=4, num_kv_heads=3, head_dim=10, dtype="bfloat16",
@@ -71,3 +74,24 @@ def test_device_pool() -> None:
     pool = KvPool.create(LAYOUT, "cuda")
     assert pool.layer(0)[0].is_cuda and pool.fd is None
     pool.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every page is touched")
+def test_others_run_while_memory_is_mapped() -> None:
+    """It takes long where it is much, and an event loop that stands still is taken for dead."""
+    ticks, is_over = [time.perf_counter()], threading.Event()
+
+    def tick() -> None:
+        while not is_over.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        began_s = time.perf_counter()
+        assert _is_populated(mmap.mmap(-1, 256 << 20), _MADV_POPULATE_WRITE)
+        took_s = time.perf_counter() - began_s
+    finally:
+        is_over.set()
+        ticker.join()
+    assert max(after - before for before, after in itertools.pairwise(ticks)) < took_s / 2
