@@ -186,6 +186,8 @@ async def _start_away(endpoint: str, state_dir: str, away: Away) -> asyncio.subp
     command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
     for option, value in (("--name", away.name), ("--host", HOSTS[away.host])):
         command[command.index(option) + 1] = value
+    if "--cores" in command:  # one host's share of its processors is nobody else's
+        command[command.index("--cores") + 1] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     # its number must not mean anything here, or the router would take it for a neighbour and kill it
     elsewhere = ("unshare", "--uts", "--pid", "--fork", "--kill-child")
     into = ("nsenter", f"--net=/run/netns/{away.host}", *elsewhere)
