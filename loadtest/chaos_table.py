@@ -70,7 +70,8 @@ def _besides(fault: Mapping[str, Any]) -> list[str]:
     summary = fault["summary"]
     is_protected = summary["protected_p99_s"] is not None or fault.get("limits", {}).get("protected_s") is not None
     said = [f"copies are back after {_times(fault, 'protected')}"] * is_protected
-    said += [f"not noticed in {summary['undetected']}"] * bool(summary["undetected"])
+    is_to_be_noticed = fault.get("limits", {}).get("detected_s") is not None
+    said += [f"not noticed in {summary['undetected']}"] * bool(is_to_be_noticed and summary["undetected"])
     return said + [f"**anomalies: {summary['anomalies']}**"] * bool(summary["anomalies"])
 
 

@@ -58,11 +58,11 @@ def test_what_is_beyond_a_limit_is_bold(runs: list[dict[str, Any]], limits: dict
 def test_a_row_for_every_fault_that_was_run() -> None:
     runs = [run(0.05, 0.4, 8, "prefill"), run(0.07, 0.5, 16, "hand-off"), run(0.06, 0.3)]
     late = [*runs, run(None, 0.2, 800) | {"anomalies": ["a token twice"]}]
-    limits = {"next_token_s": 1.0, "recomputed_tokens": 4}
+    limits = {"detected_s": 0.1, "next_token_s": 1.0, "recomputed_tokens": 4}
     rows = table({"faults": {"a": fault(runs, **limits), "b": {"runs": []}, "c": fault(late, **limits)}}).splitlines()
     assert rows[2:] == [
-        "| kill -9 | 3 | 0.06 · 0.07 s | 0.40 · 0.50 s (1) | 1.0 (4) · 2 | – |",
-        "| kill -9 | 4 | 0.06 · 0.07 s | 0.30 · 0.50 s (1) | **50.0 (4)** · 100 | not noticed in 1; **anomalies: 1** |",
+        "| kill -9 | 3 | 0.06 · 0.07 s (0.1) | 0.40 · 0.50 s (1) | 1.0 (4) · 2 | – |",
+        "| kill -9 | 4 | **0.06 · 0.07 s (0.1)** | 0.30 · 0.50 s (1) | **50.0 (4)** · 100 | not noticed in 1; **anomalies: 1** |",
     ]
 
 
