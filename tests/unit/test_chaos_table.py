@@ -62,7 +62,8 @@ def test_a_row_for_every_fault_that_was_run() -> None:
     rows = table({"faults": {"a": fault(runs, **limits), "b": {"runs": []}, "c": fault(late, **limits)}}).splitlines()
     assert rows[2:] == [
         "| kill -9 | 3 | 0.06 · 0.07 s (0.1) | 0.40 · 0.50 s (1) | 1.0 (4) · 2 | – |",
-        "| kill -9 | 4 | **0.06 · 0.07 s (0.1)** | 0.30 · 0.50 s (1) | **50.0 (4)** · 100 | not noticed in 1; **anomalies: 1** |",
+        "| kill -9 | 4 | **0.06 · 0.07 s (0.1)** | 0.30 · 0.50 s (1) | **50.0 (4)** · 100 |"
+        " not noticed in 1; **anomalies: 1** |",
     ]
 
 
