@@ -62,7 +62,7 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """What one produced token means: a frame for the client (None: a repetition), whether the driver must be
-    told to stop (a stop string was completed), whether the request is complete."""
+    told to stop (a stop string was completed, now or before), whether the request is complete."""
 
     frame: TokenFrame | None
     stop_sequence: bool = False

@@ -20,7 +20,7 @@ _FLAGS = 6
 _RUNNABLE = b"R"
 
 
-class RunDelay:
+class ProcessorWait:
     """For how long one process has been kept from running by others (pure). The operating system counts a wait when it
     is over; until then, who wants to run and does not get on between two looks is taken to wait."""
 
@@ -43,7 +43,7 @@ class Neighbours:
         self._machine = own_machine()
         self._met: dict[str, int] = {}
         """by incarnation: an open /proc/PID/stat. It stays that of this process, whoever gets its number later"""
-        self._delays: dict[str, RunDelay] = {}
+        self._delays: dict[str, ProcessorWait] = {}
         """of those that were asked about"""
 
     def meet(self, record: MemberRecord) -> None:
@@ -84,7 +84,7 @@ class Neighbours:
         """For how long it has been kept from running by others, since it began."""
         with contextlib.suppress(ProcessLookupError):
             if fields := self._stat(record):
-                delay = self._delays.setdefault(record.incarnation, RunDelay())
+                delay = self._delays.setdefault(record.incarnation, ProcessorWait())
                 return delay.seconds(fields[0], *scheduling(record.pid), time.monotonic())
         return 0.0
 

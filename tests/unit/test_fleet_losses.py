@@ -47,16 +47,21 @@ def lose_nth(world: Fleet, kind: type[Message], nth: int) -> list[Message]:
     return sent
 
 
+def finish_without(world: Fleet, kind: type[Message], nth: int, num_requests: int) -> None:
+    """The `nth` of these messages is lost, and all requests end as they should."""
+    sent = lose_nth(world, kind, nth)
+    submit(world, num_requests, num_prompt=10)
+    finish(world)
+    assert len(sent) >= nth, "none was lost"
+
+
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize(
     "kind", [Prefill, FirstToken, KvArrived, HandoffEnded, Claim, Claimed], ids=lambda kind: kind.__name__
 )
 def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> None:
     world = Fleet(nth, num_token=1, num_prompt=1)
-    sent = lose_nth(world, kind, nth)
-    submit(world, 6, num_prompt=10)
-    finish(world)
-    assert len(sent) >= nth, "none was lost"
+    finish_without(world, kind, nth, 6)
 
 
 @pytest.mark.parametrize("nth", [1, 2, 5, 20])
@@ -64,10 +69,7 @@ def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> Non
 def test_one_message_between_a_router_and_a_pipeline_is_lost(kind: type[Message], nth: int) -> None:
     """Also of the end of a stream, of which the pipeline knows nothing any more."""
     world = Fleet(nth, num_token=1, num_prompt=1)
-    sent = lose_nth(world, kind, nth)
-    submit(world, 20, num_prompt=10)
-    finish(world)
-    assert len(sent) >= nth, "none was lost"
+    finish_without(world, kind, nth, 20)
 
 
 def test_what_nobody_wants_any_more_ends_though_word_of_that_is_lost() -> None:
@@ -87,10 +89,7 @@ def test_what_nobody_wants_any_more_ends_though_word_of_that_is_lost() -> None:
 @pytest.mark.parametrize("kind", [StageReady, PipelineReady], ids=lambda kind: kind.__name__)
 def test_one_message_about_a_start_is_lost(kind: type[Message], nth: int) -> None:
     world = Fleet(nth, num_token=2, num_prompt=1, cuts=[UNEVEN])
-    sent = lose_nth(world, kind, nth)
-    submit(world, 6, num_prompt=10)
-    finish(world)
-    assert len(sent) >= nth, "none was lost"
+    finish_without(world, kind, nth, 6)
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3])
@@ -114,7 +113,4 @@ def test_one_message_about_a_copy_is_lost(kind: type[Message], nth: int) -> None
 def test_a_step_is_lost_between_two_stages(kind: type[Message], nth: int) -> None:
     """Its driver is replaced, and no stream is lost."""
     world = Fleet(nth, num_token=1, num_prompt=1, cuts=CUTS)
-    sent = lose_nth(world, kind, nth)
-    submit(world, 6, num_prompt=10)
-    finish(world)
-    assert len(sent) >= nth, "none was lost"
+    finish_without(world, kind, nth, 6)

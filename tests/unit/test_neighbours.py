@@ -15,7 +15,7 @@ import pytest
 
 from common.membership import MemberRecord
 from common.process import has_ended, own_machine, scheduling
-from services.router.neighbours import Neighbours, RunDelay
+from services.router.neighbours import Neighbours, ProcessorWait
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that tells")
 
@@ -98,7 +98,7 @@ async def test_a_process_has_ended_once_all_of_it_is_gone() -> None:
 
 
 def test_a_wait_for_a_processor_counts_before_it_is_over() -> None:
-    delay = RunDelay()
+    delay = ProcessorWait()
     assert delay.seconds(b"R", 5.0, 1.0, 100.0) == 1.0
     assert delay.seconds(b"R", 5.0, 1.0, 101.5) == 2.5, "it wants to run, and has not"
     assert delay.seconds(b"R", 5.1, 2.75, 101.75) == 2.75, "the system counts it now"
