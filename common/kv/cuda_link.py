@@ -45,6 +45,11 @@ class CudaIpcLink:
         entrance, memory = await entered(lambda: _enter(offer, pool, timeout_s, authority), _abandon)
         return cls(offer, entrance, memory, timeout_s)
 
+    @property
+    def is_over(self) -> bool:
+        """See `Link.is_over`."""
+        return not self._owner.is_open
+
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`; what was given to the current stream of the source's device is waited for."""
         self._owner.check()

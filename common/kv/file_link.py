@@ -71,6 +71,11 @@ class FileLink:
         """What the file holds."""
         return self._pool.layout
 
+    @property
+    def is_over(self) -> bool:
+        """See `Link.is_over`."""
+        return self._failure is not None
+
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`; also raises `LinkFull` and `LinkDamaged`."""
         check_plan(plan, source.layout.total_bytes, self.layout.total_bytes)

@@ -109,7 +109,7 @@ class Lane:
 
     @property
     def link_name(self) -> str | None:
-        return None if self._link is None else self._link.name
+        return None if self._link is None or self._link.is_over else self._link.name
 
     async def open(self) -> None:
         """Opens the link ahead of the first write. Raises `LinkError`."""
@@ -188,6 +188,8 @@ class Lane:
             self._writing = None
 
     async def _write(self, span: HandoffSpan, layers: Range, jobs: Sequence[Job]) -> Arrival:
+        if self._link is not None and self._link.is_over:
+            self._drop_link()  # nothing was under way, so that nobody has to hear of it
         if self._link is None:
             await self.open()
         link = self._link

@@ -33,6 +33,11 @@ class Link(Protocol):
     def name(self) -> str:
         """What `status` shows, one of `choice.LINK_NAMES`."""
 
+    @property
+    def is_over(self) -> bool:
+        """Closed, or the owner's end has been seen, perhaps while nothing was under way: nothing can be written or read
+        any more."""
+
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """Copies pieces of `source` (host memory) into the owner's pool. When it returns *the bytes are
         there*, and the owner was alive. Raises `ValueError` for a plan that leaves the pool, `LinkTimeout`

@@ -206,6 +206,12 @@ class Watch:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(connection, self._look)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the owner is alive at this moment, and the link not closed."""
+        self._look()
+        return self._is_open
+
     def check(self) -> None:
         """Raises `LinkLost` unless the owner is alive at this moment."""
         self._look()

@@ -75,6 +75,11 @@ class NixlLink:
             raise
         return link
 
+    @property
+    def is_over(self) -> bool:
+        """See `Link.is_over`."""
+        return self._failure is not None
+
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`."""
         check_plan(plan, source.total_bytes, self._their_bytes)

@@ -43,6 +43,11 @@ class ShmLink:
         entrance, memory = await entered(lambda: _enter(offer, pool, timeout_s, authority), _abandon)
         return cls(offer, entrance, memory, executor, timeout_s)
 
+    @property
+    def is_over(self) -> bool:
+        """See `Link.is_over`."""
+        return not self._owner.is_open
+
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`."""
         self._owner.check_open()

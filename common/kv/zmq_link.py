@@ -64,6 +64,11 @@ class ZmqLink:
         await link._connection.enter(pool, cls.name, authority)
         return link
 
+    @property
+    def is_over(self) -> bool:
+        """See `Link.is_over`."""
+        return self._failure is not None
+
     async def write(self, source: KvPool, plan: CopyPlan) -> None:
         """See `Link.write`."""
         check_plan(plan, source.layout.total_bytes, self._offer.layout.total_bytes)

@@ -31,6 +31,7 @@ class LocalLink:
     """A link into a pool of the same process."""
 
     name = "local"
+    is_over = False
 
     def __init__(self, memory: Bytes) -> None:
         self._memory = memory
