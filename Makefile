@@ -20,7 +20,7 @@ simulate: setup ## the deciding code of all services on a simulated network: dea
 	@OMP_NUM_THREADS=1 $(python) -m loadtest.simulate --seeds $(or $(SEEDS),2000) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 leaks: setup ## 1,000 requests, cancelled and disconnected at random: every KV block must come back
-	@$(python) -m loadtest.leaks --requests 1000 --serve-options "--prompt-stages 2 --token-stages 2" $(ARGS)
+	@$(python) -m loadtest.leaks --requests 1000 $(ARGS) -- --prompt-stages 2 --token-stages 2
 
 check: setup ## format, lint, types, imports
 	$(python) -m ruff format --check $(sources)

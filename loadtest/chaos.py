@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import json
 import random
 import sys
 import time
@@ -25,6 +24,7 @@ from dejavu import AsyncClient
 from loadtest.chaos_table import summarise, table
 from loadtest.doomed_client import doomed_client
 from loadtest.faults import DEFAULT_OUTAGE_S, FAULTS, Fault, known_faults
+from loadtest.figures import load, save
 from loadtest.history import (
     Anomaly,
     History,
@@ -36,6 +36,7 @@ from loadtest.history import (
 )
 from loadtest.machine import describe_machine
 from loadtest.moments import TOO_LATE, Timing, await_moment, moment_of, timing_of
+from loadtest.options import add_runs, add_seed, new_parser
 from loadtest.partition import NoNamespaces, is_inside, run_inside
 from loadtest.streams import Work, cancelled, expecting, follow, make_work, quiet, run_undisturbed, settled
 from loadtest.strikes import Scene
@@ -53,16 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 where no anomaly was found, else 1."""
     options = _parse(argv)
     if options.table:
-        print(table(json.loads(Path(options.table).read_text())))  # noqa: T201
+        print(table(load(options.table)))  # noqa: T201
         return 0
     file = Path(options.json)
-    document = json.loads(file.read_text()) if file.exists() else {"machine": describe_machine(), "faults": {}}
+    document = load(file) if file.exists() else {"machine": describe_machine(), "faults": {}}
     for name in options.fault or FAULTS:
         try:
             if FAULTS[name].is_apart and not is_inside():
-                file.write_text(json.dumps(document, indent=1) + "\n")
+                save(file, document)
                 run_inside(_arguments(name, options))
-                document = json.loads(file.read_text())
+                document = load(file)
             else:
                 asyncio.run(_run_fault(name, options, document, file))
         except NoNamespaces as error:
@@ -74,33 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "loadtest.chaos",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="faults:\n" + "\n".join(f"  {name:20} {fault.what}" for name, fault in FAULTS.items()),
-    )
+    parser = new_parser("chaos", __doc__)
+    parser.epilog = "faults:\n" + "\n".join(f"  {name:22} {fault.what}" for name, fault in FAULTS.items())
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--json", metavar="FILE", help="where the runs are kept")
     what.add_argument("--table", metavar="FILE", help="runs nothing: prints what is in it as a table in Markdown")
-    parser.add_argument("--fault", action="append", choices=list(FAULTS), help="only this one; may be repeated")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="more runs of each fault (5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of prompts and moments (0)")
-    parser.add_argument("--model", metavar="DIR", help="checkpoint (default: the shipped one)")
-    parser.add_argument(
-        "--outage-s",
-        type=float,
-        default=DEFAULT_OUTAGE_S,
-        metavar="S",
-        help=f"for how long an outage of etcd lasts ({DEFAULT_OUTAGE_S:g})",
-    )
+    known = "only this one of those below; may be repeated"
+    parser.add_argument("--fault", action="append", choices=list(FAULTS), metavar="NAME", help=known)
+    add_runs(parser, 5, "more runs of each fault")
+    add_seed(parser, "of prompts and moments")
+    parser.add_argument("--model", default="models/tiny", metavar="DIR", help="Hugging Face checkpoint")
+    outage = "for how long an outage of etcd lasts"
+    parser.add_argument("--outage-s", type=float, default=DEFAULT_OUTAGE_S, metavar="S", help=outage)
     return parser.parse_args(argv)
 
 
 def _arguments(name: str, options: argparse.Namespace) -> list[str]:
     """Of another process, for this fault alone."""
-    model = ["--model", options.model] if options.model else []
-    command = ["-m", "loadtest.chaos", "--json", options.json, "--fault", name, *model]
+    command = ["-m", "loadtest.chaos", "--json", options.json, "--fault", name, "--model", options.model]
     return [*command, "--runs", str(options.runs), "--seed", str(options.seed), "--outage-s", str(options.outage_s)]
 
 
@@ -110,8 +102,7 @@ async def _run_fault(name: str, options: argparse.Namespace, document: dict[str,
     about |= {"what": fault.what, "arguments": fault.arguments, "environment": fault.environment}
     about["limits"] = dataclasses.asdict(fault.limits) | {"recomputed_tokens": fault.max_recomputed_tokens}
     runs = about["runs"]
-    model = ["--model", options.model] if options.model else []
-    arguments = [*fault.arguments, *model, "--dtype", "float32"]
+    arguments = [*fault.arguments, "--model", options.model, "--dtype", "float32"]
     _say(f"{name}: {fault.what}; a system is being started")
     async with fault.system(arguments, fault.environment) as endpoint, AsyncClient(endpoint) as client:
         num_services = len((await client.status())["services"])
@@ -136,7 +127,7 @@ async def _run_fault(name: str, options: argparse.Namespace, document: dict[str,
                 continue
             runs.append(run)
             about["summary"] = summarise(runs, NUM_STREAMS)
-            file.write_text(json.dumps(document, indent=1) + "\n")
+            save(file, document)
             _say(f"{name} {len(runs)}: {_line(runs[-1])} ({time.monotonic() - started_s:.1f} s)")
 
 

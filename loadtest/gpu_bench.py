@@ -8,7 +8,6 @@ product that runs meanwhile. *Hand-off*: a prompt layer by layer into the other 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import functools
 import itertools
@@ -16,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,9 +30,11 @@ from common.kv.page_lock import PageLock
 from common.kv.pool import KvPool
 from common.kv.staging import SideStream
 from common.kv.stream import HandoffSpan, HandoffWriter
+from loadtest.figures import save
 from loadtest.kv_bench import LAYOUT, Way, in_turns
 from loadtest.kv_owner import owner
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_runs, new_parser
 
 PROMPT_TOKENS = 2048
 _new_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
@@ -43,18 +43,18 @@ Plans = list[tuple[str, CopyPlan]]
 
 def main() -> int:
     """Runs the benchmark; 0 also where there is no GPU."""
-    parser = argparse.ArgumentParser("loadtest.gpu_bench", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", required=True)
-    parser.add_argument("--rounds", type=int, default=7, help="measurements per cell; each tries every way once")
+    parser = new_parser("gpu_bench", __doc__)
+    add_json(parser)
+    add_runs(parser, 7, "measurements per cell; each tries every way once")
     arguments = parser.parse_args()
     if not gpu_ids():
         print("no CUDA device here: nothing to measure")
         return 0
     results: dict[str, Any] = {"machine": describe_machine(), "gpu": torch.cuda.get_device_name(0)}
     with owner(LAYOUT, "cuda") as other:
-        results |= asyncio.run(_measure(other.offer, arguments.rounds))
+        results |= asyncio.run(_measure(other.offer, arguments.runs))
     _show(results)
-    Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.json, results)
     return 0
 
 

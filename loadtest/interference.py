@@ -12,37 +12,43 @@ import json
 import random
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
 from loadtest.drive import percentile
+from loadtest.figures import save
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_model, add_serve_options, new_parser
 from loadtest.serve import LAYOUTS
 from loadtest.system import running_system
+from loadtest.workload import vocab_size_of
 
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser("loadtest.interference", description=__doc__)
-    parser.add_argument("--json", required=True, metavar="FILE")
-    parser.add_argument("--model", default="models/tiny", metavar="DIR")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--prompt-tokens", type=int, default=2000)
-    parser.add_argument("--prompts", type=int, default=5, help="long prompts, one after the other")
-    parser.add_argument("--quiet-s", type=float, default=10.0, help="seconds measured without long prompts")
-    parser.add_argument("--serve-options", default="")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     results: dict[str, Any] = {"machine": describe_machine(), "options": vars(arguments), "layouts": {}}
     for layout, options in LAYOUTS.items():
         chosen = ["--model", arguments.model, "--dtype", arguments.dtype, *options]
-        chosen += arguments.serve_options.split()
+        chosen += arguments.serve_options
         figures = asyncio.run(_measure(chosen, arguments))
         results["layouts"][layout] = figures
         print(layout, json.dumps(figures), flush=True)
-    Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.json, results)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("interference", __doc__)
+    add_json(parser)
+    add_model(parser)
+    parser.add_argument("--streams", type=int, default=8, metavar="N", help="short ones, at once")
+    parser.add_argument("--prompts", type=int, default=5, metavar="N", help="long ones, one after the other")
+    parser.add_argument("--prompt-tokens", type=int, default=2000, metavar="N", help="of each long prompt")
+    quiet = "seconds that are measured without long prompts"
+    parser.add_argument("--quiet-s", type=float, default=10.0, metavar="S", help=quiet)
+    add_serve_options(parser)
+    return parser
 
 
 class Streams:
@@ -81,9 +87,8 @@ class Streams:
 
 
 async def _measure(options: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    vocab_size = int(json.loads(Path(arguments.model, "config.json").read_text())["vocab_size"])
     async with running_system(options) as endpoint, AsyncClient(endpoint) as client:
-        streams = Streams(client, vocab_size)
+        streams = Streams(client, vocab_size_of(arguments.model))
         async with asyncio.TaskGroup() as tasks:
             for _ in range(arguments.streams):
                 tasks.create_task(streams.run())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -29,8 +28,10 @@ from common.kv.pool import KvPool
 from common.kv.primitives import Peer, Piece, Region, SequenceSpan, gather, stream_in, stream_out
 from common.kv.server import PoolServer
 from common.messages import pack_ids
+from loadtest.figures import save
 from loadtest.machine import describe_machine
 from loadtest.one_stage import OneStage, greedy
+from loadtest.options import add_json, add_model, new_parser
 
 
 @dataclass(slots=True)
@@ -43,16 +44,7 @@ class Decoding:
 
 def main() -> int:
     """Measures every type."""
-    parser = argparse.ArgumentParser(
-        "loadtest.kv_accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", required=True, metavar="FILE")
-    parser.add_argument("--model", default="models/tiny", metavar="DIR")
-    parser.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=64, help="generated for each prompt")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     num_tokens = arguments.prompt_tokens + arguments.tokens
     stage = OneStage(arguments.model, arguments.dtype, arguments.prompts, num_tokens)
     prompts = [stage.prompt(arguments.prompt_tokens, seed) for seed in range(arguments.prompts)]
@@ -68,8 +60,18 @@ def main() -> int:
         print(wire, types[wire], flush=True)
     document = {"machine": describe_machine(), "model": Path(arguments.model).name, "dtype": stage.spec.dtype}
     document |= {"options": vars(arguments), "types": types}
-    Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+    save(arguments.json, document)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("kv_accuracy", __doc__)
+    add_json(parser)
+    add_model(parser, "float32")
+    parser.add_argument("--prompts", type=int, default=16, metavar="N", help="of random tokens")
+    parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="of each prompt")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="generated for each prompt")
+    return parser
 
 
 async def _travelled(stage: OneStage, prompts: Sequence[Sequence[int]], wire: str) -> KvPool:

@@ -8,17 +8,14 @@ blocks that are scattered on both sides. Then checksums, plans and a whole hand-
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import functools
 import itertools
-import json
 import statistics
 import sys
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +28,11 @@ from common.kv.link import GrantOffer, Link, open_link
 from common.kv.native import load_native
 from common.kv.pool import Bytes, KvPool
 from common.kv.stream import HandoffSpan, HandoffWriter
+from loadtest.figures import save
 from loadtest.kv_owner import owner
 from loadtest.machine import describe_machine
 from loadtest.nixl_bench import BareNixl
+from loadtest.options import add_json, add_runs, new_parser
 
 LAYOUT = PoolLayout(
     first_layer=0,
@@ -54,15 +53,15 @@ Way = Callable[[], Awaitable[None]]
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser("loadtest.kv_bench", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", required=True)
-    parser.add_argument("--rounds", type=int, default=7, help="measurements per cell; each tries every way once")
+    parser = new_parser("kv_bench", __doc__)
+    add_json(parser)
+    add_runs(parser, 7, "measurements per cell; each tries every way once")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"machine": describe_machine(), "options": vars(arguments)}
     with owner(LAYOUT) as other:
-        results |= asyncio.run(_measure(other.offer, arguments.rounds))
+        results |= asyncio.run(_measure(other.offer, arguments.runs))
     _show(results)
-    Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.json, results)
     return 0
 
 

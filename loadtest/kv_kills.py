@@ -8,7 +8,6 @@ processes are forks of this one, which has everything imported already, so that 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -38,7 +37,9 @@ from common.kv.link import GrantOffer, open_link
 from common.kv.nixl_agent import nixl_module
 from common.kv.pool import Bytes, KvPool
 from common.kv.server import PoolServer
+from loadtest.figures import save
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_runs, add_seed, new_parser
 
 LAYOUT = PoolLayout(
     first_layer=0,
@@ -311,12 +312,12 @@ def shared_memory() -> set[str]:
 
 def main() -> int:
     """Exit code 1 where anything went wrong."""
-    parser = argparse.ArgumentParser("loadtest.kv_kills", description=__doc__)
-    parser.add_argument("--runs", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = new_parser("kv_kills", __doc__)
+    add_json(parser, required=False)
+    add_runs(parser, 1000, "kills, of links and sides in turns")
+    add_seed(parser, "of the moments")
     known = ["shm", "zmq", *(["nixl"] if nixl_module() else [])]
-    parser.add_argument("--links", nargs="+", default=known, choices=known)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--link", action="append", choices=known, help="only this one; may be repeated")
     arguments = parser.parse_args()
 
     def show(outcome: Outcome) -> None:
@@ -325,11 +326,11 @@ def main() -> int:
         if (outcome.seed - arguments.seed + 1) % 100 == 0:
             print(f"{outcome.seed - arguments.seed + 1} runs", flush=True)
 
-    results = run_all(arguments.links, arguments.runs, arguments.seed, show)
+    results = run_all(arguments.link or known, arguments.runs, arguments.seed, show)
     print(json.dumps(results, indent=1))
     if arguments.json:
         results = {"machine": describe_machine(), "options": vars(arguments)} | results
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+        save(arguments.json, results)
     return 1 if results["wrong"] or results["left_in_dev_shm"] else 0
 
 

@@ -8,14 +8,11 @@ too: the other process reads them, as a cache store does.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +25,11 @@ from common.kv.pool import KvPool
 from common.kv.primitives import flush
 from common.kv.server import PoolServer
 from common.kv.stream import HandoffSpan, HandoffWriter
+from loadtest.figures import save
 from loadtest.kv_bench import LAYOUT
 from loadtest.kv_owner import Owner, owner
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_runs, new_parser
 
 LAYERS = (0, 8)
 BLOCKS = range(LAYOUT.num_blocks)
@@ -131,23 +130,22 @@ async def measure(other: Owner, num_rounds: int, prompt_tokens: int, num_steps: 
 
 def main() -> int:
     """Runs the ladder."""
-    parser = argparse.ArgumentParser("loadtest.kv_ladder", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", required=True)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=32)
+    parser = new_parser("kv_ladder", __doc__)
+    add_json(parser)
+    parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="of the prompt")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="generated behind it")
+    add_runs(parser, 5, "measurements, each of every step")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     machine = describe_machine()
-    machine["command"] = ["python", "-m", "loadtest.kv_ladder", "--rounds", str(arguments.rounds)]
     load_before = os.getloadavg()
     with owner(LAYOUT) as other:
-        levels = asyncio.run(measure(other, arguments.rounds, arguments.prompt_tokens, arguments.steps))
-    options = {"prompt_tokens": arguments.prompt_tokens, "steps": arguments.steps, "layers": LAYERS}
+        levels = asyncio.run(measure(other, arguments.runs, arguments.prompt_tokens, arguments.tokens))
+    options = vars(arguments) | {"layers": LAYERS}
     results = {"machine": machine, "load_average": load_before, "options": options, "levels": levels}
     for one in levels:
         print(f"{one['name']:>22} {one['median_ms']:>9} ms  {one['to_no_streaming']} x  step {one['step_gain']}")
-    Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.json, results)
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import json
 import os
 import statistics
 import sys
@@ -24,15 +23,17 @@ import torch
 
 from common.kv.server import PoolServer
 from common.kv.stream import HandoffSpan, HandoffWriter
+from loadtest.figures import save
 from loadtest.kv_owner import Owner, owner
 from loadtest.machine import describe_machine
 from loadtest.one_stage import BLOCK_SIZE, OneStage, greedy
+from loadtest.options import add_json, add_model, add_runs, new_parser
 
 
 def main() -> int:
     """Runs the benchmark."""
     arguments = _parser().parse_args()
-    stage = OneStage(arguments.model, arguments.dtype, arguments.batch, arguments.prompt_tokens + arguments.tokens)
+    stage = OneStage(arguments.model, arguments.dtype, arguments.prompts, arguments.prompt_tokens + arguments.tokens)
     cells: list[dict[str, Any]] = []
     with owner(stage.pool.layout) as other:
         for num_threads in sorted({1, len(os.sched_getaffinity(0))}):
@@ -45,7 +46,7 @@ def main() -> int:
         "dtype": stage.spec.dtype,
     }
     document["options"], document["cells"] = vars(arguments), cells
-    Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+    save(arguments.json, document)
     return 0
 
 
@@ -57,7 +58,7 @@ async def _measure(stage: OneStage, other: Owner, arguments: argparse.Namespace)
     await asyncio.to_thread(other.reads_from, server)
     run = _Run(stage, writer, other, arguments)
     times: dict[str, list[float]] = {}
-    for round_number in range(arguments.rounds + 1):
+    for round_number in range(arguments.runs + 1):
         for way, is_streaming in (("alone", False), ("streaming", True)):
             for phase, work in (("prefill", run.prefill), ("decode", run.decode)):
                 started_s = time.perf_counter()
@@ -83,7 +84,7 @@ class _Run:
     def __init__(self, stage: OneStage, writer: HandoffWriter, other: Owner, arguments: argparse.Namespace) -> None:
         self._stage, self._writer, self._other = stage, writer, other
         self._num_steps = arguments.tokens
-        self._prompts = [stage.prompt(arguments.prompt_tokens, seed) for seed in range(arguments.batch)]
+        self._prompts = [stage.prompt(arguments.prompt_tokens, seed) for seed in range(arguments.prompts)]
         self._first = [0] * len(self._prompts)
         self._attempt = 0
 
@@ -118,16 +119,14 @@ class _Run:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "loadtest.kv_overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", required=True, metavar="FILE")
-    parser.add_argument("--model", default="models/tiny", metavar="DIR")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=64, help="steps of decode")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = new_parser("kv_overhead", __doc__)
+    add_json(parser)
+    add_model(parser)
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="of random tokens, one after the other")
+    parser.add_argument("--prompt-tokens", type=int, default=256, metavar="N", help="of each prompt")
+    tokens = "generated for each prompt, of all prompts at once"
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help=tokens)
+    add_runs(parser, 5, "measurements, each of every way")
     return parser
 
 

@@ -1,7 +1,7 @@
 """Does anything leak? Many requests, cancelled at random, from clients that are killed at random; afterwards every pool
 must have the free blocks that it began with.
 
-    python -m loadtest.leaks [--requests 1000] [--serve-options "--token-stages 2"] [--json FILE]
+    python -m loadtest.leaks [--requests 1000] [--json FILE] [-- --token-stages 2]
 
 Each client is a process of its own with up to 50 requests in flight. A third of them leave in order, a third close
 their connection while requests run, a third are killed with SIGKILL.
@@ -13,14 +13,14 @@ import argparse
 import asyncio
 import json
 import random
-import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from loadtest.figures import save
 from loadtest.machine import cpu_clock_jumps_ms, describe_machine
+from loadtest.options import add_json, add_seed, add_serve_options, new_parser
 from loadtest.system import running_system
 
 REQUESTS_PER_CLIENT = 50
@@ -43,14 +43,14 @@ def main() -> int:
         asyncio.run(_be_client(arguments.endpoint, arguments.client, arguments.seed, arguments.requests))
         return 0
     try:
-        figures = asyncio.run(_with_system(arguments.requests, arguments.seed, shlex.split(arguments.serve_options)))
+        figures = asyncio.run(_with_system(arguments.requests, arguments.seed, arguments.serve_options))
     except Leaked as error:
         print(f"LEAK: {error}")
         return 1
     print(json.dumps(figures, indent=1))
     if arguments.json:
         figures["cpu_clock_jumps_ms"] = cpu_clock_jumps_ms(CLOCK_TEST_S)
-        Path(arguments.json).write_text(json.dumps({"machine": describe_machine(), **figures}, indent=1))
+        save(arguments.json, {"machine": describe_machine(), **figures})
     return 0
 
 
@@ -151,11 +151,11 @@ async def _one(client: AsyncClient, prompt: list[int], keep: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("loadtest.leaks", description=__doc__)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--serve-options", default="", help="options for `dejavu serve`, in one string")
-    parser.add_argument("--json", metavar="FILE", help="where the figures go")
+    parser = new_parser("leaks", __doc__)
+    add_json(parser, required=False)
+    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="in all")
+    add_seed(parser, "of prompts, and of when each is left")
+    add_serve_options(parser)
     parser.add_argument("--endpoint", default="", help=argparse.SUPPRESS)
     parser.add_argument("--client", choices=LEAVES, help=argparse.SUPPRESS)
     return parser

@@ -7,13 +7,14 @@ token ids.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from loadtest.options import new_parser
 
 WEIGHT_STD = 0.06
 SHAPES: dict[str, dict[str, Any]] = {
@@ -37,10 +38,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def main() -> int:
     """Writes the checkpoint."""
-    parser = argparse.ArgumentParser("loadtest.make_model", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--shape", default="128m", choices=list(SHAPES))
+    parser = new_parser("make_model", __doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
+    parser.add_argument("--shape", default="128m", choices=list(SHAPES), help="number of weights")
     arguments = parser.parse_args()
     config = LlamaConfig(**SHAPES[arguments.shape], bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)

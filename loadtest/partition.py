@@ -27,7 +27,7 @@ from typing import Any
 from dejavu import AsyncClient
 from deploy.etcd_server import EtcdServer
 from loadtest.strikes import Scene, Status, Strike
-from loadtest.system import running_system
+from loadtest.system import ended_in_order, running_system
 
 NEAR = "10.77.1.1"
 HOSTS = {"far": "10.77.2.1", "farther": "10.77.3.1"}
@@ -65,7 +65,13 @@ def run_inside(arguments: Sequence[str]) -> int:
     tools = all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip"))
     if not tools or subprocess.run([*into, "true"], capture_output=True, check=False).returncode:
         raise NoNamespaces(f"{' '.join(into)}, nsenter and ip must work for a partition")
-    return subprocess.run([*into, sys.executable, *arguments], env=os.environ | {INSIDE: "1"}, check=False).returncode
+    with ended_in_order():
+        inside = subprocess.Popen([*into, sys.executable, *arguments], env=os.environ | {INSIDE: "1"})
+        try:
+            return inside.wait()
+        finally:
+            inside.terminate()  # it has ended, unless we are to
+            inside.wait()
 
 
 @dataclass(frozen=True, slots=True)

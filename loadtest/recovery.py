@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import statistics
@@ -26,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from loadtest.figures import load, save
 from loadtest.history import Stream, check_stream
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_runs, add_seed, new_parser
 from loadtest.streams import Work, cancelled, expecting, follow, make_work, run_undisturbed, settled
 from loadtest.strikes import parent_of
 from loadtest.system import running_system
@@ -73,26 +74,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     unless they are measured again."""
     options = _parser().parse_args(argv)
     file = Path(options.json)
-    document: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"ways": {}}
+    document: dict[str, Any] = load(file) if file.exists() else {"ways": {}}
     for name in options.way or WAYS:
         about = {"machine": describe_machine(), **_conditions(options)}
         document["ways"][name] = about | asyncio.run(_measure(WAYS[name], options))
-        file.write_text(json.dumps(document, indent=1) + "\n")
+        save(file, document)
         _say(f"{name}: {document['ways'][name]['summary']}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "loadtest.recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go")
-    parser.add_argument("--way", action="append", choices=list(WAYS), help="only this one; may be repeated")
-    parser.add_argument("--streams", type=int, default=16, metavar="N", help="at once (16)")
-    parser.add_argument("--tokens", type=int, default=300, metavar="N", help="of each stream (300)")
-    parser.add_argument("--share", type=float, default=0.5, help="of all tokens, delivered when the stage dies (0.5)")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="failures for each way (3)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the prompts (0)")
+    parser = new_parser("recovery", __doc__)
+    add_json(parser)
+    ways = "; ".join(f"{name}: {way.what}" for name, way in WAYS.items())
+    parser.add_argument("--way", action="append", choices=list(WAYS), help=f"only this one; may be repeated. {ways}")
+    parser.add_argument("--streams", type=int, default=16, metavar="N", help="at once")
+    parser.add_argument("--tokens", type=int, default=300, metavar="N", help="of each stream")
+    share = "of all tokens, delivered when the stage dies"
+    parser.add_argument("--share", type=float, default=0.5, metavar="X", help=share)
+    add_runs(parser, 3, "failures for each way")
+    add_seed(parser, "of the prompts")
     return parser
 
 

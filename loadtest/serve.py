@@ -7,13 +7,13 @@ cores, or the same GPU, in the same run. Examples:
     python -m loadtest.serve --json out.json --model DIR --workload decode-heavy --baseline
     python -m loadtest.serve --json out.json --layout disaggregated --rate 1.5 --workload lmsys-like
     python -m loadtest.serve --json out.json --workload my-trace.json --arrivals trace
+    python -m loadtest.serve --json out.json --layout colocated -- --token-stages 2 --cache-stores 0
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +22,11 @@ from typing import Any
 from dejavu import AsyncClient, SamplingParams
 from loadtest.baseline import measure_baseline
 from loadtest.drive import drive, summarise
+from loadtest.figures import save
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_model, add_runs, add_serve_options, new_parser
 from loadtest.system import running_system
-from loadtest.workload import NAMED, Workload, all_at_once, load_workload, with_poisson_arrivals
+from loadtest.workload import NAMED, Workload, all_at_once, load_workload, vocab_size_of, with_poisson_arrivals
 
 LAYOUTS = {"disaggregated": [], "colocated": ["--colocated"]}
 SALT_STEP = 97
@@ -33,7 +35,7 @@ SALT_STEP = 97
 def main() -> int:
     """Runs the benchmark; exit code 0 where no request failed."""
     arguments = _parser().parse_args()
-    vocab_size = int(json.loads(Path(arguments.model, "config.json").read_text())["vocab_size"])
+    vocab_size = vocab_size_of(arguments.model)
     workload = _workload(arguments, vocab_size)
     results: dict[str, Any] = {
         "machine": describe_machine(),
@@ -51,14 +53,14 @@ def main() -> int:
     }
     for layout in arguments.layout or list(LAYOUTS):
         options = ["--model", arguments.model, "--dtype", arguments.dtype, *LAYOUTS[layout]]
-        options += arguments.serve_options.split()
-        results["layouts"][layout] = asyncio.run(_measure(options, workload, arguments.repetitions, vocab_size, layout))
+        options += arguments.serve_options
+        results["layouts"][layout] = asyncio.run(_measure(options, workload, arguments.runs, vocab_size, layout))
         results["layouts"][layout]["serve_options"] = options
-    Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.json, results)
     if arguments.baseline:
-        device = device_of(arguments.serve_options.split())
+        device = device_of(arguments.serve_options)
         results["baseline"] = measure_baseline(arguments.model, arguments.dtype, device, workload, vocab_size)
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+        save(arguments.json, results)
     print(f"written to {arguments.json}", flush=True)
     runs = [run for layout in results["layouts"].values() for run in layout["runs"]]
     return 1 if any(run["num_failed"] for run in runs) else 0
@@ -72,18 +74,18 @@ def device_of(options: Sequence[str]) -> str:
 
 
 async def _measure(
-    options: list[str], workload: Workload, repetitions: int, vocab_size: int, label: str
+    options: list[str], workload: Workload, num_runs: int, vocab_size: int, label: str
 ) -> dict[str, Any]:
     params = SamplingParams(temperature=0.0, ignore_eos=True)
     runs = []
     async with running_system(options) as endpoint, AsyncClient(endpoint) as client:
         warm_up = Workload("warm-up", all_at_once(workload).items[:4])
         await drive(client, warm_up.rotated(1, vocab_size), params)
-        for repetition in range(repetitions):
-            fresh = workload.rotated((repetition + 1) * SALT_STEP, vocab_size)
+        for number in range(num_runs):
+            fresh = workload.rotated((number + 1) * SALT_STEP, vocab_size)
             figures = summarise(*await drive(client, fresh, params))
             runs.append(figures)
-            print(f"{label} run {repetition}: {_line(figures)}", flush=True)
+            print(f"{label} run {number}: {_line(figures)}", flush=True)
         status = await client.status()
     loops = {s["name"]: s["loop"] for s in status["services"] if s.get("loop")}
     return {"runs": runs, "event_loops": loops}
@@ -112,20 +114,19 @@ def _workload(arguments: argparse.Namespace, vocab_size: int) -> Workload:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "loadtest.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go")
-    parser.add_argument("--model", default="models/tiny", metavar="DIR")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--workload", default="decode-heavy", help=f"{', '.join(NAMED)}, or a JSON file")
-    parser.add_argument("--limit", type=int, help="only the first N requests of a file")
-    parser.add_argument("--arrivals", default="burst", choices=["burst", "trace"], help="burst: all at once")
-    parser.add_argument("--rate", type=float, help="Poisson arrivals, requests per second")
-    parser.add_argument("--layout", action="append", choices=list(LAYOUTS), help="default: all, one after another")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--serve-options", default="", help="more options for `dejavu serve`, in one string")
-    parser.add_argument("--baseline", action="store_true", help="measure transformers' generate too")
+    parser = new_parser("serve", __doc__)
+    add_json(parser)
+    add_model(parser)
+    names = f"{', '.join(NAMED)}, or a JSON file of requests"
+    parser.add_argument("--workload", default="decode-heavy", metavar="NAME|FILE", help=names)
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N requests of a file")
+    arrivals = "burst: all at once; trace: when the file says"
+    parser.add_argument("--arrivals", default="burst", choices=["burst", "trace"], help=arrivals)
+    parser.add_argument("--rate", type=float, metavar="R", help="Poisson arrivals instead, R requests per second")
+    parser.add_argument("--layout", action="append", choices=list(LAYOUTS), help="only this one; may be repeated")
+    add_runs(parser, 3, "times that each layout gets the workload")
+    parser.add_argument("--baseline", action="store_true", help="measure transformers' generate, too")
+    add_serve_options(parser)
     return parser
 
 

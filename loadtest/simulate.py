@@ -7,9 +7,7 @@ given is for pytest: `-k fleet`, or a file of tests.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import os
 import re
 import signal
@@ -25,7 +23,9 @@ from typing import IO
 
 import pytest
 
+from loadtest.figures import save
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, new_parser
 
 SEEDS_PER_PIECE = 25
 FOR_PYTEST = ["-q", "-m", "seeds", "--tb=native", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
@@ -122,11 +122,11 @@ def seed_range(text: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--seeds", type=seed_range, default=(0, 2000), metavar="N|A:B")
+    parser = new_parser("simulate", __doc__)
+    parser.add_argument("--seeds", type=seed_range, default="2000", metavar="N|A:B", help="the first N, or A to B - 1")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--jobs", type=int, default=cores, help="processes (default: one per core)")
-    parser.add_argument("--json", type=Path, help="write what came of it to this file")
+    parser.add_argument("--jobs", type=int, default=cores, metavar="J", help="processes; by default one a core")
+    add_json(parser, required=False)
     options, for_pytest = parser.parse_known_args()
     first, end = options.seeds
     if not any(Path(argument.partition("::")[0]).exists() for argument in for_pytest):
@@ -139,7 +139,7 @@ def main() -> int:
     failed = [command for piece in over for command in piece.replays]
     if options.json is not None:
         figures = {"machine": describe_machine(), "jobs": options.jobs, "duration_s": round(duration_s)}
-        options.json.write_text(json.dumps({**figures, "pieces": [asdict(piece) for piece in over]}, indent=1) + "\n")
+        save(options.json, {**figures, "pieces": [asdict(piece) for piece in over]})
     print(f"seeds {first} to {end - 1}: {len(failed)} failures, {duration_s / 60:.1f} min", *failed, sep="\n")
     return 1 if failed else 0
 

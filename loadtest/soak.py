@@ -21,8 +21,10 @@ from typing import Any
 
 from dejavu import AsyncClient
 from loadtest.drive import percentile
+from loadtest.figures import save
 from loadtest.history import ETCD, Stream, check_stream, leaks
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_seed, new_parser
 from loadtest.streams import Work, expecting, follow, make_work, quiet, run_undisturbed
 from loadtest.system import running_system
 
@@ -45,22 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 where nothing was wrong, else 1."""
     options = _parser().parse_args(argv)
     document = {"machine": describe_machine(), "system": SYSTEM, **asyncio.run(_soak(options))}
-    Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+    save(options.json, document)
     print(json.dumps({name: document[name] for name in ("num_requests", "cpu_busy", "wrong")}))
     return 1 if document["wrong"] else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "loadtest.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go")
-    parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="of load (30)")
-    parser.add_argument("--streams", type=int, default=32, metavar="N", help="under way at any time (32)")
-    parser.add_argument(
-        "--burners", type=int, default=os.cpu_count(), metavar="N", help="processes that only burn time (one a core)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the prompts and their order (0)")
+    parser = new_parser("soak", __doc__)
+    add_json(parser)
+    parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="of load")
+    parser.add_argument("--streams", type=int, default=32, metavar="N", help="under way at any time")
+    burners = "processes that only burn time; by default one a core"
+    parser.add_argument("--burners", type=int, default=os.cpu_count(), metavar="N", help=burners)
+    add_seed(parser, "of the prompts and their order")
     return parser
 
 

@@ -1,6 +1,6 @@
 """How long `dejavu serve` needs until it is ready, and until it is so again after a stage was killed.
 
-    python -m loadtest.startup --json FILE [--repetitions 3]
+    python -m loadtest.startup --json FILE [--runs 3]
 
 Every layout with and without the nursery, alternating, so that a change of the machine's load meets both. `ready_s` is
 from the start of the command to its line on stdout; `again_s` from SIGKILL of token stage 0 to the first token of a
@@ -9,19 +9,18 @@ request that is sent at that moment.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from loadtest.figures import save
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_model, add_runs, new_parser
 from loadtest.system import running_system
 
 PROMPT = "It was a fine morning"
@@ -36,22 +35,22 @@ NURSERIES = ("--nursery", "--no-nursery")
 
 def main() -> int:
     """Measures, prints, writes the JSON file."""
-    parser = argparse.ArgumentParser("loadtest.startup", description=__doc__)
-    parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go")
-    parser.add_argument("--model", default="models/tiny", metavar="DIR")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser = new_parser("startup", __doc__)
+    add_json(parser)
+    add_model(parser)
+    add_runs(parser, 3, "starts of each layout, with and without the nursery")
     arguments = parser.parse_args()
-    runs = asyncio.run(_measure_all(arguments.model, arguments.repetitions))
-    Path(arguments.json).write_text(json.dumps({"machine": describe_machine(), "runs": runs}, indent=1))
+    runs = asyncio.run(_measure_all(["--model", arguments.model, "--dtype", arguments.dtype], arguments.runs))
+    save(arguments.json, {"machine": describe_machine(), "runs": runs})
     return 0
 
 
-async def _measure_all(model: str, repetitions: int) -> list[dict[str, Any]]:
+async def _measure_all(model: Sequence[str], num_runs: int) -> list[dict[str, Any]]:
     runs = []
-    for _ in range(repetitions):
+    for _ in range(num_runs):
         for layout, options in LAYOUTS.items():
             for nursery in NURSERIES:
-                figures = await _measure(["--model", model, nursery, *options])
+                figures = await _measure([*model, nursery, *options])
                 runs.append({"layout": layout, "nursery": nursery == "--nursery", **figures})
                 print(runs[-1], flush=True)
     return runs

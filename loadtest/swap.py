@@ -8,7 +8,7 @@ stands what the paper's rule predicts from the measured step time t and transfer
 With `--admitted K` a last run sends K times what the device holds. Examples:
 
     python -m loadtest.swap --json swap.json --model DIR --lengths 256,512,1024,2048,4096
-    python -m loadtest.swap --json swap.json --model DIR --workload decode-heavy --batch 16 --repetitions 3
+    python -m loadtest.swap --json swap.json --model DIR --workload decode-heavy --batch 16 --runs 3
     python -m loadtest.swap --json swap.json --model DIR --device cuda --batch 64 --max-tokens 65536
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 import statistics
 import sys
@@ -28,7 +27,9 @@ from common.model.kv_layout import fitting_layout
 from common.model.spec import load_spec, split_layers
 from dejavu import AsyncClient, SamplingParams
 from loadtest.drive import Trace, drive, summarise
+from loadtest.figures import save
 from loadtest.machine import describe_machine
+from loadtest.options import add_json, add_model, add_runs, new_parser
 from loadtest.system import running_system
 from loadtest.workload import FIRST_PLAIN_ID, NAMED, WorkItem, Workload, all_at_once
 
@@ -62,27 +63,27 @@ def main() -> int:
     """Runs the benchmark; exit code 0 where no request failed and no device held more than two microbatches."""
     arguments = _parser().parse_args()
     spec = load_spec(arguments.model, arguments.dtype)
-    longest = max(split_layers(spec.num_layers, arguments.stages, None), key=lambda part: part[1] - part[0])
+    longest = max(split_layers(spec.num_layers, arguments.token_stages, None), key=lambda part: part[1] - part[0])
     layout = fitting_layout(spec, longest, BLOCK_SIZE, 1 << 40)
     vocab_size = spec.vocab_size
-    base = ["--model", arguments.model, "--dtype", arguments.dtype, "--token-stages", str(arguments.stages)]
+    base = ["--model", arguments.model, "--dtype", arguments.dtype, "--token-stages", str(arguments.token_stages)]
     base += ["--colocated", "--cache-stores", str(arguments.cache_stores), "--device", arguments.device]
     document: dict[str, Any] = {
         "machine": describe_machine(),
         "model": Path(arguments.model).name,
         "dtype": spec.dtype,
         "device": arguments.device,
-        "stages": arguments.stages,
+        "stages": arguments.token_stages,
         "bytes_per_block_and_stage": layout.bytes_per_block,
         "settings": [],
     }
     for workload, batch in _workloads(arguments, vocab_size):
         setting = Setting(layout, workload, batch)
         document["settings"].append(asyncio.run(_compare(base, setting, arguments, vocab_size, batch)))
-        Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+        save(arguments.json, document)
     if arguments.admitted:
         document["admitted"] = asyncio.run(_oversubscribe(base, layout, arguments, vocab_size))
-        Path(arguments.json).write_text(json.dumps(document, indent=1) + "\n")
+        save(arguments.json, document)
     print(f"written to {arguments.json}", flush=True)
     return 1 if _failures(document) else 0
 
@@ -92,9 +93,9 @@ async def _compare(
 ) -> dict[str, Any]:
     """All modes on one setting, one system after the other, round by round."""
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
-    for repetition in range(arguments.repetitions):
+    for number in range(arguments.runs):
         for mode in MODES:
-            run = await _run([*base, *setting.options(mode)], setting.workload, vocab_size, repetition)
+            run = await _run([*base, *setting.options(mode)], setting.workload, vocab_size, number)
             runs[mode].append(run)
             print(f"{setting.workload.name} {mode}: {_line(run)}", flush=True)
     rates = {mode: statistics.median(run["output_tokens_per_s"] for run in of) for mode, of in runs.items()}
@@ -108,17 +109,17 @@ async def _compare(
         "gain_on": round(rates["on"] / rates["without"], 3),
         "gain_auto": round(rates["auto"] / rates["without"], 3),
         "best_possible": round(rates["all fit"] / rates["without"], 3),
-        "predicted": _predict(runs, arguments.stages),
-        "device_peak": _peak(runs["on"], arguments.stages, len(setting.workload.items)),
+        "predicted": _predict(runs, arguments.token_stages),
+        "device_peak": _peak(runs["on"], arguments.token_stages, len(setting.workload.items)),
         "runs": runs,
     }
 
 
-async def _run(options: list[str], workload: Workload, vocab_size: int, repetition: int) -> dict[str, Any]:
+async def _run(options: list[str], workload: Workload, vocab_size: int, number: int) -> dict[str, Any]:
     async with running_system(options) as endpoint, AsyncClient(endpoint) as client:
         warm_up = Workload("warm-up", all_at_once(workload).items[:2])
         await drive(client, warm_up.rotated(1, vocab_size), GREEDY)
-        traces, wall_s = await drive(client, workload.rotated(97 * (repetition + 1), vocab_size), GREEDY)
+        traces, wall_s = await drive(client, workload.rotated(97 * (number + 1), vocab_size), GREEDY)
         status = await client.status()
     stages = [service for service in status["services"] if service["role"] == "token_stage"]
     device = [stage["device_kv_blocks"] for stage in stages if stage.get("device_kv_blocks")]
@@ -182,8 +183,8 @@ def _workloads(arguments: argparse.Namespace, vocab_size: int) -> list[tuple[Wor
         return [(workload, arguments.batch or len(workload.items) // 2)]
     chosen = []
     for length in arguments.lengths:
-        batch = max(arguments.stages, min(arguments.batch, arguments.max_tokens // length))
-        chosen.append((_fixed(length, arguments.output, 2 * batch, vocab_size), batch))
+        batch = max(arguments.token_stages, min(arguments.batch, arguments.max_tokens // length))
+        chosen.append((_fixed(length, arguments.tokens, 2 * batch, vocab_size), batch))
     return chosen
 
 
@@ -218,24 +219,23 @@ def _failures(document: dict[str, Any]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "loadtest.swap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go")
-    parser.add_argument("--model", default="models/tiny", metavar="DIR")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--stages", type=int, default=4, help="token stages (at 2 and less there is nothing to gain)")
-    parser.add_argument("--lengths", type=_lengths, default=[256, 512, 1024, 2048, 4096], metavar="L,L,...")
-    parser.add_argument("--output", type=int, default=64, help="tokens that each sequence generates up to its length")
+    parser = new_parser("swap", __doc__)
+    add_json(parser)
+    add_model(parser)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the stages compute")
+    stages = "of the pipeline; at 2 and less there is nothing to gain"
+    parser.add_argument("--token-stages", type=int, default=4, metavar="N", help=stages)
+    lengths = "of sequences, prompt and output, in tokens; one setting each"
+    parser.add_argument("--lengths", type=_lengths, default="256,512,1024,2048,4096", metavar="L,L,...", help=lengths)
+    tokens = "generated by each sequence, up to its length"
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help=tokens)
     parser.add_argument("--workload", choices=list(NAMED), help="these lengths instead of --lengths")
-    parser.add_argument("--batch", type=int, default=16, help="sequences that the device holds")
-    parser.add_argument(
-        "--max-tokens", type=int, default=16384, help="long sequences: fewer than --batch, so many tokens"
-    )
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="sequences that the device holds")
+    most = "long sequences: the device holds fewer than --batch, so many tokens"
+    parser.add_argument("--max-tokens", type=int, default=16384, metavar="N", help=most)
     parser.add_argument("--admitted", type=int, default=0, metavar="K", help="at last, K times what the device holds")
-    parser.add_argument("--cache-stores", type=int, default=0)
-    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--cache-stores", type=int, default=0, metavar="S", help="stores that keep copies of all KV")
+    add_runs(parser, 1, "times that each mode of a setting is measured")
     return parser
 
 

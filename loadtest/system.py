@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 START_LIMIT_S = 180.0
 
@@ -18,11 +19,25 @@ class DidNotStart(Exception):
     """`dejavu serve` ended or stayed silent; the message holds the end of its log."""
 
 
+@contextlib.contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM, too, leaves the block by an exception, as Ctrl-C does: what was started in it is stopped."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextlib.asynccontextmanager
 async def running_system(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> AsyncIterator[str]:
     """Runs `dejavu serve --port 0 ARGUMENTS`, with additions to its environment; yields the clients' endpoint. Raises
     `DidNotStart`."""
-    with tempfile.TemporaryDirectory(prefix="dejavu-load-") as folder:
+    with ended_in_order(), tempfile.TemporaryDirectory(prefix="dejavu-load-") as folder:
         log = Path(folder, "serve.log")
         with log.open("wb") as errors:
             process = await asyncio.create_subprocess_exec(

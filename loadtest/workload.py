@@ -49,6 +49,11 @@ class Workload:
         return replace(self, items=items)
 
 
+def vocab_size_of(model: str) -> int:
+    """Of a checkpoint's folder."""
+    return int(json.loads(Path(model, "config.json").read_text())["vocab_size"])
+
+
 def load_workload(path: Path, limit: int | None = None) -> Workload:
     """Reads a workload file."""
     document = json.loads(path.read_text())

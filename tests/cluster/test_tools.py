@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import os
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.cluster
 
 needs_locust = pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+ENOUGH_STARTED = 3
+"""`dejavu serve`, its etcd and what forks its stages"""
 
 
 def locust(endpoint: str, folder: Path, run_time: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -82,6 +85,27 @@ def test_locust_fails_where_nobody_answers(tmp_path: Path) -> None:
         code, rows = locust(f"tcp://127.0.0.1:{reserved.getsockname()[1]}", tmp_path, "6s")
     assert code == 1
     assert int(rows["connect"]["Failure Count"]) == 4
+
+
+def test_a_load_test_that_is_told_to_end_ends_its_system(tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "loadtest.chaos", "--json", str(tmp_path / "file"), "--fault", "token-kill"]
+    chaos = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(temporary)})
+    below: set[int] = set()
+    try:
+        while len(below) < ENOUGH_STARTED:
+            assert chaos.poll() is None
+            below = descendants(chaos.pid)
+        chaos.terminate()
+        assert chaos.wait(timeout=30) == 128 + signal.SIGTERM
+        assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
+        assert not list(temporary.iterdir())
+    finally:
+        chaos.kill()
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 def free_ports() -> tuple[int, int]:

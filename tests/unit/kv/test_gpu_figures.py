@@ -27,7 +27,7 @@ def rate(cell: dict[str, Any], way: str) -> float:
 
 def test_links_and_swaps_beside_a_device_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "loadtest.gpu_bench", "--json", str(file), "--rounds", "3"]
+    command = [sys.executable, "-m", "loadtest.gpu_bench", "--json", str(file), "--runs", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     with capsys.disabled():
