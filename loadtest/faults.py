@@ -273,6 +273,7 @@ def _surroundings() -> dict[str, Fault]:
             (*STANDBY, "--disk-memory", "1G"),
             4,
             Limits(next_token_s=1.0),
+            lasts_s=STOPPED_S,
             shows=lambda before, after: _disk_count(after, "full") > _disk_count(before, "full"),
         ),
     }
