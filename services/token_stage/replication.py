@@ -34,7 +34,7 @@ class _Store:
 
     is_claimed: bool = False
     keys: set[str] = field(default_factory=set)
-    """replicas of older epochs"""
+    """replicas that it may have besides: of older epochs, or what batches that failed have left"""
     acknowledged: dict[str, int] = field(default_factory=dict)
     ids: dict[str, int] = field(default_factory=dict)
     """how many token ids of a sequence it knows"""
@@ -139,6 +139,7 @@ class Replication:
                 continue
             if key in refused:
                 store.acknowledged.pop(key, None)
+                store.keys.add(key)
                 store.refused[key] = batch + RETRY_BATCHES
             else:
                 store.acknowledged[key], store.ids[key] = end, num_ids

@@ -249,3 +249,23 @@ def test_streams_that_decode_do_not_wait_for_prompts() -> None:
         ("prompt/0", 100),
         ("long/0", MAX_BATCH_TOKENS - 100),
     ]
+
+
+def test_what_a_batch_that_failed_has_left_is_forgotten_at_the_end() -> None:
+    """A store that cannot read on keeps what it has; nobody told it that nobody wants that any more."""
+    replication = Replication("token-0", 1, BLOCK_SIZE)
+    replication.store_joined("store", was_there=False)
+    replication.flush()
+    replication.claimed("store", [])
+    sequence = TokenSequence("r/0/x", 0, SamplingParams(), 1, [7] * 10, 0)
+    sequence.blocks = list(range(10))
+    for num_computed, failed in ((4, []), (8, ["r/0"])):
+        sequence.num_computed = num_computed
+        replication.computed(sequence)
+        ((_, batch),) = replication.flush()
+        assert isinstance(batch, Replicate)
+        replication.replicated("store", batch.batch, failed)
+    replication.ended(sequence, is_superseded=False)
+    ((_, last),) = replication.flush()
+    assert isinstance(last, Replicate)
+    assert last.over == ["r/0"]
