@@ -80,7 +80,7 @@ class TwoPipelines(World):
         self.prompt_table: dict[str, tuple[Prefill, list[int]]] = {}
         self.prompt_ends: dict[str, int] = {}
         """so many tokens of each are computed"""
-        self.prefills: dict[str, Prefill] = {}
+        self.prefills: dict[tuple[str, int, int], Prefill] = {}
 
     def lose_prompt_pipeline(self) -> None:
         for prefill, _ in self.prompt_table.values():
@@ -186,7 +186,8 @@ class TwoPipelines(World):
                 self.wire.append(("let_go", (self.epoch, self.prompt_epoch, prefill, stage, blocks, computed)))
         opened_now = {opened.sequence_id for opened in step.opens}
         for opened in step.opens:
-            prefill = self.prefills[opened.sequence_id]
+            assert opened.handoff is not None
+            prefill = self.prefills[opened.sequence_id, opened.attempt, opened.handoff.epoch]
             self.prompt_table[opened.sequence_id] = (prefill, list(opened.blocks))
         drawn = []
         for chunk in step.chunks:
@@ -271,7 +272,7 @@ class TwoPipelines(World):
         elif kind == "prefill":
             prefill = rest[0]
             assert isinstance(prefill, Prefill)
-            self.prefills[prefill.sequence_id] = prefill
+            self.prefills[prefill.sequence_id, prefill.attempt, prefill.handoff.epoch] = prefill
             self.prompt.prefill(prefill)
         elif kind == "cancel_prefill":
             self.prompt_actions(self.prompt.cancel(*rest))  # type: ignore[arg-type]
