@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+from common.kv.checksum import hash_tokens
+from common.kv.token_ids import ID_BYTES
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import StageInboxMessage, StageReady, Step, StepDone
 from common.model.spec import ModelSpec
 from common.peers import Peers
-from common.replica_messages import Pull, Pulled
+from common.replica_messages import HeldReplica, Pull, Pulled
 from common.stage.options import StageOptions
 from common.stage.process import StageProcess
 from common.stage.repeats import PullRequests
@@ -87,8 +89,15 @@ class Driver(abc.ABC):
         """Every `REPEAT_S`: whoever has not answered is asked again."""
         self._tell_stages(self._pull_requests.unanswered())
 
-    def pull(self, wanted: Pull) -> None:
-        """Has every stage copy its layers; `checksums` are those of all layers."""
+    def pull(
+        self, sequence_id: str, attempt: int, store: str, held: HeldReplica, blocks: list[int], token_ids: bytes
+    ) -> None:
+        """Has every stage copy its layers of what a store holds of a sequence into `blocks`. `token_ids` are all of the
+        sequence's (packed), or at least those that the store has."""
+        token_hash = hash_tokens(token_ids[: ID_BYTES * held.num_tokens])
+        wanted = Pull(
+            self.epoch, sequence_id, attempt, store, held.num_tokens, held.blocks, blocks, token_hash, held.checksums
+        )
         self._tell_stages(self._pull_requests.ask(wanted))
 
     def _tell_stages(self, messages: Iterable[tuple[str, StageInboxMessage]]) -> None:

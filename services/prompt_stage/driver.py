@@ -7,14 +7,11 @@ from collections.abc import Iterable
 from typing import Any, assert_never
 
 from common.handoff_messages import EndAwaited, HandoffEnded, LetGo, LetGoAwaited
-from common.kv.checksum import hash_tokens
-from common.kv.token_ids import ID_BYTES
 from common.membership import MemberRecord, PipelineRecord
 from common.messages import CancelPrefill, FirstToken, Prefill, StageInboxMessage, StageReady, Step, StepDone
-from common.replica_messages import Pull, Pulled
-from common.stage.driver import Driver
+from common.replica_messages import Pulled
+from common.stage.driver import Driver, OwnStage
 from common.stage.role import Sender
-from common.stage.service import StageService
 from services.prompt_stage.scheduler import Action, DeliverFirst, Key, NeverStarted, PromptScheduler, PullHeld
 
 logger = logging.getLogger(__name__)
@@ -23,7 +20,7 @@ logger = logging.getLogger(__name__)
 class PromptDriver(Driver):
     """Tells token drivers what becomes of the prompts that they ask for."""
 
-    def __init__(self, stage: StageService, record: PipelineRecord, ready: list[StageReady]) -> None:
+    def __init__(self, stage: OwnStage, record: PipelineRecord, ready: list[StageReady]) -> None:
         super().__init__(stage, record, ready)
         options = stage.options
         self.scheduler = PromptScheduler(
@@ -114,15 +111,8 @@ class PromptDriver(Driver):
             self.stage.peers.send(driver, HandoffEnded(epoch, *handoff, stage, num_stages, None, unconfirmed))
 
     def _pull_held(self, prefill: Prefill, blocks: list[int]) -> None:
-        held = prefill.held
-        if held is None:
-            return
-        token_hash = hash_tokens(prefill.token_ids[: ID_BYTES * held.num_tokens])
-        wanted = Pull(
-            self.epoch, prefill.sequence_id, prefill.attempt, prefill.held_by, held.num_tokens, held.blocks,
-            blocks, token_hash, held.checksums,
-        )  # fmt: skip
-        self.pull(wanted)
+        if prefill.held is not None:
+            self.pull(prefill.sequence_id, prefill.attempt, prefill.held_by, prefill.held, blocks, prefill.token_ids)
 
     def stats(self) -> dict[str, Any]:
         scheduler = self.scheduler

@@ -27,12 +27,12 @@ from common.messages import (
     StepDone,
     TokensAwaited,
     TokensProduced,
+    pack_ids,
     unpack_ids,
 )
 from common.replica_messages import replica_key
-from common.stage.driver import Driver
+from common.stage.driver import Driver, OwnStage
 from common.stage.role import Sender
-from common.stage.service import StageService
 from services.token_stage.audience import Audience, Listener
 from services.token_stage.events import Event, take
 from services.token_stage.prompt_pipelines import LEAVE_S, PromptPipelines
@@ -55,7 +55,7 @@ class TokenDriver(Driver):
     """No stage of it waits for anybody else."""
 
     def __init__(
-        self, stage: StageService, record: PipelineRecord, ready: list[StageReady], prompts: PromptPipelines
+        self, stage: OwnStage, record: PipelineRecord, ready: list[StageReady], prompts: PromptPipelines
     ) -> None:
         super().__init__(stage, record, ready)
         options = stage.options
@@ -333,7 +333,8 @@ class TokenDriver(Driver):
         """Has every stage copy its layers; each answers with `Pulled`."""
         sequence = self._intake.restoring(sequence_id)
         if sequence is not None and sequence.replica is not None:
-            self.pull(sequence.pull(self.epoch, sequence.replica))
+            token_ids = pack_ids(sequence.tokens)
+            self.pull(sequence_id, sequence.attempt, sequence.source, sequence.replica, sequence.blocks, token_ids)
 
     # ------------------------------------------------------------ status
 

@@ -6,9 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
-from common.kv.checksum import hash_tokens
 from common.messages import Drawn, SequenceOpen, Step, pack_ids
-from common.replica_messages import NEVER, HeldReplica, Placed, Pull
+from common.replica_messages import NEVER, HeldReplica, Placed
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError
 from services.token_stage.fences import Need
@@ -125,14 +124,6 @@ class Sequence:
         if index < self.num_output - len(self.undelivered) - len(self.shown):
             return None
         return [produced for produced in self.shown if produced.index >= index]
-
-    def pull(self, epoch: int, held: HeldReplica) -> Pull:
-        """Has stages copy what its store holds into its blocks."""
-        token_hash = hash_tokens(pack_ids(self.tokens[: held.num_tokens]))
-        return Pull(
-            epoch, self.sequence_id, self.attempt, self.source, held.num_tokens, held.blocks, self.blocks, token_hash,
-            held.checksums,
-        )  # fmt: skip
 
     def opened(self) -> SequenceOpen:
         """What stages keep of it."""
