@@ -44,6 +44,9 @@ from common.replica_messages import (
 from dejavu.params import SamplingParams
 from dejavu.wire import WireError, decode_strictly
 
+REPEAT_S = 2.0
+"""What was not answered for so long is said again: a connection that breaks loses what was on its way."""
+
 
 def pack_ids(ids: Iterable[int]) -> bytes:
     """Token ids as little-endian int32 bytes."""

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from common.fault_hooks import STUCK_STEP, install_fault_hook, stall
 from common.membership import Membership, SnapshotEnd
+from common.messages import REPEAT_S
 from common.model.loader import StageModel
 from common.model.spec import ModelSpec
 from common.peers import beat
@@ -21,7 +22,6 @@ from common.process import later_incarnation, own_incarnation
 from common.service import log_as, run_service
 from common.stage.options import StageOptions
 from common.stage.process import StageProcess
-from common.stage.repeats import REPEAT_S
 from common.stage.service import StageService
 from common.stage.setup import load_stage_spec, stage_record
 from common.succession import is_retired

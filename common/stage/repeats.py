@@ -15,8 +15,6 @@ import msgspec
 from common.membership import PipelineRecord
 from common.replica_messages import Pull, Pulled
 
-REPEAT_S = 2.0
-"""What was not answered for so long is sent again."""
 MAX_ANSWERS = 4096
 
 Answer = TypeVar("Answer")

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 MOVE_S = 2.0
 """So long sequences wait for a pipeline that has lost a stage: weights may take minutes to load."""
-ASK_AGAIN_S = 2.0
-"""Where nothing was heard of a sequence for so long, its pipeline is asked whether it knows it."""
 
 
 class Wires(Protocol):
@@ -254,7 +252,7 @@ class Dispatch:
     # ------------------------------------------------------------ what may be lost on the way
 
     def ask_again(self) -> None:
-        """Every `ASK_AGAIN_S`: about sequences that have not got on since the last time."""
+        """Every `REPEAT_S`: about sequences that have not got on since the last time."""
         quiet: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
         for _, choice in self._live():
             if self.is_ready(choice.pipeline):

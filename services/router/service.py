@@ -18,6 +18,7 @@ from common.keys import CLIENTS
 from common.loop_monitor import LoopMonitor
 from common.membership import Election, LeaderChanged, Membership
 from common.messages import (
+    REPEAT_S,
     Beat,
     Orphans,
     PipelineReady,
@@ -39,7 +40,7 @@ from services.router.admission import malformed, outline
 from services.router.clients import RETURN_S, Clients
 from services.router.cluster import Cluster, Listener
 from services.router.commands import Commands
-from services.router.dispatch import ASK_AGAIN_S, MOVE_S
+from services.router.dispatch import MOVE_S
 from services.router.etcd_watch import watch_etcd
 from services.router.held import HOLD_S, Held
 from services.router.inheritance import MAX_REPORT_S
@@ -223,7 +224,7 @@ class RouterService:
 
     async def _ask_again(self) -> None:
         while True:
-            await asyncio.sleep(ASK_AGAIN_S)
+            await asyncio.sleep(REPEAT_S)
             self._dispatch.ask_again()
 
     # ------------------------------------------------------------ clients

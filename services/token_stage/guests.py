@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Collection
 
-from common.stage.repeats import REPEAT_S
+from common.messages import REPEAT_S
 
 
 class Guests:

@@ -13,9 +13,8 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from common.messages import pack_ids
+from common.messages import REPEAT_S, pack_ids
 from common.replica_messages import Claim, Locate, ReplicaItem, Replicate, replica_key
-from common.stage.repeats import REPEAT_S
 from services.token_stage.sequence import Sequence
 
 MAX_BATCH_TOKENS = 1024

@@ -11,9 +11,8 @@ from common.handoff_messages import FencedOff, FenceOff, Handoff
 from common.kv.pool import KvPool
 from common.kv.server import PoolServer
 from common.kv.zmq_connection import ZmqConnection
-from common.messages import Drawn, Prefill, pack_ids
+from common.messages import REPEAT_S, Drawn, Prefill, pack_ids
 from common.replica_messages import Claim, Replicate
-from common.stage.repeats import REPEAT_S
 from dejavu.params import SamplingParams
 from services.prompt_stage.scheduler import PromptScheduler
 from services.token_stage.door import Door
