@@ -18,6 +18,6 @@ def is_retired(pipeline: str, records: Mapping[str, PipelineRecord]) -> bool:
     return not was_turned_back
 
 
-def standing(records: Mapping[str, PipelineRecord]) -> dict[str, PipelineRecord]:
+def not_over(records: Mapping[str, PipelineRecord]) -> dict[str, PipelineRecord]:
     """The publications of pipelines that work, or are to work again."""
     return {name: record for name, record in records.items() if record.successor is None}

@@ -28,8 +28,8 @@ def end_of_pipeline(
         raise InvalidParameter(f"must be prompt or token, not {role!r}", field="role")
     record = records.get(pipeline)
     if record is None:
-        standing = sorted(name for name in records if not is_retired(name, records))
-        raise InvalidParameter(f"there is no pipeline of this name: {', '.join(standing)}", field="pipeline")
+        names = sorted(name for name in records if not is_retired(name, records))
+        raise InvalidParameter(f"there is no pipeline of this name: {', '.join(names)}", field="pipeline")
     is_there = record.role == ROLES[role]
     if is_retired(pipeline, records):
         if is_there:

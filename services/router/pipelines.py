@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 
 from common.membership import MemberRecord, PipelineRecord
-from common.succession import is_retired, standing
+from common.succession import is_retired, not_over
 
 
 def missing_pipelines(
@@ -19,11 +19,11 @@ def missing_pipelines(
     incarnations differ from those published, or the pipeline is `broken`: it has lost a stage, which may be back. Where
     several stand ready for one stage, the one that is published stays, unless it is `draining`; the others are spares.
     Nobody forms a pipeline that is over. The epoch is that of the publication that each replaces, 0 for the first."""
-    standing_now = standing(published)
+    going_on = not_over(published)
     candidates: dict[str, dict[int, list[MemberRecord]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
         # a new pipeline waits for those that are meant for it
-        is_early = member.state == "standby" and member.pipeline not in standing_now
+        is_early = member.state == "standby" and member.pipeline not in going_on
         if member.pipeline is not None and member.stage_index is not None and not is_early:
             candidates[member.pipeline][member.stage_index].append(member)
     records = []
@@ -31,7 +31,7 @@ def missing_pipelines(
         if is_retired(pipeline, published):
             continue
         last = published.get(pipeline)
-        incarnations = [member.incarnation for member in last.stages] if pipeline in standing_now and last else []
+        incarnations = [member.incarnation for member in last.stages] if pipeline in going_on and last else []
         stages = [_choose(found[index], incarnations, draining) for index in sorted(found)]
         has_changed = pipeline in broken or incarnations != [member.incarnation for member in stages]
         if has_changed and _is_complete(stages):
@@ -41,7 +41,7 @@ def missing_pipelines(
 
 def is_spare(member: MemberRecord, published: Mapping[str, PipelineRecord]) -> bool:
     """Whether a stage is warm but not part of its pipeline."""
-    record = standing(published).get(member.pipeline or "")
+    record = not_over(published).get(member.pipeline or "")
     return record is not None and all(stage.incarnation != member.incarnation for stage in record.stages)
 
 

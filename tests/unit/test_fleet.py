@@ -33,7 +33,7 @@ from common.messages import (
     TokensProduced,
 )
 from common.replica_messages import Claim, Claimed, Locate, Located, Pull, Pulled, Replicate, Replicated
-from common.succession import standing
+from common.succession import not_over
 from tests.unit.fleet_links import NUM_BLOCKS
 from tests.unit.fleet_stages import FleetPromptStage, FleetTokenStage, Stage
 from tests.unit.fleet_world import CUTS, Fleet
@@ -115,7 +115,7 @@ def retire(world: Fleet) -> None:
 
 def published_drivers(world: Fleet, kind: type[Stage]) -> list[Any]:
     """Of the pipelines that are not over."""
-    drivers = {record.stages[0].incarnation for record in standing(world.records).values()}
+    drivers = {record.stages[0].incarnation for record in not_over(world.records).values()}
     return [stage for stage in world.stages(kind) if stage.incarnation in drivers]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from common.membership import MemberRecord, PipelineRecord
-from common.succession import is_retired, standing
+from common.succession import is_retired, not_over
 from services.router.pipelines import is_spare, missing_pipelines, stand_in
 
 
@@ -76,4 +76,4 @@ def test_the_latest_word_says_where_a_process_belongs() -> None:
     assert (is_retired("token-0", records), is_retired("prompt-1", records)) == (False, True)
     records["token-0"] = msgspec.structs.replace(token, epoch=15)
     assert (is_retired("token-0", records), is_retired("prompt-1", records)) == (True, False)
-    assert list(standing(records)) == []
+    assert list(not_over(records)) == []
