@@ -1,4 +1,4 @@
-"""What token drivers, token stages and cache stores say to each other about replicas.
+"""What drivers, stages and cache stores say to each other about replicas.
 
 A *replica* is the KV of a sequence's first tokens, for all layers, in a store. It is named by its *key*, the sequence
 id without the router's term ("request_id/choice"): what it holds depends on token ids alone, so it outlives the
@@ -78,7 +78,7 @@ class Locate(msgspec.Struct, frozen=True, array_like=True, tag="locate"):
     placed: Placed = NEVER
 
 
-# ---------------------------------------------------------------- to a token stage
+# ---------------------------------------------------------------- to a stage
 
 
 class Claimed(msgspec.Struct, frozen=True, array_like=True, tag="claimed"):

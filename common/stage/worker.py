@@ -20,7 +20,7 @@ from common.model.sampler import SamplingRow, has_penalty, sample
 
 @dataclass(slots=True)
 class StageSequence:
-    """What a stage keeps of a sequence: enough to rebuild a driver from the survivors."""
+    """What a stage keeps of a sequence: as it was opened, the token ids and the blocks that it has by now."""
 
     opened: SequenceOpen
     tokens: list[int]

@@ -16,7 +16,7 @@ from common.kv.checksum import hash_tokens
 from common.kv.choice import restricted
 from common.kv.errors import LinkError
 from common.kv.fence import Authority
-from common.kv.link import GrantOffer
+from common.kv.offer import GrantOffer
 from common.kv.pool import KvPool
 from common.kv.stream import Arrival, HandoffSpan, HandoffWriter
 from common.membership import PipelineRecord

@@ -51,7 +51,7 @@ class Commands:
         return wire.Converted(convert.query_id, str(end.successor))
 
     async def status(self, query_id: int) -> wire.StatusReply:
-        """Asks every stage for its figures and answers with those that came in time."""
+        """Asks stages and stores for their figures and answers with those that came in time."""
         members = self._cluster.members
         replies = await self._queries.ask(member.name for member in members.values() if member.role != "router")
         replies[self._name] = {"loop": self._monitor.figures(), "link": "zmq"}
