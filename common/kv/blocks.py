@@ -66,6 +66,10 @@ class BlockAllocator:
     def num_quarantined(self) -> int:
         return self._num_quarantined
 
+    def figures(self) -> dict[str, int]:
+        """Blocks in all, those that could be had and those withdrawn, as `status` shows them."""
+        return {"total": self.num_blocks, "free": self.num_free, "quarantined": self.num_quarantined}
+
     def allocate(self, owner: Hashable, count: int, expected_total: int) -> list[int] | None:
         """`count` >= 1 blocks for an owner that holds none, which expects to grow to `expected_total`; None:
         there are not so many. Raises `ValueError` for an owner that holds blocks already."""

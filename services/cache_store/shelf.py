@@ -96,7 +96,6 @@ class Shelf:
         self.replicas: dict[str, Replica] = {}
         self.standing: int | None = 0
         self._block_size = block_size
-        self._num_blocks = num_blocks
         self._sessions: dict[str, _Session] = {}
         self._batches: dict[str, _Batch] = {}
         self._allocator = BlockAllocator(num_blocks)
@@ -240,7 +239,8 @@ class Shelf:
             replica.blocks = []
 
     def kv_blocks(self) -> dict[str, int]:
-        return {"total": self._num_blocks, "free": self._allocator.num_free, "quarantined": 0}
+        """For `status`."""
+        return self._allocator.figures()
 
     def _is_doubtful(self, batch: _Batch) -> bool:
         """Whether its driver, who may be dead now, may have taken us for dead before it heard that it was read."""

@@ -95,7 +95,6 @@ class PromptScheduler:
     def __init__(self, *, epoch: int, num_stages: int, num_blocks: int, block_size: int, chunk_tokens: int) -> None:
         self.epoch = epoch
         self.allocator = BlockAllocator(num_blocks)
-        self._num_blocks = num_blocks
         self._num_stages = num_stages
         self._max_flying = num_stages + 1
         self._block_size = block_size
@@ -118,12 +117,8 @@ class PromptScheduler:
         self._num_steps = 0
 
     def kv_blocks(self) -> dict[str, int]:
-        """Blocks in all, free, and withdrawn because somebody might still use them."""
-        return {
-            "total": self._num_blocks,
-            "free": self.num_free,
-            "quarantined": self.allocator.num_quarantined,
-        }
+        """For `status`: what is retained counts as free."""
+        return self.allocator.figures() | {"free": self.num_free}
 
     def retained(self) -> dict[str, int]:
         """What lies in blocks that are free for others, and how much of such was of use."""
@@ -143,7 +138,7 @@ class PromptScheduler:
         return len(self._running)
 
     def prefill(self, prefill: Prefill) -> None:
-        """Queues a prompt (its tokens fit the pool: the router checked `capacity_tokens`)."""
+        """Queues a prompt. Its tokens fit the pool: whoever asks knows our `capacity_tokens`."""
         if (_asker(prefill), (prefill.sequence_id, prefill.attempt)) in self._disowned:
             return  # its blocks are somebody else's by now
         sequence = PromptSequence(prefill, len(prefill.token_ids) // ID_BYTES, self._num_arrivals)

@@ -345,7 +345,7 @@ class TokenDriver(Driver):
         table = self._table
         lag_tokens = table.replication.lag_tokens()
         stats: dict[str, Any] = {
-            "kv_blocks": table.kv_blocks(),
+            "kv_blocks": table.allocator.figures(),
             "replication": {"lag_tokens": lag_tokens, "stores": table.replication.num_stores},
             "recovery": {"epoch": self.epoch, "most_recomputed_tokens": table.most_recomputed_tokens},
             "counters": {"replica_lag_tokens": lag_tokens},

@@ -85,14 +85,6 @@ class SequenceTable:
     def num_running(self) -> int:
         return len(self.sequences) - len(self.waiting)
 
-    def kv_blocks(self) -> dict[str, int]:
-        """Blocks in all, free, and withdrawn because somebody might still write to them."""
-        return {
-            "total": self.shape.num_blocks,
-            "free": self.allocator.num_free,
-            "quarantined": self.allocator.num_quarantined,
-        }
-
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that the KV of so many tokens takes."""
         return -(-num_tokens // self.shape.block_size)
