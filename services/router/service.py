@@ -1,4 +1,4 @@
-"""Wiring of the router: sockets, membership, leadership. What it decides is in requests, ledger and placement."""
+"""Wiring of the router: sockets, membership, leadership. What it decides is in submissions, requests and dispatch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -35,19 +36,19 @@ from common.process import own_incarnation
 from common.service import DRAIN_SIGNAL, ServiceOptions, own_record
 from common.text import TextCodec
 from dejavu import wire
-from dejavu.errors import ConfigurationError, DejavuError, Unavailable
+from dejavu.errors import ConfigurationError
 from services.router.admission import malformed, outline
 from services.router.clients import RETURN_S, Clients
 from services.router.cluster import Cluster, Listener
 from services.router.commands import Commands
 from services.router.dispatch import MOVE_S
 from services.router.etcd_watch import watch_etcd
-from services.router.held import HOLD_S, Held
 from services.router.inheritance import MAX_REPORT_S
 from services.router.neighbours import Neighbours
-from services.router.requests import LONG_TEXT_CHARS, Requests
+from services.router.requests import Requests
 from services.router.stats_queries import StatsQueries
 from services.router.status import Journal
+from services.router.submissions import Submissions
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +81,11 @@ class RouterService:
         self._requests = Requests(spec, codec, self, self._journal, self._incarnation)
         self._dispatch = self._requests.dispatch
         self._clients = Clients()
-        self._held = Held()
-        self._tokenising: dict[tuple[bytes, str], asyncio.Task[None]] = {}
-        """long prompts that are not in the ledger yet, by client and request"""
+        self._submissions = Submissions(self._requests, self._clients, self, self._other_leader, self._in_background)
         self._monitor = LoopMonitor()
         self._queries = StatsQueries(options.name, self._peers.send)
         self._is_live = False
         """about to register; before that there is nothing to say to anybody"""
-        self._is_draining = False
-        """nothing new is let in any more"""
         self._cluster: Cluster
         self._commands: Commands
         self._stop: asyncio.Event
@@ -160,7 +157,7 @@ class RouterService:
         watching = (watch_etcd(etcd, self._journal), self._watch_clients(), self._ask_again(), self._monitor.watch())
         work = (self._cluster.run(), self._hear_clients(), beating, *watching)
         tasks = [self._tasks.create_task(each) for each in work]
-        asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, self._start_to_drain)
+        asyncio.get_running_loop().add_signal_handler(DRAIN_SIGNAL, self._submissions.close)
         logger.info("listening for clients on %s", self._public.endpoint)
         await stop.wait()
         for task in tasks:
@@ -179,7 +176,7 @@ class RouterService:
                 on_record=self._dispatch.pipeline_published,
                 on_lost=self._pipeline_lost,
                 on_lead=self._lead,
-                on_leader=self._leader_changed,
+                on_leader=self._submissions.leader_changed,
                 is_ready=self._dispatch.is_ready,
             ),
             may_kill=options.may_kill,
@@ -188,19 +185,11 @@ class RouterService:
             options.name, self._cluster, self._requests, self._journal, self._queries, self._monitor
         )
 
-    def _start_to_drain(self) -> None:
-        self._is_draining = True
-
     def _lead(self, before: LeaderChanged, since: int) -> None:
         self._dispatch.lead(since, before.fencing_revision)
         if before.name:
             self._dispatch.succeed(before.name)
             asyncio.get_running_loop().call_later(MAX_REPORT_S, self._stop_awaiting)
-
-    def _leader_changed(self) -> None:
-        for client, submit in self._held.take_all():
-            if client in self._clients:
-                self._submit(client, submit)
 
     def _stop_awaiting(self) -> None:
         if not self._dispatch.stop_awaiting():
@@ -254,15 +243,15 @@ class RouterService:
             case wire.Hello():
                 self._welcome(client)
             case wire.Submit():
-                self._submit(client, message)
+                self._submissions.submit(client, message)
             case wire.Cancel():
-                self._cancel(client, message.request_id)
+                self._submissions.cancel(client, message.request_id)
             case wire.Ping():
                 self.to_client(client, wire.Pong())
             case wire.StatusQuery(query_id):
                 self._tasks.create_task(self._answer(client, self._commands.status(query_id)))
             case wire.Drain() | wire.Convert() if not self._cluster.is_leader:
-                self.to_client(client, wire.NotLeader("", self._leader_endpoint()))
+                self.to_client(client, wire.NotLeader("", self._other_leader() or ""))
             case wire.Drain():
                 self._tasks.create_task(self._drain(client, message))
             case wire.Convert():
@@ -289,54 +278,6 @@ class RouterService:
                 self._spec.max_context_tokens,
             ),
         )
-
-    def _submit(self, client: bytes, submit: wire.Submit) -> None:
-        if not self._cluster.is_leader:
-            self._send_to_leader(client, submit)
-            return
-        try:
-            if not self._requests.precheck(client, submit):
-                return
-            if self._is_draining:
-                raise Unavailable("the system is stopping")
-            if isinstance(submit.prompt, str) and len(submit.prompt) > LONG_TEXT_CHARS:
-                self._tokenise(client, submit)
-                return
-            self._requests.accept(client, submit, self._requests.tokenise(submit))
-        except DejavuError as error:
-            self._requests.refuse(client, submit.request_id, error)
-
-    def _send_to_leader(self, client: bytes, submit: wire.Submit) -> None:
-        """Where the last one is gone, the request waits here for the next, for a while: we may be that."""
-        if not self._leader_endpoint() and self._held.add(client, submit):
-            asyncio.get_running_loop().call_later(HOLD_S, self._hold_no_longer, client, submit)
-        else:
-            self.to_client(client, wire.NotLeader(submit.request_id, self._leader_endpoint()))
-
-    def _hold_no_longer(self, client: bytes, submit: wire.Submit) -> None:
-        if self._held.take(client, submit.request_id) is not None:
-            self.to_client(client, wire.NotLeader(submit.request_id, self._leader_endpoint()))
-
-    def _tokenise(self, client: bytes, submit: wire.Submit) -> None:
-        key = client, submit.request_id
-        task = self._tasks.create_task(self._accept_long(client, submit))
-        self._tokenising[key] = task
-        task.add_done_callback(lambda done: self._tokenising.pop(key) if self._tokenising.get(key) is done else None)
-
-    async def _accept_long(self, client: bytes, submit: wire.Submit) -> None:
-        try:
-            prompt_ids = await asyncio.to_thread(self._requests.tokenise, submit)
-            self._requests.accept(client, submit, prompt_ids)
-        except DejavuError as error:
-            self._requests.refuse(client, submit.request_id, error)
-
-    def _cancel(self, client: bytes, request_id: str) -> None:
-        tokenising = self._tokenising.pop((client, request_id), None)
-        if tokenising is not None:
-            tokenising.cancel()
-        if tokenising is not None or self._held.take(client, request_id) is not None:
-            self.to_client(client, wire.Ended(request_id, "cancelled"))
-        self._requests.cancel(request_id)
 
     # ------------------------------------------------------------ services
 
@@ -370,8 +311,13 @@ class RouterService:
     async def _answer(self, client: bytes, answer: Awaitable[wire.RouterMessage]) -> None:
         self.to_client(client, await answer)
 
-    def _leader_endpoint(self) -> str:
-        """Of another router that leads; '' if none is known to."""
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self._tasks.create_task(work)
+
+    def _other_leader(self) -> str | None:
+        """Where another router that leads listens for clients; '' if none is known to lead, None: we do."""
+        if self._cluster.is_leader:
+            return None
         leader = self._cluster.members.get(self._cluster.leader)
         is_other = leader is not None and leader.incarnation != self._incarnation
         return str(leader.detail.get("client_endpoint")) if leader is not None and is_other else ""

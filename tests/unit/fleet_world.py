@@ -357,7 +357,7 @@ class Fleet:
         client = self.clients[name]
         if incarnation == self.leader.incarnation and not client.outcome:
             known = [list(ids) for ids in client.delivered]
-            self.leader._submit(name.encode(), Submit(name, client.prompt, client.params, known))
+            self.leader._submissions.submit(name.encode(), Submit(name, client.prompt, client.params, known))
 
     def _reach_client(self) -> None:
         incarnation, name, message = self.to_clients.popleft()

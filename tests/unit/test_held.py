@@ -31,10 +31,10 @@ class Router(RouterService):
 
     def told_of_leader(self, name: str, *, is_me: bool = False) -> None:
         self.cluster.leader, self.cluster.is_leader = name, is_me
-        self._leader_changed()
+        self._submissions.leader_changed()
 
     def ask(self, request_id: str, client: bytes = CLIENT) -> None:
-        self._submit(client, Submit(request_id, [1, 2], SamplingParams(), []))
+        self._submissions.submit(client, Submit(request_id, [1, 2], SamplingParams(), []))
 
 
 def other_router() -> Any:
@@ -71,16 +71,16 @@ async def test_the_one_before_under_our_name_leads_no_more() -> None:
 async def test_nobody_waits_for_ever() -> None:
     router = Router()
     submit = Submit("r", [1, 2], SamplingParams(), [])
-    router._submit(CLIENT, submit)
-    router._hold_no_longer(CLIENT, submit)
-    router._hold_no_longer(CLIENT, submit)
+    router._submissions.submit(CLIENT, submit)
+    router._submissions.hold_no_longer(CLIENT, submit)
+    router._submissions.hold_no_longer(CLIENT, submit)
     assert router.sent == [NotLeader("r", "")]
 
 
 async def test_what_waits_can_be_cancelled_and_is_not_begun_for_who_is_gone() -> None:
     router = Router()
     router.ask("cancelled")
-    router._cancel(CLIENT, "cancelled")
+    router._submissions.cancel(CLIENT, "cancelled")
     router.ask("gone", b"somebody else")
     router.told_of_leader("router-1", is_me=True)
     assert router.sent == [Ended("cancelled", "cancelled")]
