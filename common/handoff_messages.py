@@ -62,8 +62,8 @@ class HandoffEnded(msgspec.Struct, frozen=True, array_like=True, tag="handoff_en
 
 class EndAwaited(msgspec.Struct, frozen=True, array_like=True, tag="end_awaited"):
     """Token driver of `pipeline` at `pipeline_epoch` to prompt driver, now and then: these (sequence, attempt) have not
-    ended as far as we have heard. Those that it does not know, or not any more, it answers with `HandoffEnded` for all
-    its stages: a message about them was lost."""
+    ended as far as we have heard. Those that it does not know, or not any more, it answers with a `HandoffEnded` of
+    all its stages that names an error: messages about them were lost."""
 
     epoch: int
     pipeline: str

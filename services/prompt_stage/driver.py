@@ -94,21 +94,24 @@ class PromptDriver(Driver):
             case DeliverFirst(_, drawn, num_computed):
                 self.stage.peers.send(driver, FirstToken(record.epoch, sequence_id, attempt, drawn, num_computed))
             case NeverStarted():
-                self._tell_end(driver, record.epoch, (sequence_id, attempt), {})
+                self._tell_end(driver, record.epoch, (sequence_id, attempt))
             case _:
                 assert_never(action)
 
     def _answer(self, asker: Sender, awaited: EndAwaited) -> None:
-        """Tells a token driver what has ended without its knowledge."""
+        """Tells a token driver what has ended without its knowledge. It was told before, so what its stages were told
+        of the KV over the same connections is lost, too: it need not wait for it."""
         unknown, unconfirmed = self.scheduler.disown(awaited.handoffs, (awaited.pipeline, awaited.pipeline_epoch))
         for key in unknown:
-            self._tell_end(asker.name, awaited.pipeline_epoch, key, unconfirmed)
+            self._tell_end(asker.name, awaited.pipeline_epoch, key, "its end was not heard of", unconfirmed)
 
-    def _tell_end(self, driver: str, epoch: int, handoff: Key, unconfirmed: dict[str, int]) -> None:
+    def _tell_end(
+        self, driver: str, epoch: int, handoff: Key, error: str | None = None, unconfirmed: dict[str, int] | None = None
+    ) -> None:
         """No stage of ours writes any more for this attempt, at this epoch of a token pipeline."""
         num_stages = self.stage.options.num_stages
         for stage in range(num_stages):
-            self.stage.peers.send(driver, HandoffEnded(epoch, *handoff, stage, num_stages, None, unconfirmed))
+            self.stage.peers.send(driver, HandoffEnded(epoch, *handoff, stage, num_stages, error, unconfirmed or {}))
 
     def _pull_held(self, prefill: Prefill, blocks: list[int]) -> None:
         if prefill.held is not None:

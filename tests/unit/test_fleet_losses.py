@@ -18,6 +18,7 @@ from common.messages import (
     TokensProduced,
 )
 from common.replica_messages import Claim, Claimed, Locate, Located, Pull, Pulled, Replicate, Replicated
+from services.token_stage.patience import Patience
 from tests.unit.fleet_stages import FleetTokenStage
 from tests.unit.fleet_world import CUTS, Fleet
 from tests.unit.test_fleet import check_end, finish, settle, simulate, submit
@@ -62,6 +63,23 @@ def finish_without(world: Fleet, kind: type[Message], nth: int, num_requests: in
 def test_one_message_of_a_hand_off_is_lost(kind: type[Message], nth: int) -> None:
     world = Fleet(nth, num_token=1, num_prompt=1)
     finish_without(world, kind, nth, 6)
+
+
+def test_who_hears_of_an_end_only_by_asking_does_not_wait_for_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word of both went over one connection, which broke."""
+    monkeypatch.setattr(Patience, "give_up_stalled", lambda *_: [])
+    world = Fleet(1, num_token=1, num_prompt=1)
+    lost: list[Message] = []
+
+    def is_first_of_its_kind(message: Message) -> bool:
+        is_lost = isinstance(message, KvArrived | HandoffEnded) and not any(type(message) is type(m) for m in lost)
+        lost.extend([message] * is_lost)
+        return is_lost
+
+    world.loses = is_first_of_its_kind
+    submit(world, 1, num_prompt=10)
+    finish(world)
+    assert len(lost) == 2
 
 
 @pytest.mark.parametrize("nth", [1, 2, 5, 20])
