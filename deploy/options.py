@@ -187,12 +187,20 @@ def check_memory(options: ServeOptions, device: str) -> None:
         )
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """What is described as it is written, and behind every option its default, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        has_none = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        return str(action.help) if has_none else f"{action.help} (default: %(default)s)"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "dejavu serve",
         description="Starts the whole system on this machine and prints one line when it is ready.",
         epilog="example: dejavu serve --model ./my-model --prompt-stages 2 --token-stages 2",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     _add_parts(parser.add_argument)
     _add_survival(parser.add_argument)
@@ -272,7 +280,7 @@ def _add_stages(add: Callable[..., Any]) -> None:
         type=_bytes,
         default=DEFAULT_KV_BYTES,
         metavar="BYTES",
-        help="KV pool of a stage (K, M, G)",
+        help="KV pool of a stage, for example 64M or 2G",
     )
     add(
         "--host-kv-memory",

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from deploy.options import Help
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and behind every option its default, where there is one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = action.default not in (None, False, "", [], argparse.SUPPRESS)
-        return f"{action.help} (%(default)s)" if has_default else str(action.help)
 
 
 def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Of `python -m loadtest.NAME`."""
     return argparse.ArgumentParser(
-        f"python -m loadtest.{name}", description=description, formatter_class=_Help, allow_abbrev=False
+        f"python -m loadtest.{name}", description=description, formatter_class=Help, allow_abbrev=False
     )
 
 

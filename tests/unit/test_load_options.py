@@ -21,4 +21,4 @@ def test_the_help_tells_defaults_but_not_of_what_has_none(capsys: pytest.Capture
     parser.add_argument("--runs", default=3, help="as many")
     parser.print_help()
     told = capsys.readouterr().out
-    assert "as many (3)" in told and "(None)" not in told
+    assert "as many (default: 3)" in told and "None" not in told
