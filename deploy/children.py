@@ -42,6 +42,14 @@ class Child:
         if not self.exited.done():
             os.kill(self.pid, number)
 
+    def end(self, number: int) -> None:
+        """SIGTERM or SIGKILL to it and to what it has started, as a compiler, which would outlive it."""
+        if not self.exited.done():
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:  # it has just been forked and is not in a group of its own yet
+                os.kill(self.pid, number)
+
 
 class Spawner(Protocol):
     """How a service's process comes to be."""

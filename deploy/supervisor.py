@@ -94,7 +94,7 @@ class Supervisor:
     async def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
         """SIGTERM to all, SIGKILL to what is left after `limit_s`."""
         self._stopping.set()
-        self._signal(signal.SIGTERM)
+        self._end(signal.SIGTERM)
         exits = [child.exited for child in self._children.values()]
         if exits:
             await asyncio.wait(exits, timeout=limit_s)
@@ -103,11 +103,11 @@ class Supervisor:
     def kill(self) -> None:
         """SIGKILL to all, at once."""
         self._stopping.set()
-        self._signal(signal.SIGKILL)
+        self._end(signal.SIGKILL)
 
-    def _signal(self, number: int) -> None:
+    def _end(self, number: int) -> None:
         for child in self._children.values():
-            child.send_signal(number)
+            child.end(number)
 
     async def _unblock(self) -> None:
         suspects: set[int] = set()
@@ -120,7 +120,7 @@ class Supervisor:
                 stopped.add(child.pid)
                 if child.pid in suspects:
                     logger.warning("%s is stopped: killing it", command.name)
-                    child.send_signal(signal.SIGKILL)
+                    child.end(signal.SIGKILL)
             suspects = stopped
 
     async def _keep(self, command: ServiceCommand) -> None:
@@ -143,7 +143,7 @@ class Supervisor:
         finally:
             child = self._children.get(command.name)
             if child is not None:
-                child.send_signal(signal.SIGKILL)
+                child.end(signal.SIGKILL)
                 await asyncio.wait([child.exited])
 
     async def _run_once(self, command: ServiceCommand) -> int:

@@ -52,7 +52,7 @@ async def _serve(stage: StageService, model: StageModel | None) -> StageModel | 
     until this stage is to go on in its other role (with the model that is returned). Raises `ConfigurationError`."""
     options, engine, process = stage.options, stage.engine, stage.process
     install_fault_hook(process.loop, STUCK_STEP, lambda: engine.compute.submit(stall, lambda _: None))
-    loaded = await asyncio.to_thread(engine.load, model)
+    loaded = await process.prepare(lambda: engine.load(model))
     await engine.warm_up(process.crashed)
     details = await stage.open()
     if model is None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
+from common.c_library import stop_building
 from common.loop_monitor import LoopMonitor
 from common.membership import PipelineRecord
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 class StageProcess:
@@ -38,6 +45,17 @@ class StageProcess:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
+    async def prepare(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, called in a thread. A thread cannot be interrupted, and this may take long: where the
+        process is to stop meanwhile, it does not wait. Nobody counts on it yet."""
+        working = asyncio.ensure_future(asyncio.to_thread(work))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait([working, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            _end_at_once()
+        stopped.cancel()
+        return working.result()
+
     async def run(
         self,
         works: Iterable[Coroutine[Any, Any, None]],
@@ -60,3 +78,10 @@ class StageProcess:
             if self.crashed.done():
                 self.crashed.result()
             return self.over.done() and not self._stop.is_set()
+
+
+def _end_at_once() -> NoReturn:
+    logger.info("stopped before it was ready")
+    stop_building()
+    logging.shutdown()
+    os._exit(0)
