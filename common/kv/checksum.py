@@ -68,14 +68,14 @@ def slot_digests(
 ) -> Digests:
     """A 64-bit digest of each token's part of each plane of `layer_range`: uint64 [plane][token]."""
     words = _words(memory, layout)
-    first, last = (2 * (layer - layout.first_layer) for layer in layer_range)
+    planes = layout.planes(layer_range)
     words_per_head = words.shape[2] // layout.num_kv_heads
     columns = slice(*((head - layout.first_head) * words_per_head for head in heads))
     factors = word_factors(columns.stop - columns.start)
     native = load_native() if words.dtype == np.uint64 else None
     if native is not None:
-        return native.digest(words, (first, last), slots, (columns.start, columns.stop), factors)
-    return _digest_by_numpy(words, (first, last), slots, columns, factors)
+        return native.digest(words, planes, slots, (columns.start, columns.stop), factors)
+    return _digest_by_numpy(words, planes, slots, columns, factors)
 
 
 def _digest_by_numpy(

@@ -40,7 +40,7 @@ def _slot_digests(arena: torch.Tensor, layout: PoolLayout, slots: Int64, layer_r
     is_run = bool((np.diff(slots) == 1).all())
     index = None if is_run else torch.from_numpy(slots).to(arena.device)
     factors = _factors(words.shape[2], arena.device)
-    first, last = (2 * (layer - layout.first_layer) for layer in layer_range)
+    first, last = layout.planes(layer_range)
     step = max(1, _MAX_BYTES // (len(slots) * words.shape[2] * width))
     digests = []
     for plane in range(first, last, step):

@@ -117,8 +117,7 @@ def span_slots(
 
 
 def _plane_offsets(layout: PoolLayout, layer_range: Range) -> Int64:
-    first, last = (2 * (layer - layout.first_layer) for layer in layer_range)
-    return np.arange(first, last) * layout.plane_bytes
+    return np.arange(*layout.planes(layer_range)) * layout.plane_bytes
 
 
 def _merge(plan: CopyPlan) -> CopyPlan:

@@ -82,13 +82,9 @@ class PoolLayout(msgspec.Struct, frozen=True):
     def total_bytes(self) -> int:
         return 2 * self.num_layers * self.plane_bytes
 
-    def key_offset(self, layer: int) -> int:
-        """Where the keys of `layer` (counted from the model's first) begin."""
-        return 2 * (layer - self.first_layer) * self.plane_bytes
-
-    def value_offset(self, layer: int) -> int:
-        """Where the values of `layer` (counted from the model's first) begin."""
-        return self.key_offset(layer) + self.plane_bytes
+    def planes(self, layer_range: tuple[int, int]) -> tuple[int, int]:
+        """The pool's planes [first, end) that are those of these layers, counted from the model's first."""
+        return 2 * (layer_range[0] - self.first_layer), 2 * (layer_range[1] - self.first_layer)
 
 
 def num_blocks_for(layout: PoolLayout, memory_bytes: int) -> int:

@@ -41,10 +41,11 @@ def test_views_lie_where_the_layout_says() -> None:
     assert key.shape == value.shape == (8, 4, 3, 10) and key.dtype is torch.bfloat16
     value[2, 3] = 1.0
     touched = pool.memory.nonzero()[0]
-    first = LAYOUT.value_offset(3) + (2 * 4 + 3) * LAYOUT.slot_bytes
+    keys, _ = LAYOUT.planes((3, 4))
+    first = (keys + 1) * LAYOUT.plane_bytes + (2 * 4 + 3) * LAYOUT.slot_bytes
     assert first <= touched.min() and touched.max() < first + LAYOUT.slot_bytes
     key[7] = 1.0
-    assert pool.memory[LAYOUT.key_offset(3) + 7 * 4 * LAYOUT.slot_bytes :][1] != 0
+    assert pool.memory[keys * LAYOUT.plane_bytes + 7 * 4 * LAYOUT.slot_bytes :][1] != 0
     pool.close()
 
 
