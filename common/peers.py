@@ -23,21 +23,19 @@ class Peers:
 
     def __init__(self, identity: str) -> None:
         self._identity = identity
-        self._outboxes: dict[str, tuple[str, Outbox]] = {}
+        self._outboxes: dict[str, Outbox] = {}
         self._connecting = asyncio.Lock()
 
-    async def connect(
-        self, name: str, endpoint: str, on_frames: Callable[[list[memoryview]], None] = lambda frames: None
-    ) -> None:
+    async def connect(self, name: str, endpoint: str) -> None:
         """Connects to a member, or keeps the connection if it has this endpoint already."""
         async with self._connecting:  # a second connection would take the first one's place, and its messages along
             known = self._outboxes.get(name)
-            if known is not None and known[0] == endpoint:
+            if known is not None and known.endpoint == endpoint:
                 return
-            outbox = await Outbox.connect(endpoint, self._identity, on_frames)
+            outbox = await Outbox.connect(endpoint, self._identity)
             if known is not None:
-                self.drop(name, known[0])
-            self._outboxes[name] = (endpoint, outbox)
+                self.drop(name, known.endpoint)
+            self._outboxes[name] = outbox
 
     def send(self, name: str, message: Message, payload: bytes | memoryview | None = None) -> bool:
         """Queues a message; False where the member is not known (it is gone, or not seen yet)."""
@@ -46,22 +44,21 @@ class Peers:
             logger.debug("no connection to %s for %s", name, type(message).__name__)
             return False
         if payload is None:
-            known[1].send(encode(message))
+            known.send(encode(message))
         else:
-            known[1].send(encode(message), payload)
+            known.send(encode(message), payload)
         return True
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._outboxes
 
     def drop(self, name: str, endpoint: str) -> None:
         """Closes the connection to a member that was at `endpoint`. One to its successor stays: who is told of a
         pipeline before he is told of its members has connected already."""
-        if self._outboxes.get(name, ("",))[0] == endpoint:
-            self._outboxes.pop(name)[1].close()
+        known = self._outboxes.get(name)
+        if known is not None and known.endpoint == endpoint:
+            del self._outboxes[name]
+            known.close()
 
     def close(self) -> None:
-        for _, outbox in self._outboxes.values():
+        for outbox in self._outboxes.values():
             outbox.close()
         self._outboxes.clear()
 

@@ -12,7 +12,7 @@ class KnownPeers(Peers):
         super().__init__(identity)
         self._known: dict[str, str] = {}
 
-    async def connect(self, name: str, endpoint: str, on_frames: object = None) -> None:
+    async def connect(self, name: str, endpoint: str) -> None:
         self._known[name] = endpoint
 
     def drop(self, name: str, endpoint: str) -> None:

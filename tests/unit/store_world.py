@@ -62,7 +62,7 @@ class StorePeers(Peers):
         self.is_dead = False
         self._world = world
 
-    async def connect(self, name: str, endpoint: str, on_frames: object = None) -> None:
+    async def connect(self, name: str, endpoint: str) -> None:
         pass
 
     def send(self, name: str, message: Message, payload: object = None) -> bool:
