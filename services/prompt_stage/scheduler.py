@@ -20,6 +20,7 @@ from services.prompt_stage.retained import Kept, Retained
 MAX_DISOWNED = 4096
 
 Key = tuple[str, int]
+"""A prompt's sequence id and attempt."""
 FullKey = tuple[str, int, int]
 """A key, and the epoch of the token pipeline that has asked."""
 Asker = tuple[str, int]

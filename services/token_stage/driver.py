@@ -325,13 +325,13 @@ class TokenDriver(Driver):
             self.stage.peers.send(record.stages[0].name, CancelPrefill(sequence_id, attempt))
 
     def _ask_store(self, sequence_id: str, store: str) -> None:
-        sequence = self._intake.restoring(sequence_id)
+        sequence = self._table.sequences.get(sequence_id)
         if sequence is not None:
             self.stage.peers.send(*self._table.replication.locate(store, sequence))
 
     def _pull_replica(self, sequence_id: str) -> None:
         """Has every stage copy its layers; each answers with `Pulled`."""
-        sequence = self._intake.restoring(sequence_id)
+        sequence = self._table.sequences.get(sequence_id)
         if sequence is not None and sequence.replica is not None:
             token_ids = pack_ids(sequence.tokens)
             self.pull(sequence_id, sequence.attempt, sequence.source, sequence.replica, sequence.blocks, token_ids)

@@ -242,10 +242,6 @@ class Intake:
             sequence.num_recomputed += max(0, num_tokens)
             self._table.most_recomputed_tokens = max(self._table.most_recomputed_tokens, sequence.num_recomputed)
 
-    def restoring(self, sequence_id: str) -> Sequence | None:
-        """A live sequence, as the driver needs it to ask for its replica."""
-        return self._table.sequences.get(sequence_id)
-
     def _deliver_all(self) -> list[Action]:
         """What the stores that there are now allow."""
         return [action for sequence in self._table.sequences.values() for action in self._table.deliver(sequence)]

@@ -191,11 +191,11 @@ class World:
                     if reason is not None:
                         self.ended.add(name)
                 case AskStore(sequence_id, store):
-                    sequence = self.token.intake.restoring(sequence_id)
+                    sequence = self.token.table.sequences.get(sequence_id)
                     assert sequence is not None
                     self.to_store(self.token.table.replication.locate(store, sequence))
                 case PullReplica(sequence_id):
-                    pulling = self.token.intake.restoring(sequence_id)
+                    pulling = self.token.table.sequences.get(sequence_id)
                     assert pulling is not None
                     for _ in range(NUM_STAGES):
                         self.wire.append(("pull", (sequence_id, list(pulling.blocks))))
@@ -236,7 +236,7 @@ class World:
             self.table[opened.sequence_id] = (tokens, list(opened.blocks))
         drawn: list[Drawn] = []
         for chunk in step.chunks:
-            lent = self.token.intake.restoring(chunk.sequence_id)
+            lent = self.token.table.sequences.get(chunk.sequence_id)
             assert lent is not None and lent.blocks, "blocks were given away while a step used them"
             tokens, blocks = self.table[chunk.sequence_id]
             blocks += chunk.new_blocks
@@ -252,7 +252,7 @@ class World:
         self.carry_out(self.token.step_done(step.step, drawn))
 
     def pull(self, sequence_id: str) -> None:
-        sequence = self.token.intake.restoring(sequence_id)
+        sequence = self.token.table.sequences.get(sequence_id)
         assert sequence is not None, "blocks were given away while a stage was pulling"
         store = self.stores.get(sequence.source)
         held = sequence.replica

@@ -153,7 +153,7 @@ class TwoPipelines(World):
         name = grant.sequence_id.split("/")[0]
         prompt = self.requests[name]
         self.token.intake.assign_writer(grant.sequence_id, "prompt-0", self.prompt_epoch)
-        sequence = self.token.intake.restoring(grant.sequence_id)
+        sequence = self.token.table.sequences.get(grant.sequence_id)
         assert sequence is not None
         start = grant.held.num_tokens if grant.held else 0
         handoff = Handoff("token-0", self.epoch, grant.blocks, start)
