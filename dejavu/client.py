@@ -44,7 +44,8 @@ class AsyncClient:
         self._session = Session(find_endpoints(endpoint), connect_timeout_s, outage_limit_s)
 
     async def __aenter__(self) -> Self:
-        """Raises `Unavailable` if no router answers within `connect_timeout_s`."""
+        """Raises `Unavailable` if no router answers within `connect_timeout_s`, `ProtocolError` at once if all speak
+        another version of the protocol."""
         await self._session.open()
         return self
 

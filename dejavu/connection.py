@@ -33,6 +33,10 @@ class RouterLost(Exception):
     """This router is of no use (any more); the text says why."""
 
 
+class OtherVersion(RouterLost):
+    """It speaks another version of the protocol, and will not learn ours."""
+
+
 class Connection:
     """A DEALER socket under a fresh client id, watched for the loss of its peer."""
 

@@ -11,13 +11,13 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import assert_never
+from typing import assert_never, cast
 
 import msgspec
 import zmq.asyncio
 
 from dejavu import wire
-from dejavu.connection import Connection, RouterLost, terminate
+from dejavu.connection import Connection, OtherVersion, RouterLost, terminate
 from dejavu.endpoints import RouterList
 from dejavu.errors import (
     DejavuError,
@@ -51,7 +51,7 @@ class Session:
         self._outage_limit_s = outage_limit_s
         self._connect_timeout_s = connect_timeout_s
         self._routers = RouterList(endpoints)
-        self._losses: dict[str, str] = {}
+        self._losses: dict[str, RouterLost] = {}
         self._live: dict[str, LiveRequest] = {}
         self._queries: dict[int, tuple[_Question, asyncio.Future[_Answer]]] = {}
         self._num_queries = 0
@@ -59,7 +59,7 @@ class Session:
         """ids of requests that were left and whose end this connection still owes us: until it comes, what is said of
         such an id is not about a later request with the same"""
         self._connection: Connection | None = None
-        self._is_served = asyncio.Event()
+        self._opened: asyncio.Future[None]
         self._context: zmq.asyncio.Context | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closing = False
@@ -67,18 +67,21 @@ class Session:
     # ------------------------------------------------------------ for the client
 
     async def open(self) -> None:
-        """Returns when a router said welcome. Raises `Unavailable`."""
+        """Returns when a router said welcome. Raises `Unavailable`, and `ProtocolError` where all routers that are
+        known speak another version of the protocol."""
         self._is_closing = False
-        self._is_served.clear()
+        self._opened = asyncio.get_running_loop().create_future()
+        is_open = False
         self._context = zmq.asyncio.Context()
         self._task = asyncio.create_task(self._run(self._context), name="dejavu-client")
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await self._is_served.wait()
+                await self._opened
+            is_open = True
         except TimeoutError:
             raise self._unavailable(self._connect_timeout_s) from None
         finally:
-            if not self._is_served.is_set():
+            if not is_open:
                 await self.aclose()
 
     async def aclose(self) -> None:
@@ -210,14 +213,15 @@ class Session:
                 num_failed = 0 if loop.time() - began_s > SERVED_S else num_failed + 1
                 num_rounds, rest = divmod(num_failed, len(self._routers))
                 if num_rounds and not rest:
+                    self._refuse_to_open()
                     await asyncio.sleep(RETRY_PAUSES_S[min(num_rounds, len(RETRY_PAUSES_S)) - 1])
         finally:
             for live in list(self._live.values()):
                 self._fail(live, RequestCancelled("the client was closed"))
 
-    async def _try(self, connection: Connection) -> str:
+    async def _try(self, connection: Connection) -> RouterLost:
         """Lives with one router until it is lost; returns why."""
-        reason = ""
+        reason = RouterLost("")
         try:
             connection.open()
             async with asyncio.TaskGroup() as tasks:
@@ -225,13 +229,13 @@ class Session:
                 tasks.create_task(self._receive(connection))
                 tasks.create_task(self._keep_alive(connection))
         except* RouterLost as losses:
-            reason = str(losses.exceptions[0])
+            reason = cast("RouterLost", losses.exceptions[0])
         finally:
             self._connection = None
             connection.close()
         return reason
 
-    def _note_loss(self, endpoint: str, reason: str) -> None:
+    def _note_loss(self, endpoint: str, reason: RouterLost) -> None:
         self._losses[endpoint] = reason
         now_s = asyncio.get_running_loop().time()
         for live in list(self._live.values()):
@@ -239,6 +243,12 @@ class Session:
                 live.unanswered_since_s = now_s
             elif now_s - live.unanswered_since_s > self._outage_limit_s:
                 self._fail(live, self._unavailable(self._outage_limit_s))
+
+    def _refuse_to_open(self) -> None:
+        """There is nothing to wait for where nobody speaks our version."""
+        if not self._opened.done() and all(isinstance(self._losses.get(each), OtherVersion) for each in self._routers):
+            tried = ", ".join(f"{router} ({self._losses[router]})" for router in self._routers)
+            self._opened.set_exception(ProtocolError(f"no router speaks this client's protocol: {tried}"))
 
     def _unavailable(self, waited_s: float) -> Unavailable:
         tried = ", ".join(f"{router} ({self._losses.get(router, 'no answer')})" for router in self._routers)
@@ -318,14 +328,15 @@ class Session:
 
     def _be_served(self, connection: Connection, welcome: wire.Welcome) -> None:
         if welcome.protocol_version != wire.PROTOCOL_VERSION:
-            raise RouterLost(f"speaks protocol {welcome.protocol_version}, not {wire.PROTOCOL_VERSION}")
+            raise OtherVersion(f"speaks protocol {welcome.protocol_version}, not {wire.PROTOCOL_VERSION}")
         self.welcome = welcome
         self._routers.learn(welcome.routers)
         self._losses.clear()
         self._left.clear()
         self._connection = connection
         connection.is_welcome.set()
-        self._is_served.set()
+        if not self._opened.done():
+            self._opened.set_result(None)
         for query, _ in self._queries.values():
             self._send(query)
         for live in list(self._live.values()):

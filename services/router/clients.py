@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dejavu.errors import ProtocolError
+from dejavu.wire import PROTOCOL_VERSION
+
 SILENCE_LIMIT_S = 5.0
 RETURN_S = 1.0
 """So long the requests of a client whose connection is gone wait for its next one."""
@@ -19,6 +22,8 @@ class Clients:
         self._heard_s: dict[bytes, float] = {}
         self._given_up: dict[bytes, None] = {}
         """the last whose requests were ended while nothing was heard of them"""
+        self._versions: dict[bytes, int] = {}
+        """protocol versions of clients that are there and speak another one"""
 
     def heard(self, client: bytes, now_s: float) -> bool:
         """Notes a sign of life; False where there are too many clients for a new one."""
@@ -27,12 +32,26 @@ class Clients:
         self._heard_s[client] = now_s
         return True
 
+    def greeted(self, client: bytes, version: int) -> None:
+        """Which version of the protocol a client that is heard speaks."""
+        self._versions.pop(client, None)
+        if version != PROTOCOL_VERSION:
+            self._versions[client] = version
+
+    def refusal(self, client: bytes) -> ProtocolError | None:
+        """Why nothing can be done for a client that speaks another version; None: it speaks ours."""
+        version = self._versions.get(client)
+        if version is None:
+            return None
+        return ProtocolError(f"this client speaks protocol {version}, the router protocol {PROTOCOL_VERSION}")
+
     def __contains__(self, client: bytes) -> bool:
         return client in self._heard_s
 
     def gone(self, client: bytes, *, had_requests: bool = False) -> bool:
         """Nothing can be sent to it, or it is silent; False: that is known already."""
         was_there = self._heard_s.pop(client, None) is not None
+        self._versions.pop(client, None)
         if had_requests:
             self._given_up[client] = None
         if len(self._given_up) > MAX_GIVEN_UP:

@@ -36,7 +36,7 @@ from common.process import own_incarnation
 from common.service import DRAIN_SIGNAL, ServiceOptions, own_record
 from common.text import TextCodec
 from dejavu import wire
-from dejavu.errors import ConfigurationError
+from dejavu.errors import ConfigurationError, ProtocolError
 from services.router.admission import malformed, outline
 from services.router.clients import RETURN_S, Clients
 from services.router.cluster import Cluster, Listener
@@ -239,6 +239,12 @@ class RouterService:
             return
         if self._clients.is_back(client) and not isinstance(message, wire.Hello):
             self._welcome(client)  # it asks again for all that it still waits for
+        if isinstance(message, wire.Hello):
+            self._clients.greeted(client, message.protocol_version)
+        refusal = self._clients.refusal(client)
+        if refusal is not None:
+            self._refuse_stranger(client, message, refusal)
+            return
         match message:
             case wire.Hello():
                 self._welcome(client)
@@ -262,6 +268,14 @@ class RouterService:
         self._journal.counters["bad_frames"] += 1
         tag, request_id = outline(frames[0]) if frames else ("", "")
         self._requests.refuse(client, request_id, malformed(reason, tag))
+
+    def _refuse_stranger(self, client: bytes, message: wire.ClientMessage, refusal: ProtocolError) -> None:
+        """A client of another protocol version. Every version reads a welcome, and compares what that says with its
+        own; one that does not gets the same error for whatever it asks."""
+        if isinstance(message, wire.Hello):
+            self._journal.counters["refused_clients"] += 1
+            self._welcome(client)
+        self._requests.refuse(client, message.request_id if isinstance(message, wire.Submit) else "", refusal)
 
     def _welcome(self, client: bytes) -> None:
         routers = {

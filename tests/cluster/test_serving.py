@@ -20,7 +20,7 @@ import zmq
 from transformers import AutoTokenizer
 
 from dejavu import AsyncClient, Client, SamplingParams, wire
-from dejavu.errors import InvalidParameter, PromptEmpty, PromptTooLong, TokenOutOfRange
+from dejavu.errors import InvalidParameter, PromptEmpty, PromptTooLong, ProtocolError, TokenOutOfRange
 from loadtest.leaks import hunt
 from tests.cluster.reference import assert_greedy
 from tests.cluster.system import ROOT, TINY, System, descendants, running
@@ -113,6 +113,34 @@ def test_the_router_judges_for_itself(system: System, prompt: object, params: ob
         ended = wire.decode_router_message(socket.recv())
     assert isinstance(ended, wire.Ended) and ended.error is not None
     assert (ended.request_id, ended.error.code, ended.error.field) == ("some-id", code, field)
+
+
+def test_a_client_of_another_protocol_version_is_refused_whatever_it_asks(system: System) -> None:
+    """As sent by a client that compares nothing; one that does sees by the welcome why."""
+    other = wire.PROTOCOL_VERSION - 1
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.rcvtimeo = 10_000
+        socket.connect(system.endpoint)
+        asked = wire.Hello(other), wire.Submit("some-id", [5], SamplingParams(seed=1)), wire.StatusQuery(1)
+        for message in asked:
+            socket.send(wire.encode(message))
+        welcome, *refusals = [wire.decode_router_message(socket.recv()) for _ in range(1 + len(asked))]
+    assert isinstance(welcome, wire.Welcome) and welcome.protocol_version == wire.PROTOCOL_VERSION
+    said = f"this client speaks protocol {other}, the router protocol {wire.PROTOCOL_VERSION}"
+    error = wire.WireError("protocol_error", said)
+    assert refusals == [wire.Ended(request_id, "failed", error=error) for request_id in ("", "some-id", "")]
+
+
+async def test_a_client_that_meets_another_protocol_version_says_so_at_once(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = wire.PROTOCOL_VERSION
+    monkeypatch.setattr(wire, "PROTOCOL_VERSION", ours + 1)
+    with pytest.raises(ProtocolError, match=f"speaks protocol {ours}, not {ours + 1}"):
+        # it does not wait for another router to come
+        async with asyncio.timeout(10), AsyncClient(system.endpoint, connect_timeout_s=60):
+            pass
 
 
 async def test_seeds_hold_alone_and_in_a_batch(system: System) -> None:

@@ -24,6 +24,7 @@ class FakeRouter:
         on_submit: Callable[[FakeRouter, bytes, Submit], object],
         routers: list[str] | None = None,
         port: int = 0,
+        version: int = wire.PROTOCOL_VERSION,
     ):
         self.on_submit = on_submit
         self.is_silent = False
@@ -33,6 +34,7 @@ class FakeRouter:
         self.endpoint = ""
         self.port = port
         self._others = routers or []
+        self._version = version
 
     async def __aenter__(self) -> Self:
         self._context = zmq.asyncio.Context()
@@ -78,7 +80,7 @@ class FakeRouter:
                 case wire.Hello():
                     self.clients.append(client)
                     routers = [self.endpoint, *self._others]
-                    self.send(client, wire.Welcome(wire.PROTOCOL_VERSION, routers, "", "fake", 100, 1000))
+                    self.send(client, wire.Welcome(self._version, routers, "", "fake", 100, 1000))
                 case wire.Ping():
                     self.send(client, wire.Pong())
                 case wire.StatusQuery(query_id):
