@@ -19,6 +19,8 @@ from common.model.native import Kernels
 from common.model.plan import Padded, Planner, Span, TokenTable
 
 ATTENTION_NAME = "dejavu_paged"
+MAX_GATHERED_BYTES = 1 << 30
+"""Of KV that is copied at a time. Many sequences, each filled up to the longest, may be many times the pool."""
 
 
 class PagedPool(Protocol):
@@ -32,19 +34,19 @@ class PagedPool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a batch reads in layers of one window. Single tokens have a `table` for the kernels, or are one `padded`
-    batch, or are attended to one by one."""
+    """What a batch reads in layers of one window. Single tokens have a `table` for the kernels, or are `padded`
+    batches, or are attended to one by one."""
 
     prompts: Sequence[Span]
     tokens: Sequence[Span] = ()
-    padded: Padded | None = None
+    padded: Sequence[Padded] = ()
     table: TokenTable | None = None
 
 
 class AttentionPass:
     """Attention of one batch. `on_layer(local_layer)` hears when the layer's new KV is in the pool. `slopes` [heads]
     turns ALiBi on. Single tokens go to `kernels` if given; else `is_gathering` copies their blocks to compute them as
-    one padded batch, which is what GPUs like."""
+    padded batches, which is what GPUs like."""
 
     def __init__(
         self,
@@ -92,11 +94,10 @@ class AttentionPass:
         if plan.table is not None and self._kernels is not None:
             self._kernels.attend_tokens_(query, output, pool, plan.table, scale, self._slopes)
         keys, values = (part.flatten(0, 1) for part in pool)
-        if plan.padded is not None:
-            _attend_padded(plan.padded, query, output, keys, values, scale)
-        else:
-            for span in plan.tokens:
-                _attend_token(span, query, output, keys, values, scale)
+        for padded in plan.padded:
+            _attend_padded(padded, query, output, keys, values, scale)
+        for span in plan.tokens:
+            _attend_token(span, query, output, keys, values, scale)
         for span in plan.prompts:
             _attend_prompt(span, query, output, keys, values, scale)
         return output
@@ -108,11 +109,16 @@ class AttentionPass:
         elif self._kernels is not None:
             plan = _Plan(prompts, table=self._planner.token_table(window))
         elif self._is_gathering:
-            plan = _Plan(prompts, padded=self._planner.padded(window))
+            plan = _Plan(prompts, padded=self._planner.padded(window, self._max_slots()))
         else:
             plan = _Plan(prompts, self._planner.tokens(window))
         self._plans[window] = plan
         return plan
+
+    def _max_slots(self) -> int:
+        """How many slots' keys and values may be copied at a time."""
+        keys = self._pool.layer(0)[0]
+        return MAX_GATHERED_BYTES // (2 * keys[0, 0].numel() * keys.element_size())
 
 
 def _attend_token(span: Span, query: Tensor, output: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
@@ -129,7 +135,7 @@ def _attend_token(span: Span, query: Tensor, output: Tensor, keys: Tensor, value
 
 
 def _attend_padded(padded: Padded, query: Tensor, output: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
-    """All single tokens at once, grouped likewise."""
+    """A batch of single tokens at once, grouped likewise."""
     num_kv_heads = keys.shape[1]
     grouped = _grouped(query[padded.rows], num_kv_heads)
     bias = padded.bias

@@ -49,8 +49,8 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """Single tokens as one batch: their `rows`, slots `index` [tokens, longest] and `bias` [tokens, 1 or heads, 1,
-    longest]."""
+    """Single tokens that are computed as one batch: their `rows`, slots `index` [tokens, longest] and `bias` [tokens,
+    1 or heads, 1, longest]."""
 
     rows: Tensor
     index: Tensor
@@ -104,13 +104,17 @@ class Planner:
             *(torch.tensor(values, dtype=torch.int32) for values in (tables, starts, lengths, blocks)),
         )
 
-    def padded(self, window: int | None) -> Padded:
-        """The chunks of one token, filled up to the longest. Made on the host: a GPU waits for it only once."""
+    def padded(self, window: int | None, max_slots: int) -> list[Padded]:
+        """The chunks of one token in batches of at most `max_slots` slots, or of one token that has more."""
         tokens = [(row, chunk) for row, chunk in self._numbered() if chunk.num_tokens == 1]
+        widths = [_mask_width(chunk.start + 1 - _num_unseen(chunk, window)) for _, chunk in tokens]
+        return [self._pad([tokens[place] for place in group], window) for group in _groups(widths, max_slots)]
+
+    def _pad(self, tokens: Sequence[tuple[int, SequenceChunk]], window: int | None) -> Padded:
+        """Filled up to the longest. Made on the host: a GPU waits for it only once."""
         unseen = np.array([_num_unseen(chunk, window) for _, chunk in tokens])
         num_slots = np.array([chunk.start + 1 for _, chunk in tokens]) - unseen
-        # a mask of another width would be copied to such a one in every layer
-        columns = np.arange(-(-num_slots.max() // _MASK_WIDTH) * _MASK_WIDTH)
+        columns = np.arange(_mask_width(num_slots.max()))
         index = np.empty((len(tokens), len(columns)), dtype=np.int64)
         for place, first, count, (_, chunk) in zip(index, unseen, num_slots, tokens, strict=True):
             positions = columns[:count] + first
@@ -169,6 +173,24 @@ class Planner:
         else:
             bias = self.slopes[:, None, None] * (columns - rows)
         return bias.masked_fill_(is_hidden, float("-inf")).to(self.dtype)
+
+
+def _groups(widths: Sequence[int], max_slots: int) -> list[list[int]]:
+    """Places of `widths` in groups which, filled up to their widest, have at most `max_slots`, or one member."""
+    if len(widths) * max(widths) <= max_slots:
+        return [list(range(len(widths)))]
+    groups: list[list[int]] = []
+    for place in sorted(range(len(widths)), key=widths.__getitem__, reverse=True):
+        if groups and widths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_slots:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def _mask_width(num_slots: int) -> int:
+    """A mask of another width would be copied to such a one in every layer."""
+    return -(-num_slots // _MASK_WIDTH) * _MASK_WIDTH
 
 
 def _num_unseen(chunk: SequenceChunk, window: int | None) -> int:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from common.kv.layout import PoolLayout
 from common.kv.pool import KvPool
+from common.model import attention as attention_module
 from common.model.attention import AttentionPass
 from common.model.batch import SequenceChunk, StageBatch
 from common.model.native import load_kernels
+from common.model.plan import Planner
 from tests.unit.model.generation import GATHERING, NATIVE, ON_GPU, TORCH, Engine
 
 NUM_BLOCKS = 120
@@ -154,3 +156,24 @@ def test_rows_attend_to_what_precedes_them(case: Case, engine: Engine, is_scatte
         tolerance = 4e-2 if case.dtype != torch.float32 else 2e-5 if engine.device == "cpu" else 1e-4
         assert torch.allclose(output[rows].float(), wanted, atol=tolerance, rtol=tolerance)
         row += chunk.num_tokens
+
+
+@pytest.mark.parametrize("max_slots", [0, 100])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_attend_to_the_same_where_few_are_gathered_at_a_time(
+    case: Case, max_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot_bytes = 2 * case.num_kv_heads * case.head_dim * case.dtype.itemsize
+    monkeypatch.setattr(attention_module, "MAX_GATHERED_BYTES", max_slots * slot_bytes)
+    test_rows_attend_to_what_precedes_them(case, GATHERING, is_scattered=True)
+
+
+@pytest.mark.parametrize("window", [None, 18])
+@pytest.mark.parametrize("max_slots", [1, 48, 100, 10_000])
+def test_what_is_gathered_at_a_time_is_bounded(max_slots: int, window: int | None) -> None:
+    batch = make_batch(16, is_scattered=True)
+    planner = Planner(batch.chunks, 16, torch.device("cpu"), torch.float32, None)
+    padded = planner.padded(window, max_slots)
+    assert all(part.index.numel() <= max_slots or len(part.rows) == 1 for part in padded)
+    (everything,) = planner.padded(window, 1 << 40)
+    assert sorted(torch.cat([part.rows for part in padded]).tolist()) == everything.rows.tolist()
