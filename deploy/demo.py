@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from deploy.running import DidNotStart, running_system
 
 PROMPT = "It was a fine morning in the spring, and she had resolved to walk as far as the"
 LAYOUT = ("--prompt-stages", "2", "--token-stages", "2")
@@ -21,13 +19,17 @@ NUM_TOKENS = 60
 
 def main() -> int:
     """Runs the demonstration; exit code 0 where everything worked."""
-    return asyncio.run(_demo(sys.argv[1:]))
+    try:
+        return asyncio.run(_demo(sys.argv[1:]))
+    except DidNotStart:  # its log has said why
+        return 1
 
 
 async def _demo(extra: Sequence[str]) -> int:
     _say("Starting etcd, a router, a cache store, two prompt stages and two token stages (one process each) ...")
     started_s = time.monotonic()
-    async with _system(extra) as endpoint:
+    quiet = {"DEJAVU_LOG_LEVEL": os.environ.get("DEJAVU_LOG_LEVEL", "WARNING")}
+    async with running_system([*LAYOUT, *extra], quiet, shows_log=True) as endpoint:
         _say(f"Ready at {endpoint} after {time.monotonic() - started_s:.1f} s. The prompt, and what the model adds:\n")
         async with AsyncClient(endpoint) as client:
             await _stream(client)
@@ -35,26 +37,6 @@ async def _demo(extra: Sequence[str]) -> int:
     _show_services(status)
     _say("\nEverything has stopped.")
     return 0
-
-
-@contextlib.asynccontextmanager
-async def _system(extra: Sequence[str]) -> AsyncIterator[str]:
-    with tempfile.TemporaryDirectory(prefix="dejavu-demo-") as folder:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "dejavu", "serve", "--port", "0", "--state-dir", folder, *LAYOUT, *extra,
-            stdout=asyncio.subprocess.PIPE,
-            env={"DEJAVU_LOG_LEVEL": "WARNING", **os.environ},
-        )  # fmt: skip
-        assert process.stdout is not None
-        try:
-            line = (await process.stdout.readline()).decode()
-            if not line.startswith("ready "):
-                raise SystemExit(await process.wait() or 1)
-            yield line.split()[1].split(",")[0]
-        finally:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-            await process.wait()
 
 
 async def _stream(client: AsyncClient) -> None:

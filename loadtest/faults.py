@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from common.fault_hooks import STUCK_LOOP, STUCK_STEP, VARIABLE
 from dejavu import AsyncClient
+from deploy.running import running_system
 from loadtest.history import recomputed_tokens
 from loadtest.partition import (
     FAR_PROMPT,
@@ -43,7 +44,6 @@ from loadtest.strikes import (
     stop_etcd,
     storm,
 )
-from loadtest.system import running_system
 
 DEFAULT_OUTAGE_S = 15.0
 LEASE_S = 5.0

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
+def event_loops(status: Mapping[str, Any]) -> dict[str, Any]:
+    """How far each service's event loop was behind, by its name, as `dejavu status --json` says it."""
+    return {service["name"]: service["loop"] for service in status["services"] if service.get("loop")}
+
+
 def save(file: str | Path, figures: Mapping[str, Any]) -> None:
     """As JSON that people can read. Raises `OSError`."""
     Path(file).write_text(json.dumps(figures, indent=1) + "\n")

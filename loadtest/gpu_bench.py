@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import json
 import sys
 import time
@@ -29,14 +28,12 @@ from common.kv.link import GrantOffer, open_link
 from common.kv.page_lock import PageLock
 from common.kv.pool import KvPool
 from common.kv.staging import SideStream
-from common.kv.stream import HandoffSpan, HandoffWriter
 from loadtest.figures import save
-from loadtest.kv_bench import LAYOUT, Way, in_turns
+from loadtest.kv_bench import HANDOFF_TOKENS, LAYOUT, Way, handoff_cell, in_turns
 from loadtest.kv_owner import owner
 from loadtest.machine import describe_machine
 from loadtest.options import add_json, add_runs, new_parser
 
-PROMPT_TOKENS = 2048
 _new_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 Plans = list[tuple[str, CopyPlan]]
 
@@ -106,15 +103,15 @@ def _scattered_plans() -> Plans:
     tables = ours.tolist(), theirs.tolist()
     return [
         ("64 tokens x all layers", plan_slots(LAYOUT, slots[0], LAYOUT, slots[1], LAYOUT.layers, LAYOUT.heads)),
-        ("one layer x prompt", plan_copies(LAYOUT, tables[0], LAYOUT, tables[1], (0, PROMPT_TOKENS), (5, 6))),
-        ("whole sequence", plan_copies(LAYOUT, tables[0], LAYOUT, tables[1], (0, PROMPT_TOKENS), LAYOUT.layers)),
+        ("one layer x prompt", plan_copies(LAYOUT, tables[0], LAYOUT, tables[1], (0, HANDOFF_TOKENS), (5, 6))),
+        ("whole sequence", plan_copies(LAYOUT, tables[0], LAYOUT, tables[1], (0, HANDOFF_TOKENS), LAYOUT.layers)),
     ]
 
 
 def _in_a_row() -> CopyPlan:
     """A sequence in one run of blocks, as the allocator prefers."""
-    blocks = range(PROMPT_TOKENS // LAYOUT.block_size)
-    return plan_copies(LAYOUT, blocks, LAYOUT, blocks, (0, PROMPT_TOKENS), LAYOUT.layers)
+    blocks = range(HANDOFF_TOKENS // LAYOUT.block_size)
+    return plan_copies(LAYOUT, blocks, LAYOUT, blocks, (0, HANDOFF_TOKENS), LAYOUT.layers)
 
 
 async def _whole(to: torch.Tensor, source: torch.Tensor, size: int) -> None:
@@ -199,29 +196,9 @@ def _products_s(factor: torch.Tensor, count: int = 100) -> float:
 
 
 async def _handoff(offer: GrantOffer, device: KvPool, num_rounds: int) -> dict[str, Any]:
-    """From the first `submit` until `drain`."""
-    writer = await HandoffWriter.start(device, lambda arrival: None)
-    await writer.connect("bench", [offer])
-    blocks, private = range(PROMPT_TOKENS // LAYOUT.block_size), torch.empty_like(device.arena)
-    size, attempts = PROMPT_TOKENS * LAYOUT.num_layers * LAYOUT.bytes_per_token_layer, itertools.count()
-
-    async def handoff() -> None:
-        attempt = next(attempts)
-        span = HandoffSpan("sequence", attempt, "bench", (0, PROMPT_TOKENS), blocks, blocks, b"")
-        for layer in range(LAYOUT.num_layers):
-            writer.submit(span, layer)
-        error = await asyncio.wrap_future(writer.drain("sequence", attempt))
-        if error is not None:
-            raise error
-
-    ways: dict[str, Way] = {
-        "device copy": functools.partial(_whole, private, device.arena, size),
-        "hand-off": handoff,
-    }
-    figures = await in_turns(ways, size, num_rounds)
-    [kind] = writer.links("bench")
-    await writer.aclose()
-    return {"link": kind, "size_bytes": size, "num_tokens": PROMPT_TOKENS, "ways": figures}
+    size = HANDOFF_TOKENS * LAYOUT.num_layers * LAYOUT.bytes_per_token_layer
+    copy = functools.partial(_whole, torch.empty_like(device.arena), device.arena, size)
+    return await handoff_cell(offer, device, {"device copy": copy}, num_rounds)
 
 
 def _show(results: dict[str, Any]) -> None:

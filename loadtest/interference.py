@@ -15,12 +15,12 @@ import time
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from deploy.running import running_system
 from loadtest.drive import percentile
 from loadtest.figures import save
 from loadtest.machine import describe_machine
 from loadtest.options import add_json, add_model, add_serve_options, new_parser
 from loadtest.serve import LAYOUTS
-from loadtest.system import running_system
 from loadtest.workload import vocab_size_of
 
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,8 @@ async def _measure(offer: GrantOffer, num_rounds: int) -> dict[str, Any]:
     }
     for link in links:
         await link.aclose()
-    handoffs = [await _handoff_cell(one, source, private, num_rounds) for one in offers.values()]
+    copy = _memcpy(source, private, HANDOFF_TOKENS * LAYOUT.num_layers * LAYOUT.bytes_per_token_layer)
+    handoffs = [await handoff_cell(one, source, {"memcpy": copy}, num_rounds) for one in offers.values()]
     return figures | {"targets": _targets(figures), "handoff": handoffs}
 
 
@@ -104,11 +105,7 @@ async def _write_cell(
     shape: str, plan: CopyPlan, links: Sequence[Writer], source: KvPool, private: Bytes, num_rounds: int
 ) -> dict[str, Any]:
     size = plan.total_bytes
-
-    async def memcpy() -> None:
-        private[:size] = source.memory[:size]
-
-    ways: dict[str, Way] = {"memcpy": memcpy}
+    ways: dict[str, Way] = {"memcpy": _memcpy(source, private, size)}
     native = load_native()
     if len(plan) > 1 and native is not None:
         pieces = (plan.source_offset, private, plan.destination_offset, plan.num_bytes)
@@ -117,6 +114,13 @@ async def _write_cell(
         ways[link.name] = functools.partial(link.write, source, plan)
     figures = await in_turns(ways, size, num_rounds)
     return {"shape": shape, "size_bytes": size, "num_pieces": len(plan), "ways": figures}
+
+
+def _memcpy(source: KvPool, private: Bytes, size: int) -> Way:
+    async def memcpy() -> None:
+        private[:size] = source.memory[:size]
+
+    return memcpy
 
 
 def _as_work(function: Callable[[], None]) -> Way:
@@ -167,34 +171,29 @@ async def _span_cell(source: KvPool, private: Bytes, num_rounds: int) -> dict[st
     async def crc32() -> None:
         zlib.crc32(source.memory[:size].data)
 
-    async def memcpy() -> None:
-        private[:size] = source.memory[:size]
-
-    ways: dict[str, Way] = {"memcpy": memcpy, "plan": plan, "checksum": checksum, "crc32": crc32}
+    copy = _memcpy(source, private, size)
+    ways: dict[str, Way] = {"memcpy": copy, "plan": plan, "checksum": checksum, "crc32": crc32}
     return {"size_bytes": size, "ways": await in_turns(ways, size, num_rounds)}
 
 
-async def _handoff_cell(offer: GrantOffer, source: KvPool, private: Bytes, num_rounds: int) -> dict[str, Any]:
-    """A whole prompt layer by layer, checksums included, from the first `submit` until `drain`."""
+async def handoff_cell(offer: GrantOffer, source: KvPool, copies: Mapping[str, Way], num_rounds: int) -> dict[str, Any]:
+    """A whole prompt layer by layer, checksums included, from the first `submit` until `drain`; beside `copies`."""
     writer = await HandoffWriter.start(source, lambda arrival: None)
     await writer.connect("bench", [offer])
-    blocks, size = range(HANDOFF_TOKENS // 16), HANDOFF_TOKENS * 32 * LAYOUT.bytes_per_token_layer
+    blocks = range(HANDOFF_TOKENS // LAYOUT.block_size)
+    size = HANDOFF_TOKENS * LAYOUT.num_layers * LAYOUT.bytes_per_token_layer
     attempts = itertools.count()
 
     async def handoff() -> None:
         attempt = next(attempts)
         span = HandoffSpan("sequence", attempt, "bench", (0, HANDOFF_TOKENS), blocks, blocks, b"")
-        for layer in range(32):
+        for layer in range(LAYOUT.num_layers):
             writer.submit(span, layer)
         error = await asyncio.wrap_future(writer.drain("sequence", attempt))
         if error is not None:
             raise error
 
-    async def memcpy() -> None:
-        private[:size] = source.memory[:size]
-
-    ways: dict[str, Way] = {"memcpy": memcpy, "handoff": handoff}
-    figures = await in_turns(ways, size, num_rounds)
+    figures = await in_turns({**copies, "handoff": handoff}, size, num_rounds)
     [kind] = writer.links("bench")
     await writer.aclose()
     return {"link": kind, "size_bytes": size, "num_tokens": HANDOFF_TOKENS, "ways": figures}

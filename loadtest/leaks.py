@@ -18,10 +18,10 @@ import time
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
-from loadtest.figures import save
+from deploy.running import running_system
+from loadtest.figures import event_loops, save
 from loadtest.machine import cpu_clock_jumps_ms, describe_machine
 from loadtest.options import add_json, add_seed, add_serve_options, new_parser
-from loadtest.system import running_system
 
 REQUESTS_PER_CLIENT = 50
 NUM_CLIENTS_AT_ONCE = 3
@@ -76,7 +76,7 @@ async def hunt(endpoint: str, num_requests: int, seed: int) -> dict[str, Any]:
         "num_requests": num_requests,
         "wall_s": round(time.monotonic() - started_s, 1),
         "free_blocks": before,
-        "event_loops": {s["name"]: s["loop"] for s in status["services"] if s.get("loop")},
+        "event_loops": event_loops(status),
     }
 
 

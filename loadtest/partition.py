@@ -26,8 +26,8 @@ from typing import Any
 
 from dejavu import AsyncClient
 from deploy.etcd_server import EtcdServer
+from deploy.running import ended_in_order, running_system
 from loadtest.strikes import Scene, Status, Strike
-from loadtest.system import ended_in_order, running_system
 
 NEAR = "10.77.1.1"
 HOSTS = {"far": "10.77.2.1", "farther": "10.77.3.1"}

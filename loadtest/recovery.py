@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from deploy.running import running_system
 from loadtest.figures import load, save
 from loadtest.history import Stream, check_stream
 from loadtest.machine import describe_machine
 from loadtest.options import add_json, add_runs, add_seed, new_parser
 from loadtest.streams import Work, cancelled, expecting, follow, make_work, run_undisturbed, settled
 from loadtest.strikes import parent_of
-from loadtest.system import running_system
 
 LAYOUT = ("--prompt-stages", "1", "--token-stages", "2", "--dtype", "float32")
 VICTIM = ("token-0", 1)

@@ -13,9 +13,9 @@ import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from deploy.running import running_system
 from loadtest.partition import NoNamespaces
 from loadtest.strikes import Scene, Strike
-from loadtest.system import running_system
 
 RESETS_S = 2.0
 NUM_RESETS = 10

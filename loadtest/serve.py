@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from deploy.running import running_system
 from loadtest.baseline import measure_baseline
 from loadtest.drive import drive, summarise
-from loadtest.figures import save
+from loadtest.figures import event_loops, save
 from loadtest.machine import describe_machine
 from loadtest.options import add_json, add_model, add_runs, add_serve_options, new_parser
-from loadtest.system import running_system
 from loadtest.workload import NAMED, Workload, all_at_once, load_workload, vocab_size_of, with_poisson_arrivals
 
 LAYOUTS = {"disaggregated": [], "colocated": ["--colocated"]}
@@ -87,8 +87,7 @@ async def _measure(
             runs.append(figures)
             print(f"{label} run {number}: {_line(figures)}", flush=True)
         status = await client.status()
-    loops = {s["name"]: s["loop"] for s in status["services"] if s.get("loop")}
-    return {"runs": runs, "event_loops": loops}
+    return {"runs": runs, "event_loops": event_loops(status)}
 
 
 def _line(figures: dict[str, Any]) -> str:

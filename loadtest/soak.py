@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from dejavu import AsyncClient
+from deploy.running import running_system
 from loadtest.drive import percentile
-from loadtest.figures import save
+from loadtest.figures import event_loops, save
 from loadtest.history import ETCD, Stream, check_stream, leaks
 from loadtest.machine import describe_machine
 from loadtest.options import add_json, add_seed, new_parser
 from loadtest.streams import Work, expecting, follow, make_work, quiet, run_undisturbed
-from loadtest.system import running_system
 
 SYSTEM = (
     *("--prompt-stages", "2", "--token-stages", "2", "--standbys", "1", "--cache-stores", "2", "--routers", "2"),
@@ -86,7 +86,7 @@ async def _soak(options: argparse.Namespace) -> dict[str, Any]:
         "num_streams": options.streams,
         "num_requests": len(streams),
         **_figures(streams, wall_s),
-        "event_loops": {service["name"]: service["loop"] for service in after["services"] if service.get("loop")},
+        "event_loops": event_loops(after),
         "sizes": {name: [sizes[0].get(name), size] for name, size in sizes[1].items()},
         "counters": {name: count - before["counters"].get(name, 0) for name, count in after["counters"].items()},
         "wrong": wrong,

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dejavu import AsyncClient, SamplingParams
+from deploy.running import running_system
 from loadtest.figures import save
 from loadtest.machine import describe_machine
 from loadtest.options import add_json, add_model, add_runs, new_parser
-from loadtest.system import running_system
 
 PROMPT = "It was a fine morning"
 VICTIM = "token-0-stage-0"

@@ -26,11 +26,11 @@ from common.kv.layout import PoolLayout
 from common.model.kv_layout import fitting_layout
 from common.model.spec import load_spec, split_layers
 from dejavu import AsyncClient, SamplingParams
+from deploy.running import running_system
 from loadtest.drive import Trace, drive, summarise
 from loadtest.figures import save
 from loadtest.machine import describe_machine
 from loadtest.options import add_json, add_model, add_runs, new_parser
-from loadtest.system import running_system
 from loadtest.workload import FIRST_PLAIN_ID, NAMED, WorkItem, Workload, all_at_once
 
 BLOCK_SIZE = 16

@@ -47,12 +47,12 @@ class System:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(timeout=30)
         deadline_s = time.monotonic() + 30
-        while left := [pid for pid in below if _lives(pid)]:
+        while left := [pid for pid in below if lives(pid)]:
             assert time.monotonic() < deadline_s, left
             time.sleep(0.01)
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
     """Not so a zombie, which waits for a parent that is not ours."""
     with contextlib.suppress(OSError):
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"

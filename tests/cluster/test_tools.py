@@ -17,14 +17,14 @@ import pytest
 
 from dejavu import Client, SamplingParams
 from dejavu.errors import DejavuError
-from tests.cluster.system import ROOT, descendants
+from tests.cluster.system import ROOT, descendants, lives
 
 pytestmark = pytest.mark.cluster
 
 needs_locust = pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-ENOUGH_STARTED = 3
-"""`dejavu serve`, its etcd and what forks its stages"""
+ENOUGH_STARTED = 4
+"""`dejavu serve`, its etcd, what forks its stages, and the first service"""
 
 
 def locust(endpoint: str, folder: Path, run_time: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -99,7 +99,7 @@ def test_a_load_test_that_is_told_to_end_ends_its_system(tmp_path: Path) -> None
             below = descendants(chaos.pid)
         chaos.terminate()
         assert chaos.wait(timeout=30) == 128 + signal.SIGTERM
-        assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
+        assert not [pid for pid in below if lives(pid)]
         assert not list(temporary.iterdir())
     finally:
         chaos.kill()

@@ -1,4 +1,4 @@
-"""Starts and stops the system under test: `dejavu serve` as a user would type it."""
+"""A system for as long as a block of code lasts: `dejavu serve` as a user would type it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 START_LIMIT_S = 180.0
+MAX_LOG_CHARS = 4000
 
 
 class DidNotStart(Exception):
@@ -34,24 +35,32 @@ def ended_in_order() -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def running_system(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> AsyncIterator[str]:
-    """Runs `dejavu serve --port 0 ARGUMENTS`, with additions to its environment; yields the clients' endpoint. Raises
-    `DidNotStart`."""
-    with ended_in_order(), tempfile.TemporaryDirectory(prefix="dejavu-load-") as folder:
+async def running_system(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None, *, shows_log: bool = False
+) -> AsyncIterator[str]:
+    """Runs `dejavu serve --port 0 ARGUMENTS`, with additions to its environment; yields the clients' endpoint. Its log
+    is kept, or goes to our stderr. Raises `DidNotStart`."""
+    with ended_in_order(), tempfile.TemporaryDirectory(prefix="dejavu-running-") as folder:
         log = Path(folder, "serve.log")
-        with log.open("wb") as errors:
+        with log.open("wb") as kept:  # noqa: ASYNC230 - nothing else goes on here
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "dejavu", "serve", "--port", "0", "--state-dir", folder, *arguments,
-                stdout=asyncio.subprocess.PIPE, stderr=errors, env=os.environ | (environment or {}),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=None if shows_log else kept,
+                env=os.environ | (environment or {}),
             )  # fmt: skip
         assert process.stdout is not None
         try:
             async with asyncio.timeout(START_LIMIT_S):
                 line = (await process.stdout.readline()).decode()
             if not line.startswith("ready "):
-                raise DidNotStart(log.read_text(errors="replace")[-4000:])
+                raise DidNotStart(_end_of(log))
             yield line.split()[1].split(",")[0]
         finally:
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
             await process.wait()
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-MAX_LOG_CHARS:]
