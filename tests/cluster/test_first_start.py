@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.process import die_with_parent
 from tests.cluster.system import ROOT, descendants, serve_command
 
 pytestmark = pytest.mark.cluster
@@ -35,7 +36,9 @@ def test_a_stop_while_kernels_are_compiled_is_quick_and_leaves_nothing(
     # the store needs the compiler, too, and would keep it from the stages
     command += ["--token-stages", "2", "--cache-stores", "0"]
     with log.open("w") as errors:
-        serve = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors, start_new_session=True)
+        serve = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=errors, start_new_session=True, preexec_fn=die_with_parent
+        )
     below: set[int] = set()
     try:
         wait_for(log, "INFO waiting for another process that compiles kernels.c", "INFO compiling kernels.c")
