@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +154,11 @@ class DiskTier:
             note = new_note(start, token_ids, replica.digests[:, start:end])
             layout = self._layout(end - start)
             plan = self._plan(layout, replica.blocks, start, end, to_disk=True)
-            link = await self._files.create(segment_name(key, start), layout)
-            try:
+            async with _closing(await self._files.create(segment_name(key, start), layout)) as link:
                 await link.write(self._pool, plan)
                 if not self._is_kept(key, replica) or replica.version != version:
                     return False
                 await self._finish(key, [*known, segment], link, note)
-            finally:
-                await link.aclose()
             self._counts["written_bytes"] += layout.total_bytes
             await self._delete_files(list(self._undeleted))
         self._count_on_disk(key, replica)
@@ -228,15 +226,12 @@ class DiskTier:
             await self._cut_off(key, replica.num_tokens, error)
 
     async def _read(self, key: str, segment: Segment, replica: Replica) -> None:
-        link = await self._files.open(segment_name(key, segment.start), self._pool)
-        try:
+        async with _closing(await self._files.open(segment_name(key, segment.start), self._pool)) as link:
             digests = self._note(link).digest_array()
             if digests.shape[1] != segment.end - segment.start:
                 raise LinkDamaged(f"{segment_name(key, segment.start)} has {digests.shape[1]} tokens, not {segment}")
             plan = self._plan(link.layout, replica.blocks, segment.start, segment.end, to_disk=False)
             await link.read(self._pool, plan)
-        finally:
-            await link.aclose()
         replica.put(segment.start, digests)
         self._counts["read_bytes"] += link.layout.total_bytes
 
@@ -271,11 +266,8 @@ class DiskTier:
     async def _try_note(self, name: str) -> SegmentNote | None:
         """What goes with a file; None where it is of no use here."""
         try:
-            link = await self._files.open(name, self._pool)
-            try:
+            async with _closing(await self._files.open(name, self._pool)) as link:
                 return self._note(link)
-            finally:
-                await link.aclose()
         except (LinkDamaged, LinkRefused) as error:
             logger.warning("%s is void: %s", name, error)
             self._counts["damaged"] += 1
@@ -326,3 +318,15 @@ class DiskTier:
             logger.warning("the disk fails: %s", error)
         self._counts["failures"] += 1
         self._paused_until_s = time.monotonic() + FAILURE_PAUSE_S
+
+
+@asynccontextmanager
+async def _closing(link: FileLink) -> AsyncIterator[FileLink]:
+    """Where the closing fails, too, what was wrong before is what counts: above all that we were cancelled."""
+    try:
+        yield link
+    except BaseException:
+        with suppress(LinkError):
+            await link.aclose()
+        raise
+    await link.aclose()

@@ -87,9 +87,9 @@ class Shelf:
     """All replicas of one store over `num_blocks` blocks. Times are those of one clock.
 
     A driver that takes us for dead lends the blocks that we may be reading to others, and no digest tells: so what we
-    read last is *doubtful* until it has sent the next batch, which it does when it has our answer in time. `standing`
-    says, before every call, as whom we are known; None: perhaps not at all. While it stays the same, nobody can have
-    taken us for dead.
+    read last is *doubtful* until it has sent the next batch, which it does when it has our answer in time, or is over.
+    `standing` says, before every call, as whom we are known; None: perhaps not at all. While it stays the same, nobody
+    can have taken us for dead.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -106,7 +106,7 @@ class Shelf:
         known = self._sessions.get(pipeline, _NONE)
         if (epoch, batch) < (known.epoch, known.batch):
             return None
-        last = self._batches.get(pipeline)
+        last = self._batches.pop(pipeline, None)
         if last is not None and (last.epoch == epoch or self._is_doubtful(last)):
             self._void(pipeline, last)
         self._sessions[pipeline] = _Session(epoch, batch, self.standing)
@@ -254,7 +254,6 @@ class Shelf:
 
     def _void(self, pipeline: str, batch: _Batch) -> None:
         """What was read for it may be of other sequences."""
-        del self._batches[pipeline]
         for key, start in batch.starts.items():
             replica = self.replicas.get(key)
             if replica is not None and replica.pipeline == pipeline and replica.num_tokens > start:

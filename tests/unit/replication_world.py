@@ -56,6 +56,8 @@ class World:
         self.num_restored = 0
         self.refused: set[tuple[str, str]] = set()
         """what a store had no room for, as far as its answers have arrived: (store, key)"""
+        self.dropped: dict[tuple[str, str], int] = {}
+        """how many tokens a store has dropped to refuse more of a sequence, as long as its answer has not arrived"""
         self.answers: dict[tuple[int, str, int], list[str]] = {}
         """the keys that a batch (of an epoch, to a store) is about, until it has been answered"""
         self.durability: dict[str, str] = {}
@@ -79,6 +81,7 @@ class World:
         self.wire: list[tuple[str, tuple[object, ...]]] = []
         self.table: dict[str, tuple[list[int], list[int]]] = {}
         self.refused.clear()
+        self.dropped.clear()
         replication = Replication("token-0", self.epoch, BLOCK_SIZE, num_copies=1)
         for name in self.stores.keys() - self.forsaken:
             replication.store_joined(name, was_there=True)
@@ -206,15 +209,21 @@ class World:
         """Nobody but a store can let a strict request go on, whatever became of the stores."""
         assert self.token.table.replication.num_stores
         if self.durability[name] != "async":
-            kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
-            assert any(found is not None and found[1] >= len(tokens) - 3 for found in kept)
+            assert self.is_kept(name, tokens, 3)
 
     def check_safe(self, name: str, tokens: list[int], max_lag: int) -> None:
         """A token after `tokens` is delivered: a store must have nearly all KV before it, unless one has no room."""
-        kept = [store.shelf.locate(f"{name}/0", pack_ids(tokens), 0.0) for store in self.stores.values()]
-        is_safe = any(found is not None and found[1] >= len(tokens) - max_lag for found in kept)
         is_refused = any((store, f"{name}/0") in self.refused for store in self.stores)
-        assert is_safe or is_refused or not self.token.table.replication.num_stores
+        has_store = self.token.table.replication.num_stores > 0
+        assert self.is_kept(name, tokens, max_lag) or is_refused or not has_store
+
+    def is_kept(self, name: str, tokens: list[int], max_lag: int) -> bool:
+        """A store has so much, or had it before it refused more, which the driver cannot know yet."""
+        key = f"{name}/0"
+        found = [store.shelf.locate(key, pack_ids(tokens), 0.0) for store in self.stores.values()]
+        kept = [each[1] for each in found if each is not None]
+        had = [self.dropped.get((store, key), 0) for store in self.stores]
+        return max([*kept, *had], default=0) >= len(tokens) - max_lag
 
     # ------------------------------------------------------------ the token pipeline
 
@@ -293,7 +302,7 @@ class World:
                 if store.shelf.begin(pipeline, epoch, batch, items):
                     for key in over:
                         store.shelf.ended(pipeline, key)
-                    store.answer = (epoch, batch, [item.key for item in items if not self._keep(store, item)])
+                    store.answer = (epoch, batch, [item.key for item in items if not self._keep(name, store, item)])
                 if store.answer[:2] == (epoch, batch):
                     self._answer("replicated", (epoch, name, batch, store.answer[2]))
             case Locate(_, epoch, sequence_id, attempt, ids, _):
@@ -305,9 +314,12 @@ class World:
         if self.draws.random() >= self.loss:
             self.wire.append((kind, arguments))
 
-    def _keep(self, store: Store, item: ReplicaItem) -> bool:
+    def _keep(self, name: str, store: Store, item: ReplicaItem) -> bool:
+        before = store.shelf.replicas.get(item.key)
+        had = 0 if before is None else before.num_tokens
         blocks = store.shelf.make_room("token-0", item, 0.0)
         if blocks is None:
+            self.dropped[name, item.key] = had
             return False
         start, offset = item.start, item.start % BLOCK_SIZE
         sources = slots(item.blocks, offset, offset + item.num_tokens, BLOCK_SIZE)
@@ -372,6 +384,8 @@ class World:
             if keys is not None and (epoch, name, batch) not in self.void_batches:
                 self.refused -= {(str(name), key) for key in keys}
                 self.refused |= {(str(name), key) for key in failed}  # type: ignore[attr-defined]
+            for key in failed:  # type: ignore[attr-defined]
+                self.dropped.pop((str(name), key), None)
             self.carry_out(self.token.intake.replicated(*rest))  # type: ignore[arg-type]
             return
         sequence_id, attempt, store, held = rest

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from common.kv.errors import LinkLost
+from common.kv.file_link import FileLink
 from services.cache_store import disk
 from tests.unit.test_disk_tier import IDS, Store, opened
 
@@ -102,3 +104,26 @@ async def test_what_became_another_text_while_it_was_finished_is_not_on_disk(
         await store.tier.write_behind()
     async with opened(tmp_path) as store:
         await store.check(KEY, text, 40)
+
+
+async def test_who_is_cancelled_ends_though_the_file_cannot_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that was to stop while its disk failed went on writing behind."""
+
+    async def fail(link: FileLink) -> None:
+        await close(link)
+        raise LinkLost("simulated failure")
+
+    close = FileLink.aclose
+    monkeypatch.setattr(FileLink, "aclose", fail)
+    async with opened(tmp_path) as store:
+        assert store.keep(KEY, IDS, 0, 40)
+        with monkeypatch.context() as patch:
+            stall = Stall(patch)
+            running = asyncio.create_task(store.tier.run())
+            await stall.begun()
+            running.cancel()
+            stall.go_on()
+            await asyncio.wait([running], timeout=5.0)
+        assert running.cancelled()

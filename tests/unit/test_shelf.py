@@ -69,6 +69,9 @@ def test_a_new_epoch_voids_nothing_of_who_was_known_all_the_time() -> None:
     assert shelf.claim("p", 11, 0, 60.0) == [KEY], "said again, by a stage that leaves"
     assert num_held(shelf) == 9
     assert not read(shelf, 10, 3, 9, 12)
+    shelf.standing = 2
+    assert shelf.claim("p", 11, 1, 60.0) == [KEY], "as its driver gave us up"
+    assert num_held(shelf) == 9, "who asked for that before is long over"
 
 
 def test_a_new_epoch_after_a_lapse_has_all_but_the_last_batch() -> None:
