@@ -10,7 +10,7 @@ from common.replica_messages import Claimed, Located, Replicated, replica_key
 from dejavu.params import SamplingParams
 from services.token_stage.replication import Replication
 from services.token_stage.sequence import Phase, Sequence
-from tests.unit.store_world import BLOCK_SIZE, NUM_STAGE_BLOCKS, PIPELINE, STORE, StoreWorld
+from tests.unit.store_world import BLOCK_SIZE, NUM_STAGE_BLOCKS, PIPELINE, STORE, STORE_BLOCK_SIZE, StoreWorld
 from tests.unit.virtual_time import run_virtually
 
 MAX_SEQUENCES = 6
@@ -255,7 +255,8 @@ def _unfinished(world: StoreWorld, driver: Driver) -> list[str]:
         return ["no store"]
     shelf = world.life.store._shelf
     todo = [f"{key} waits for its copy" for key in driver.asking]
-    has_room = world.store_bytes > 20_000
+    num_needed = sum(-(-len(sequence.tokens) // STORE_BLOCK_SIZE) for sequence in driver.sequences.values())
+    has_room = num_needed <= shelf.kv_blocks()["total"]
     if has_room and driver.replication.lag_tokens() > 50:
         todo.append("nothing is copied")
     if world.life.store._disk is not None and world.disk_bytes == world.disk.max_bytes == 1 << 20:
