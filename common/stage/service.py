@@ -253,8 +253,9 @@ class StageService(StageRole):
                 self._take(Sender(*peer.decode(errors="replace").rpartition(".")[::2]), message)
 
     def accepts(self, epoch: int) -> bool:
-        """The fence: False, and counted, for anything that is not of the current epoch."""
-        if epoch == self.epoch:
+        """The fence: False, and counted, for anything that is not of the current epoch, or of an epoch in which we have
+        no place: until the next one is published it may be meant for whom we are to replace."""
+        if epoch == self.epoch and self.record is not None:
             return True
         self._counters["refused_frames"] += 1
         return False

@@ -53,7 +53,7 @@ class TokenStage(StageService):
                 if self.accepts(message.epoch):
                     self.process.in_background(self._door.fence_off(message, self._fenced_off))
             case Claimed(name, _, epoch) if self.driver is None:
-                if self.accepts(epoch):
+                if epoch == self.epoch:
                     self._guests.left(name)
             case PipelineReady():
                 self._prompts.reported(message)

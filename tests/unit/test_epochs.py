@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from common.membership import MemberJoined, MemberLost, MemberRecord, PipelineRecord
-from common.messages import Admit, StageReady, encode, pack_ids
+from common.messages import Admit, StageReady, Step, encode, pack_ids
 from dejavu.params import SamplingParams
 from tests.unit.fleet_stages import FleetTokenStage, stage_options
 from tests.unit.fleet_world import Fleet
@@ -25,15 +25,20 @@ def second_stage_is_ready(stage: FleetTokenStage, epoch: int) -> None:
     stage.arrive("token-9.i9", encode(StageReady(epoch, 1, 40)))
 
 
-def driving() -> tuple[FleetTokenStage, MemberRecord]:
-    """The first stage of a pipeline in epoch 1, and the only store that it knows."""
+def in_epoch_one(incarnation: str) -> tuple[FleetTokenStage, MemberRecord]:
+    """A process for the first stage, which "i8" is in epoch 1; and the only store that it knows."""
     world = Fleet(0, num_token=0, num_prompt=0)
     store = world.members["store-a"]
     options = stage_options("token-0", "token-0", "token_stage", 0, [(0, 1), (1, 3)], is_standby=False)
     options = dataclasses.replace(options, is_colocated=True)
-    stage = FleetTokenStage(world, options, "i8")
+    stage = FleetTokenStage(world, options, incarnation)
     stage.hear("members", MemberJoined(store))
     publish(stage, 1, store)
+    return stage, store
+
+
+def driving() -> tuple[FleetTokenStage, MemberRecord]:
+    stage, store = in_epoch_one("i8")
     assert stage.driver is None
     second_stage_is_ready(stage, 1)
     return stage, store
@@ -51,6 +56,16 @@ def test_nothing_of_an_older_epoch_runs_while_stages_get_ready_for_the_next(is_o
     assert bool(stage.flying) is not is_over
     second_stage_is_ready(stage, 2)
     assert stage.driver is not None and stage.driver.epoch == 1 + is_over
+
+
+@pytest.mark.parametrize(("incarnation", "is_accepted"), [("i8", True), ("i80", False)])
+def test_who_is_to_replace_a_dead_stage_computes_nothing_of_its_epoch(incarnation: str, is_accepted: bool) -> None:
+    """The others may still take it for the one of that name, of whose KV it has none."""
+    stage, _ = in_epoch_one(incarnation)
+    assert stage.epoch == 1
+    stage.arrive("token-9.i9", encode(Step(1, 0, [], [], [])))
+    assert bool(stage.flying) is is_accepted
+    assert stage._counters["refused_frames"] == (not is_accepted)
 
 
 def test_what_older_drivers_have_cost_still_counts() -> None:
