@@ -53,7 +53,7 @@ class TokenStage(StageService):
                 if self.accepts(message.epoch):
                     self.process.in_background(self._door.fence_off(message, self._fenced_off))
             case Claimed(name, _, epoch) if self.driver is None:
-                if epoch == self.epoch:
+                if epoch == self.epoch:  # whoever leaves its pipeline has no place in it any more
                     self._guests.left(name)
             case PipelineReady():
                 self._prompts.reported(message)

@@ -6,30 +6,17 @@ import random
 from collections import deque
 from collections.abc import Iterable
 
-import numpy as np
-
 from common.messages import Drawn, Step, pack_ids
-from common.replica_messages import Claim, HeldReplica, Locate, ReplicaItem, Replicate, replica_key
+from common.replica_messages import Claim, HeldReplica, Locate, Replicate, replica_key
 from dejavu.params import SamplingParams
-from services.cache_store.shelf import Shelf
 from services.token_stage.replication import Replication, ToStore
 from services.token_stage.scheduler import TokenScheduler
 from services.token_stage.sequence import Action, AskStore, Fail, Produce, PullReplica
 from services.token_stage.table import PipelineShape
 from tests.unit.made_up_kv import BLOCK_SIZE, STORE_BLOCK_SIZE, kv_of, next_token, slots
+from tests.unit.made_up_store import Store
 
 NUM_STAGES = 2
-
-
-class Store:
-    """The real shelf over a pool of made-up KV; messages are worked off in order."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.shelf = Shelf(num_blocks, STORE_BLOCK_SIZE)
-        self.pool: dict[int, int] = {}
-        self.inbox: deque[Claim | Replicate | Locate] = deque()
-        self.answer: tuple[int, int, list[str]] = (0, 0, [])
-        """to the last batch: its epoch and number, and what could not be kept"""
 
 
 class World:
@@ -56,8 +43,6 @@ class World:
         self.num_restored = 0
         self.refused: set[tuple[str, str]] = set()
         """what a store had no room for, as far as its answers have arrived: (store, key)"""
-        self.dropped: dict[tuple[str, str], int] = {}
-        """how many tokens a store has dropped to refuse more of a sequence, as long as its answer has not arrived"""
         self.answers: dict[tuple[int, str, int], list[str]] = {}
         """the keys that a batch (of an epoch, to a store) is about, until it has been answered"""
         self.durability: dict[str, str] = {}
@@ -81,7 +66,8 @@ class World:
         self.wire: list[tuple[str, tuple[object, ...]]] = []
         self.table: dict[str, tuple[list[int], list[int]]] = {}
         self.refused.clear()
-        self.dropped.clear()
+        for store in self.stores.values():
+            store.dropped.clear()
         replication = Replication("token-0", self.epoch, BLOCK_SIZE, num_copies=1)
         for name in self.stores.keys() - self.forsaken:
             replication.store_joined(name, was_there=True)
@@ -222,7 +208,7 @@ class World:
         key = f"{name}/0"
         found = [store.shelf.locate(key, pack_ids(tokens), 0.0) for store in self.stores.values()]
         kept = [each[1] for each in found if each is not None]
-        had = [self.dropped.get((store, key), 0) for store in self.stores]
+        had = [store.dropped.get(key, 0) for store in self.stores.values()]
         return max([*kept, *had], default=0) >= len(tokens) - max_lag
 
     # ------------------------------------------------------------ the token pipeline
@@ -302,7 +288,7 @@ class World:
                 if store.shelf.begin(pipeline, epoch, batch, items):
                     for key in over:
                         store.shelf.ended(pipeline, key)
-                    store.answer = (epoch, batch, [item.key for item in items if not self._keep(name, store, item)])
+                    store.answer = (epoch, batch, [item.key for item in items if not store.keep(item, self.pool)])
                 if store.answer[:2] == (epoch, batch):
                     self._answer("replicated", (epoch, name, batch, store.answer[2]))
             case Locate(_, epoch, sequence_id, attempt, ids, _):
@@ -313,21 +299,6 @@ class World:
     def _answer(self, kind: str, arguments: tuple[object, ...]) -> None:
         if self.draws.random() >= self.loss:
             self.wire.append((kind, arguments))
-
-    def _keep(self, name: str, store: Store, item: ReplicaItem) -> bool:
-        before = store.shelf.replicas.get(item.key)
-        had = 0 if before is None else before.num_tokens
-        blocks = store.shelf.make_room("token-0", item, 0.0)
-        if blocks is None:
-            self.dropped[name, item.key] = had
-            return False
-        start, offset = item.start, item.start % BLOCK_SIZE
-        sources = slots(item.blocks, offset, offset + item.num_tokens, BLOCK_SIZE)
-        places = slots(blocks, start, start + item.num_tokens, STORE_BLOCK_SIZE)
-        # of blocks that were given away it reads what happens to be there
-        store.pool.update((place, self.pool.get(source, 0)) for place, source in zip(places, sources, strict=True))
-        store.shelf.commit(item, np.zeros((1, item.num_tokens), dtype=np.uint64))
-        return True
 
     # ------------------------------------------------------------ who touches what
 
@@ -384,8 +355,9 @@ class World:
             if keys is not None and (epoch, name, batch) not in self.void_batches:
                 self.refused -= {(str(name), key) for key in keys}
                 self.refused |= {(str(name), key) for key in failed}  # type: ignore[attr-defined]
-            for key in failed:  # type: ignore[attr-defined]
-                self.dropped.pop((str(name), key), None)
+            if (answering := self.stores.get(str(name))) is not None:
+                for key in failed:  # type: ignore[attr-defined]
+                    answering.dropped.pop(key, None)
             self.carry_out(self.token.intake.replicated(*rest))  # type: ignore[arg-type]
             return
         sequence_id, attempt, store, held = rest

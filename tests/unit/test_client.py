@@ -25,7 +25,7 @@ from dejavu.errors import (
     TokenOutOfRange,
     Unavailable,
 )
-from dejavu.wire import PROTOCOL_VERSION, Accepted, Cancel, Ended, NotLeader, Submit, WireError
+from dejavu.wire import Accepted, Cancel, Ended, NotLeader, Submit, WireError
 from tests.unit.fake_router import TEXTS, FakeRouter, frames, tell_story
 
 STORY = "".join(TEXTS)
@@ -388,15 +388,3 @@ async def test_nonsense_on_a_dead_router_s_port_harms_no_request() -> None:
             context.destroy(linger=0)
             async with FakeRouter(tell_story, port=router.port):
                 assert [token.id async for token in tokens] == [11, 12, 13, 14]
-
-
-async def test_a_router_of_another_protocol_version_is_passed_over_while_another_may_come() -> None:
-    other = PROTOCOL_VERSION + 1
-    async with FakeRouter(tell_story, version=other) as stranger, FakeRouter(tell_story) as router:
-        async with AsyncClient([stranger.endpoint, router.endpoint]) as client:
-            assert (await client.generate("Tell")).text == STORY
-        with pytest.raises(Unavailable, match=f"speaks protocol {other}, not {PROTOCOL_VERSION}.*refused"):
-            await AsyncClient([stranger.endpoint, NOBODY], connect_timeout_s=0.5).__aenter__()
-        with pytest.raises(ProtocolError, match=f"speaks protocol {other}, not {PROTOCOL_VERSION}"):
-            async with asyncio.timeout(10):
-                await AsyncClient(stranger.endpoint, connect_timeout_s=60).__aenter__()
